@@ -1,0 +1,1 @@
+"""The ground floor: errors, configuration, files, randomness, progress. Imports nothing of Longspan above it."""

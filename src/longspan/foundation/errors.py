@@ -1,0 +1,46 @@
+"""Errors for the reader: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class LongspanError(Exception):
+    """Base of every error that Longspan raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(LongspanError, ValueError):
+    """Something the user gave cannot be honoured.
+
+    Args:
+        given: what was given, with the offending value.
+        allowed: what is allowed instead.
+        fix: what to do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, given: str, allowed: str, fix: str) -> None:
+        super().__init__(given, allowed, fix)
+        self.given = given
+        self.allowed = allowed
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.given}\n  allowed: {self.allowed}\n  fix: {self.fix}"
+
+
+class DataError(UserError):
+    """A file or data set is damaged, truncated, empty or not what its name says."""
+
+    exit_code = 1
+
+
+class DivergenceError(LongspanError):
+    """Training met a loss or gradient that is not finite; the message names the step and the layer."""
+
+
+class Stopped(LongspanError):
+    """The user asked to stop; everything written so far is kept and the same command goes on from here."""
+
+    exit_code = 3
