@@ -1,0 +1,1 @@
+"""The page a researcher reads: made from plain facts and summaries, no model needed."""
