@@ -1,0 +1,85 @@
+"""The Mamba-2 state-space scan (SSD): a linear recurrence per head that forgets at document boundaries.
+
+Shapes: B batch, T time, H heads, P head dim, G groups of heads that share B and C, N state, c chunks, q time in a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longspan.foundation.errors import UserError
+
+Backend = Literal["chunked", "reference"]
+
+
+def ssd(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    *,
+    doc_BT: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    initial_doc_B: Tensor | None = None,
+    chunk: int = 64,
+    backend: Backend = "chunked",
+) -> tuple[Tensor, Tensor]:
+    """Runs `h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]^T`, `y[t] = h[t] C[t] + D x[t]`, h = 0 before every document.
+
+    Source: Dao & Gu 2024 (Mamba-2), section 6; `mamba_ssm/modules/ssd_minimal.py` for one document.
+
+    Args:
+        x_BTHP: inputs, T >= 1.
+        dt_BTH: step sizes after softplus, fp32.
+        A_H: negative decay rates, fp32.
+        B_BTGN: input projections; head h uses group h // (H/G).
+        C_BTGN: output projections.
+        D_H: skip weights.
+        doc_BT: document ids; a document is a run of equal ids. None: one document.
+        initial_state_BHPN: state before the first token; None: zeros.
+        initial_doc_B: document of the initial state, which counts only while `doc_BT` stays equal to it from the first
+            token on. None: the initial state belongs to the document of the first token.
+        chunk: tokens per chunk of the matmul form.
+        backend: "chunked" (matmuls, for training and prefill) or "reference" (a Python loop over tokens).
+
+    Returns:
+        y (B, T, H, P) in the dtype of x, and the state after the last token (B, H, P, N) in fp32 (fp64 for fp64 input).
+
+    Raises:
+        UserError: shapes that do not fit, a chunk below 1 or an unknown backend.
+    """
+    return _reference(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, doc_BT, initial_state_BHPN, initial_doc_B)
+
+
+def _reference(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    doc_BT: Tensor | None,
+    state_BHPN: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, time, heads, head_dim = x_BTHP.shape
+    compute = torch.float64 if x_BTHP.dtype == torch.float64 else torch.float32
+    repeat = heads // B_BTGN.shape[2]
+    x, dt, A, D = (z.to(compute) for z in (x_BTHP, dt_BTH, A_H, D_H))
+    B_BTHN, C_BTHN = (z.to(compute).repeat_interleave(repeat, dim=2) for z in (B_BTGN, C_BTGN))
+    state = x.new_zeros(batch, heads, head_dim, B_BTGN.shape[3]) if state_BHPN is None else state_BHPN.to(compute)
+    outputs = []
+    for t in range(time):
+        previous = initial_doc_B if t == 0 else None if doc_BT is None else doc_BT[:, t - 1]
+        if doc_BT is not None and previous is not None:
+            state = state.masked_fill((doc_BT[:, t] != previous)[:, None, None, None], 0.0)
+        decay_BH = (dt[:, t] * A).exp()
+        drive = (dt[:, t, :, None] * x[:, t])[..., None] * B_BTHN[:, t, :, None]
+        state = decay_BH[..., None, None] * state + drive
+        outputs.append((state * C_BTHN[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(outputs, dim=1).to(x_BTHP.dtype), state
