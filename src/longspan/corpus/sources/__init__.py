@@ -1,0 +1,21 @@
+"""Where documents come from: one file per source, chosen in a study by `source:`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from longspan.corpus.sources.base import SourceConfig
+from longspan.corpus.sources.jsonl import JsonlSource
+from longspan.corpus.sources.sotu import SotuSource
+from longspan.corpus.sources.synthetic import SyntheticSource
+from longspan.corpus.sources.text import TextSource
+
+AnySource = Annotated[
+    SotuSource | TextSource | JsonlSource | SyntheticSource,
+    Field(discriminator="source"),
+]
+"""Any source; the field `source` says which."""
+
+__all__ = ["AnySource", "JsonlSource", "SotuSource", "SourceConfig", "SyntheticSource", "TextSource"]
