@@ -194,6 +194,7 @@ class ReportInput:
         created: time of the results (ISO 8601, UTC); the page takes its date from here, so it is deterministic.
         context: training context in tokens, marked in the charts; None where nothing was trained.
         tokenizer: name of the tokenizer; perplexities and losses per token are only comparable under the same one.
+        primary: `probe.metric` that decides.
         notes: remarks shown under the answer.
     """
 
@@ -204,6 +205,7 @@ class ReportInput:
     probes: list[ProbeSection]
     reproduce: Reproduce
     variant: str = ""
+    primary: str = "perplexity.bits_per_byte"
     context: int | None = None
     tokenizer: str = ""
     training: list[TrainingCurve] = field(default_factory=list)

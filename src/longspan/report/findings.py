@@ -1,0 +1,181 @@
+"""Questions that tables, charts and the decision all ask of a probe's summary: who leads, who ties, by how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from longspan.records.observation import Comparison, Measurement, Metric
+from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.numbers import finite
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric of one probe, at one x where the metric has an x axis."""
+
+    section: ProbeSection
+    metric: Metric
+    x: float | None
+
+
+def points(section: ProbeSection, metric: str) -> list[Measurement]:
+    """The measurements of one metric that have a value, by subject and x."""
+    found = [m for m in section.summary.measurements if m.metric == metric and finite(m.value)]
+    return sorted(found, key=lambda m: -math.inf if m.x is None else m.x)
+
+
+def measured(finding: Finding) -> dict[str, Measurement]:
+    """Subject -> measurement."""
+    return {m.subject: m for m in points(finding.section, finding.metric.name) if m.x == finding.x}
+
+
+def pairs(section: ProbeSection, metric: str) -> list[Comparison]:
+    """Comparisons between subjects (main effects of factors left out)."""
+    return [c for c in section.summary.comparisons if c.metric == metric and not is_effect(c) and finite(c.difference)]
+
+
+def effects(section: ProbeSection, metric: str) -> list[Comparison]:
+    """Main effects of factors: comparisons between `factor=level` and `factor=level`."""
+    return [c for c in section.summary.comparisons if c.metric == metric and is_effect(c) and finite(c.difference)]
+
+
+def is_effect(comparison: Comparison) -> bool:
+    """Whether a comparison is between two levels of one factor rather than between two subjects."""
+    name_a, mark_a, _ = comparison.a.partition("=")
+    name_b, mark_b, _ = comparison.b.partition("=")
+    return bool(mark_a and mark_b and name_a == name_b)
+
+
+def turned(comparison: Comparison) -> Comparison:
+    """The same comparison with `a` and `b` exchanged."""
+    return replace(
+        comparison,
+        a=comparison.b,
+        b=comparison.a,
+        difference=-comparison.difference,
+        low=None if comparison.high is None else -comparison.high,
+        high=None if comparison.low is None else -comparison.low,
+    )
+
+
+def between(finding: Finding, a: str, b: str) -> Comparison | None:
+    """The comparison a - b, whichever way round it is stored."""
+    for comparison in pairs(finding.section, finding.metric.name):
+        if comparison.x != finding.x:
+            continue
+        if (comparison.a, comparison.b) == (a, b):
+            return comparison
+        if (comparison.a, comparison.b) == (b, a):
+            return turned(comparison)
+    return None
+
+
+def decided(comparison: Comparison | None) -> bool:
+    """Whether a difference is beyond doubt at 5 % after Holm's adjustment."""
+    return comparison is not None and comparison.decided
+
+
+def order(metric: Metric, measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Best first; equal values by name, so that the order never depends on the input's."""
+    sign = 1 if metric.better == "lower" else -1
+    return sorted(measurements, key=lambda m: (sign * m.value, m.subject))
+
+
+def tie_groups(finding: Finding) -> list[list[str]]:
+    """Subjects in groups, best group first: a group is its best subject and all that cannot be told from it."""
+    rest = [m.subject for m in order(finding.metric, measured(finding).values())]
+    groups: list[list[str]] = []
+    while rest:
+        best = rest[0]
+        group = [best, *(other for other in rest[1:] if not decided(between(finding, best, other)))]
+        groups.append(group)
+        rest = [subject for subject in rest if subject not in group]
+    return groups
+
+
+def main_finding(section: ProbeSection) -> Finding | None:
+    """The section's first metric that has values: as a whole, else at its largest x."""
+    for metric in section.metrics:
+        found = points(section, metric.name)
+        if found:
+            xs = [m.x for m in found]
+            if None in xs:
+                return Finding(section, metric, None)
+            return Finding(section, metric, max(x for x in xs if x is not None))
+    return None
+
+
+def primary_finding(report: ReportInput) -> Finding | None:
+    """What the answer rests on: the study's primary metric, else the first metric of quality that has values."""
+    kind, _, name = report.primary.partition(".")
+    quality = [section for section in report.probes if section.place == "quality"]
+    for section in sorted(quality, key=lambda s: s.kind != kind):
+        metrics = sorted(section.metrics, key=lambda m: m.name != name)
+        finding = main_finding(replace(section, metrics=tuple(metrics)))
+        if finding:
+            return Finding(section, finding.metric, finding.x)
+    return None
+
+
+def tie_letters(finding: Finding) -> dict[str, str]:
+    """Subject -> letters of the tie groups it belongs to (`a`, `ab`): subjects that share a letter cannot be told apart."""
+    letters: dict[str, str] = {}
+    for ties in finding.section.summary.ties:
+        if ties.metric == finding.metric.name and ties.x == finding.x:
+            for index, group in enumerate(ties.groups):
+                for subject in group:
+                    letters[subject] = letters.get(subject, "") + _letter(index)
+    return letters
+
+
+def _letter(index: int) -> str:
+    return chr(ord("a") + index) if index < 26 else f"({index + 1})"
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where subject `a` becomes cheaper (or better) than `b` along x; `low`/`high` where the intervals still allow it."""
+
+    a: str
+    b: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -> list[Crossover]:
+    """Crossings of cost curves, interpolated linearly in log-log.
+
+    Args:
+        curves: subject -> points (x, value, low, high) with rising x > 0 and value > 0; low = high = value if exact.
+    """
+    found = []
+    names = list(curves)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            by_x = {p[0]: p for p in curves[second]}
+            shared = [(p, by_x[p[0]]) for p in curves[first] if p[0] in by_x and p[1] > 0 and by_x[p[0]][1] > 0]
+            for (p0, q0), (p1, q1) in zip(shared, shared[1:], strict=False):
+                gap0, gap1 = math.log(p0[1] / q0[1]), math.log(p1[1] / q1[1])
+                if gap0 * gap1 >= 0:
+                    continue
+                share = gap0 / (gap0 - gap1)
+                x = p0[0] * (p1[0] / p0[0]) ** share
+                y = p0[1] * (p1[1] / p0[1]) ** share
+                cheaper, dearer = (first, second) if gap1 < 0 else (second, first)
+                low, high = _doubt(shared)
+                found.append(Crossover(cheaper, dearer, x, y, low, high))
+    return found
+
+
+def _doubt(
+    shared: Sequence[tuple[tuple[float, float, float, float], tuple[float, float, float, float]]],
+) -> tuple[float | None, float | None]:
+    """The x range in which the two intervals overlap; None, None where the curves are exact."""
+    if all(p[2] == p[3] and q[2] == q[3] for p, q in shared):
+        return None, None
+    overlap = [p[0] for p, q in shared if p[2] <= q[3] and q[2] <= p[3]]
+    return (min(overlap), max(overlap)) if overlap else (None, None)
