@@ -1,6 +1,6 @@
 """The Mamba-2 state-space scan (SSD): a linear recurrence per head that forgets at document boundaries.
 
-Shapes: B batch, T time, H heads, P head dim, G groups of heads that share B and C, N state, c chunks, q time in a chunk.
+Shapes: B batch, T time, H heads, P head dim, G groups of heads that share B and C, N state.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops.ssd_chunked import ssd_chunked
 
 Backend = Literal["chunked", "reference"]
 
@@ -53,7 +54,27 @@ def ssd(
     Raises:
         UserError: shapes that do not fit, a chunk below 1 or an unknown backend.
     """
-    return _reference(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, doc_BT, initial_state_BHPN, initial_doc_B)
+    _check(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, chunk, backend)
+    arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, doc_BT, initial_state_BHPN, initial_doc_B)
+    if backend == "reference" or x_BTHP.shape[1] == 1:
+        return _reference(*arguments)
+    return ssd_chunked(*arguments, chunk)
+
+
+def _check(
+    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, chunk: int, backend: str
+) -> None:
+    batch, time, heads, _ = x_BTHP.shape
+    groups = B_BTGN.shape[2]
+    if backend not in ("chunked", "reference"):
+        raise UserError(f"ssd backend {backend!r}", "'chunked' or 'reference'", "name one of the two")
+    if chunk < 1 or time < 1:
+        raise UserError(f"ssd over {time} tokens in chunks of {chunk}", "at least 1 of each", "raise it to 1 or more")
+    if heads % groups:
+        raise UserError(f"{heads} heads in {groups} groups", "a number of groups that divides the heads", "use 1 group")
+    if dt_BTH.shape != (batch, time, heads) or B_BTGN.shape != C_BTGN.shape or B_BTGN.shape[:2] != (batch, time):
+        shapes = ", ".join(str(tuple(z.shape)) for z in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
+        raise UserError(f"x, dt, B, C of shapes {shapes}", "(B,T,H,P), (B,T,H), (B,T,G,N), (B,T,G,N)", "align them")
 
 
 def _reference(
