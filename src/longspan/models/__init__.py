@@ -1,0 +1,1 @@
+"""From a layer pattern to a language model: mixers, block, model, state and budget."""

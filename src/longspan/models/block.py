@@ -1,0 +1,116 @@
+"""One layer: norm, mixer, residual, and where the model has one norm, MLP, residual.
+
+Legend: B rows, T tokens, D model width, F hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.models.config import ModelConfig
+from longspan.models.mixers.base import MixerState, init_linear
+from longspan.models.segments import Segments
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight`; statistics in fp32, the weight multiplies after the cast back (as transformers' Llama)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        normed = F.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=self.eps).to(x_BTD.dtype)
+        return normed * self.weight.to(x_BTD.dtype)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Ones."""
+        self.weight.fill_(1.0)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` with weight and bias."""
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Weight one, bias zero."""
+        self.weight.fill_(1.0)
+        self.bias.zero_()
+
+
+class MLP(nn.Module):
+    """SwiGLU, `output(silu(gate) * up)` with `input_linear` = [gate; up], or exact GELU between two matrices."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = config.mlp == "gelu" if config.mlp_bias is None else config.mlp_bias
+        self.gated = config.mlp == "swiglu"
+        rows = config.hidden * (2 if self.gated else 1)
+        self.input_linear = nn.Linear(config.width, rows, bias=bias)
+        self.output_linear = nn.Linear(config.hidden, config.width, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Same shape."""
+        hidden = self.input_linear(x_BTD)
+        if self.gated:
+            gate_BTF, up_BTF = hidden.chunk(2, dim=-1)
+            return self.output_linear(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+        return self.output_linear(F.gelu(hidden))  # type: ignore[no-any-return]
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Kaiming-uniform, zero biases."""
+        init_linear(self.input_linear, generator)
+        init_linear(self.output_linear, generator)
+
+    def flops(self) -> float:
+        """Forward FLOPs per token."""
+        return 2.0 * (self.input_linear.weight.numel() + self.output_linear.weight.numel())
+
+
+def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """The norm that the configuration names."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, config.norm_eps)
+    return LayerNorm(config.width, eps=config.norm_eps)
+
+
+class Block(nn.Module):
+    """A pre-norm layer with the mixer that `letter` stands for."""
+
+    def __init__(self, config: ModelConfig, letter: str) -> None:
+        super().__init__()
+        mixer, settings = config.mixer(letter)
+        self.letter = letter
+        self.dropout = config.dropout
+        self.mixer_norm = build_norm(config)
+        self.mixer = mixer(config.width, settings)
+        self.mlp_norm = build_norm(config) if config.mlp != "none" else None
+        self.mlp = MLP(config) if config.mlp != "none" else None
+
+    def forward(self, x_BTD: Tensor, segments: Segments, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        """Same contract as `Mixer.forward`, on the residual stream."""
+        mixed, state = self.mixer(self.mixer_norm(x_BTD), segments, state)
+        x_BTD = x_BTD + F.dropout(mixed, self.dropout, self.training)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x_BTD = x_BTD + F.dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, self.training)
+        return x_BTD, state
+
+    @torch.no_grad()
+    def init_weights(
+        self, mixer_generator: torch.Generator, mlp_generator: torch.Generator, num_residuals: int
+    ) -> None:
+        """The mixer's own, then 1/sqrt(residuals) on what writes into the residual stream."""
+        scale = num_residuals**-0.5
+        self.mixer_norm.init_weights()
+        self.mixer.init_weights(mixer_generator)
+        for name in self.mixer.residual_outputs:
+            self.mixer.get_parameter(name).mul_(scale)
+        if self.mlp is not None and self.mlp_norm is not None:
+            self.mlp_norm.init_weights()
+            self.mlp.init_weights(mlp_generator)
+            self.mlp.output_linear.weight.mul_(scale)

@@ -1,0 +1,121 @@
+"""What a model is made of, as data: validated once, with the settings of every mixer resolved."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from longspan.foundation.config import Config
+from longspan.foundation.errors import UserError
+from longspan.models.mixers import Mixer, registered
+from longspan.models.mixers.attention import Positions
+from longspan.models.pattern import parse_pattern
+
+
+class ModelConfig(Config):
+    """A language model without its vocabulary.
+
+    Settings of mixers that the pattern does not use have no effect, so that a study can vary the pattern alone.
+
+    Attributes:
+        pattern: the layer string, see `parse_pattern`.
+        width: D, the residual stream.
+        heads, kv_heads, positions, rope_base, attention_bias: attention, see `AttentionSettings`.
+        max_positions: rows of the learned position table; required with `positions: learned`.
+        state, expand, mamba_head_dim, conv, chunk: Mamba-2, see `Mamba2Settings`.
+        mlp: `swiglu`, `gelu` (exact, two matrices) or `none`, the same in every layer.
+        mlp_width: hidden width of the MLP; None: 8/3 width rounded to a multiple of 8 (`swiglu`), 4 width (`gelu`).
+        mlp_bias: biases in the MLP; None: with `gelu` only.
+        norm: `rmsnorm` or `layernorm`, before every mixer and MLP and before the head.
+        norm_eps: one epsilon for all norms, the gated norm of Mamba-2 included.
+        tied: the head is the token embedding.
+        dropout: probability after the embedding and on every residual branch in training; drawn from torch's own
+            generator of the device.
+        init: `scaled`: each mixer's own, MLPs kaiming-uniform, weights that write into the residual stream divided by
+            the square root of the number of residuals. `normal`: N(0, 0.02) for every linear layer and zero biases, as
+            the earlier small Transformers (other mixer parameters as in `scaled`). Embeddings are N(0, 0.02) in both.
+        mixers: settings per letter, over those above; `mixer: NAME` in them binds the letter to another mixer, e.g.
+            `{B: {mixer: attention, positions: nope}}`.
+    """
+
+    pattern: str
+    width: int = Field(ge=1)
+    heads: int | None = None
+    kv_heads: int | None = None
+    positions: Positions = "rope"
+    rope_base: float = 10_000.0
+    attention_bias: bool = False
+    max_positions: int | None = Field(None, ge=1)
+    state: int = 64
+    expand: int = 2
+    mamba_head_dim: int = 64
+    conv: int = 4
+    chunk: int = 64
+    mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
+    mlp_width: int | None = Field(None, ge=1)
+    mlp_bias: bool | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-5, gt=0)
+    tied: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init: Literal["scaled", "normal"] = "scaled"
+    mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.layers()
+        for letter in dict.fromkeys(self.layers()):
+            mixer, settings = self.mixer(letter)
+            mixer.check(self.width, settings)
+        for letter in self.mixers:
+            self.mixer(letter)
+        if self.positions == "learned" and self.max_positions is None:
+            raise UserError(
+                "learned positions without `max_positions`", "a number of positions", "set it to the context"
+            )
+        return self
+
+    def layers(self) -> list[str]:
+        """The letter of every layer."""
+        return parse_pattern(self.pattern, {*registered(), *self.mixers})
+
+    def mixer(self, letter: str) -> tuple[type[Mixer], Config]:
+        """The mixer class behind a letter and its settings: those under `mixers`, else this config's, else its own.
+
+        Raises:
+            UserError: an unknown setting or mixer name.
+        """
+        given = dict(self.mixers.get(letter, {}))
+        known = registered()
+        if "mixer" in given:
+            name = given.pop("mixer")
+            by_name = {mixer.name: mixer for mixer in known.values()}
+            if name not in by_name:
+                raise UserError(f"mixers.{letter}.mixer = {name!r}", ", ".join(sorted(by_name)), "name one of these")
+            mixer = by_name[name]
+        elif letter in known:
+            mixer = known[letter]
+        else:
+            allowed = f"a registered letter ({', '.join(sorted(known))}), or settings that name their mixer"
+            raise UserError(f"mixers.{letter} has no mixer", allowed, f"add `mixer: NAME` to mixers.{letter}")
+        inherited = {key: getattr(self, key) for key in mixer.Settings.model_fields if key in ModelConfig.model_fields}
+        settings = mixer.Settings.parse({**inherited, **given}, f"mixers.{letter}")
+        if given.get("positions") == "learned" and self.positions != "learned":
+            allowed = "rope, nope, alibi, or learned positions for the whole model"
+            raise UserError(f"mixers.{letter}.positions = 'learned'", allowed, "set `positions: learned` on the model")
+        return mixer, settings
+
+    @property
+    def hidden(self) -> int:
+        """The hidden width of the MLP, 0 without one."""
+        if self.mlp == "none":
+            return 0
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 4 * self.width if self.mlp == "gelu" else max(8, 8 * round(self.width / 3))
+
+    def describe_mixers(self) -> str:
+        """The true mixers in the order of the layers, e.g. `2 attention, 2 mamba2`."""
+        names = [self.mixer(letter)[0].name for letter in self.layers()]
+        return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))

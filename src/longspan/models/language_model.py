@@ -1,0 +1,241 @@
+"""The language model: embedding, the layers of a pattern, norm, head, and the loss that never holds all logits.
+
+Legend: B rows, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.foundation.errors import UserError
+from longspan.foundation.randomness import torch_generator
+from longspan.models.block import Block, build_norm
+from longspan.models.config import ModelConfig
+from longspan.models.segments import Isolation, Segments
+from longspan.models.state import ModelState
+from longspan.ops.linear_cross_entropy import linear_cross_entropy
+
+__all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
+
+IGNORE = -100
+INIT_STD = 0.02
+
+
+class LanguageModel(nn.Module):
+    """A decoder with any pattern of mixers.
+
+    Training passes no state. Prefill, chunked prefill and decode pass `initial_state()` and then what came back, with
+    any T >= 1 each time.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, seed: int = 0, *, device: torch.device | str = "cpu"
+    ) -> None:
+        """Build and initialise.
+
+        Args:
+            config: what the model is made of.
+            vocab_size: V, rows of the embedding, special tokens included.
+            seed: the same seed gives the same bytes; each part has a stream of its own, so that equal parts of two
+                patterns start equal.
+            device: where the parameters live; they are drawn on the CPU. `meta` allocates and draws nothing.
+        """
+        super().__init__()
+        if vocab_size < 1:
+            raise UserError(f"vocab_size = {vocab_size}", "at least 1", "take it from the tokenizer")
+        self.config = config
+        self.vocab_size = vocab_size
+        # Built without memory first: the modules' own constructors would draw from torch's global generator.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(vocab_size, config.width)
+            learned = config.max_positions if config.positions == "learned" else None
+            self.position_embedding = nn.Embedding(learned, config.width) if learned else None
+            self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers())
+            self.norm = build_norm(config)
+            self.head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
+        if torch.device(device).type != "meta":
+            self.to_empty(device="cpu")
+            self.init_weights(seed)
+            self.to(device)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first layer first."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, D), the token embedding itself where tied."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter from named streams of `seed`.
+
+        Raises:
+            UserError: a mixer left a parameter without a value.
+        """
+        for parameter in self.parameters():
+            parameter.fill_(torch.nan)
+        self.embedding.weight.normal_(0.0, INIT_STD, generator=torch_generator(seed, "init", "embedding"))
+        if self.position_embedding is not None:
+            generator = torch_generator(seed, "init", "positions")
+            self.position_embedding.weight.normal_(0.0, INIT_STD, generator=generator)
+        if self.head is not None:
+            self.head.weight.normal_(0.0, INIT_STD, generator=torch_generator(seed, "init", "head"))
+        blocks = self.blocks
+        num_residuals = sum(1 if block.mlp is None else 2 for block in blocks)
+        for i, block in enumerate(blocks):
+            mixer_stream, mlp_stream = (torch_generator(seed, "init", i, part) for part in (block.mixer.name, "mlp"))
+            block.init_weights(mixer_stream, mlp_stream, num_residuals)
+            if self.config.init == "normal":
+                _normal_linears(block, torch_generator(seed, "init", i, "normal"))
+        self.norm.init_weights()
+        for name, parameter in self.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise UserError(f"`{name}` has no value after initialisation", "a value in every entry", "set it there")
+
+    def initial_state(self) -> ModelState:
+        """The state before the first token, for any number of rows."""
+        return ModelState(tuple(block.mixer.initial_state() for block in self.blocks))
+
+    def segments(
+        self,
+        tokens_BT: Tensor,
+        doc_id_BT: Tensor | Segments | None = None,
+        state: ModelState | None = None,
+        isolation: Isolation = "full",
+    ) -> Segments:
+        """Build what `forward` needs of the documents; see `Segments.build`."""
+        if isinstance(doc_id_BT, Segments):
+            segments = doc_id_BT
+        else:
+            if doc_id_BT is not None and doc_id_BT.shape != tokens_BT.shape:
+                given = f"doc_id of shape {tuple(doc_id_BT.shape)} for tokens of shape {tuple(tokens_BT.shape)}"
+                raise UserError(given, "one id per token", "cut both the same way")
+            past = None if state is None else state.past
+            shape = (tokens_BT.shape[0], tokens_BT.shape[1])
+            segments = Segments.build(doc_id_BT, isolation, shape=shape, device=tokens_BT.device, past=past)
+        limit = self.config.max_positions
+        if self.position_embedding is not None and limit is not None and (segments.max_position or 0) >= limit:
+            given = f"position {segments.max_position} with learned positions"
+            raise UserError(given, f"max_positions = {limit}, so positions 0 to {limit - 1}", "use shorter rows")
+        return segments
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        doc_id_BT: Tensor | Segments | None = None,
+        state: ModelState | None = None,
+        *,
+        isolation: Isolation = "full",
+    ) -> tuple[Tensor, ModelState | None]:
+        """Hidden states after the last norm.
+
+        Args:
+            tokens_BT: integer (B, T), T >= 1.
+            doc_id_BT: integer (B, T), best on the CPU, or ready `Segments`; None: each row goes on with one document.
+            state: of the tokens before; None in training.
+            isolation: what is kept apart at document boundaries (ignored where `Segments` are given).
+
+        Returns:
+            hidden (B, T, D), and the state after these tokens, None without one.
+
+        Raises:
+            UserError: shapes that do not fit, or learned positions that run past their table.
+        """
+        segments = self.segments(tokens_BT, doc_id_BT, state, isolation)
+        x_BTD = self.embedding(tokens_BT)
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(segments.positions)
+        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        after = []
+        for i, block in enumerate(self.layers):
+            x_BTD, layer_state = block(x_BTD, segments, None if state is None else state.layers[i])
+            after.append(layer_state)
+        hidden_BTD = self.norm(x_BTD)
+        return hidden_BTD, None if state is None else ModelState(tuple(after), segments.past)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., V); for training and scoring use `loss` and `token_nll`, which hold no such tensor."""
+        return F.linear(hidden, self.head_weight)
+
+    def next_logits(self, tokens_BT: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One step of generation: take in any T >= 1 tokens, return the logits (B, V) of the next and the new state."""
+        hidden_BTD, after = self(tokens_BT, None, state)
+        return self.logits(hidden_BTD[:, -1]), after
+
+    def loss(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        doc_id_BT: Tensor | Segments | None = None,
+        isolation: Isolation = "full",
+    ) -> tuple[Tensor, Tensor]:
+        """The training loss.
+
+        Args:
+            tokens_BT: integer (B, T).
+            targets_BT: integer (B, T), `IGNORE` (-100) marks targets without loss.
+            doc_id_BT: see `forward`.
+            isolation: see `forward`.
+
+        Returns:
+            Sum of negative log-likelihoods (nats, fp32 scalar) and the number of targets (int64 scalar tensor, so that
+            nothing waits for the device).
+        """
+        hidden_BTD, _ = self(tokens_BT, doc_id_BT, isolation=isolation)
+        nll = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction="sum")
+        return nll, (targets_BT != IGNORE).sum()
+
+    def token_nll(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        doc_id_BT: Tensor | Segments | None = None,
+        isolation: Isolation = "full",
+        state: ModelState | None = None,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Negative log-likelihood of every target.
+
+        Returns:
+            (B, T) fp32 nats, 0 where ignored, and the state after these tokens, None without one.
+        """
+        hidden_BTD, after = self(tokens_BT, doc_id_BT, state, isolation=isolation)
+        nll = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction="none")
+        return nll.view(targets_BT.shape), after
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups with and without weight decay.
+
+        Matrices decay, embeddings, head and convolution filters included; biases, norms and what a mixer lists in
+        `no_decay` (A_log, D, dt_bias) do not.
+        """
+        spared = {id(block.mixer.get_parameter(name)) for block in self.blocks for name in block.mixer.no_decay}
+        decayed = [p for p in self.parameters() if p.ndim >= 2 and id(p) not in spared]
+        kept = {id(p) for p in decayed}
+        others = [p for p in self.parameters() if id(p) not in kept]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def cast(self, dtype: torch.dtype) -> LanguageModel:
+        """Convert the parameters in place, except those that a mixer keeps in fp32; returns the model."""
+        kept = [block.mixer.get_parameter(name) for block in self.blocks for name in block.mixer.fp32]
+        values = [parameter.detach().float().clone() for parameter in kept]
+        self.to(dtype)
+        for parameter, value in zip(kept, values, strict=True):
+            parameter.data = value
+        return self
+
+
+def _normal_linears(block: Block, generator: torch.Generator) -> None:
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, INIT_STD, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()

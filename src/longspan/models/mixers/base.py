@@ -1,0 +1,132 @@
+"""The contract of a mixer and the registry of letters: what one file must give to be a layer of any pattern.
+
+Legend: B rows, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from longspan.foundation.config import Config
+from longspan.foundation.errors import UserError
+from longspan.models.segments import Segments
+
+
+@dataclass(frozen=True)
+class MixerState:
+    """What a mixer remembers of the tokens before a call; every tensor has the rows first.
+
+    A subclass adds tensor fields (None: nothing seen yet). A state may be used again: calls never write into it.
+    """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same state with `function` applied to every tensor."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        return dataclasses.replace(self, **changed)
+
+    def bytes(self) -> int:
+        """Bytes of the live entries over all rows, bookkeeping included."""
+        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+class Mixer(nn.Module, ABC):
+    """The part of a layer that moves information between positions.
+
+    Training, prefill, chunked prefill and decode are the same call. What a mixer cannot honour it refuses in `check`.
+
+    Class attributes:
+        name: the true mixer name that every artefact shows, e.g. `mamba2`.
+        Settings: its frozen configuration; a field takes the model's setting of the same name as default.
+        no_decay: parameters without weight decay, beside those with one dimension (biases, norms), which never have it.
+        fp32: parameters that stay in fp32 whatever the compute dtype.
+        residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Config]] = Config
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+    fp32: ClassVar[frozenset[str]] = frozenset()
+    residual_outputs: tuple[str, ...] = ("out_proj.weight",)
+
+    @classmethod
+    def check(cls, width: int, settings: Config) -> None:
+        """Refuse with a `UserError` what cannot be built at this width."""
+
+    @classmethod
+    def width_step(cls, settings: Config) -> int:
+        """The model widths it can be built at are the multiples of this."""
+        return 1
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, segments: Segments, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        """Mix T >= 1 positions.
+
+        Args:
+            x_BTD: normalised inputs.
+            segments: who may see whom.
+            state: of the tokens before; None in training, and then None is returned.
+        """
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter (and buffer), drawing from `generator` only."""
+
+    @abstractmethod
+    def initial_state(self) -> MixerState:
+        """The state before the first token."""
+
+    @abstractmethod
+    def flops(self, context: int) -> float:
+        """Forward FLOPs per token, 2 per multiply-add, averaged over the positions of a causal `context`."""
+
+    @abstractmethod
+    def state_bytes(self, context: int, element_bytes: int) -> int:
+        """Bytes of the state of one row after `context` tokens, for activations of `element_bytes`."""
+
+
+_MIXERS: dict[str, type[Mixer]] = {}
+MixerType = TypeVar("MixerType", bound=type[Mixer])
+
+
+def register(letter: str) -> Callable[[MixerType], MixerType]:
+    """Class decorator: patterns may use `letter` for this mixer.
+
+    Raises:
+        UserError: the letter is not one ASCII letter, or another mixer has it.
+    """
+    if not (len(letter) == 1 and letter.isascii() and letter.isalpha()):
+        raise UserError(f"mixer letter {letter!r}", "one ASCII letter, upper or lower case", "choose another letter")
+
+    def add(mixer: MixerType) -> MixerType:
+        taken = _MIXERS.get(letter)
+        if taken is not None:
+            free = ", ".join(sorted(set("ABCDEFGHIJKLMNOPQRSTUVWXYZ") - set(_MIXERS)))
+            raise UserError(f"mixer letter `{letter}` belongs to {taken.name}", f"a free letter: {free}", "take one")
+        _MIXERS[letter] = mixer
+        return mixer
+
+    return add
+
+
+def registered() -> Mapping[str, type[Mixer]]:
+    """Every mixer by its letter."""
+    return dict(_MIXERS)
+
+
+@torch.no_grad()
+def init_linear(linear: nn.Linear, generator: torch.Generator) -> None:
+    """U(+-1/sqrt(fan_in)) weights (kaiming-uniform with a = sqrt 5, as Mamba-2 and `nn.Linear`), zero bias."""
+    bound = 1.0 / math.sqrt(linear.in_features)
+    linear.weight.uniform_(-bound, bound, generator=generator)
+    if linear.bias is not None:
+        linear.bias.zero_()

@@ -1,0 +1,179 @@
+"""Mamba-2: a selective state-space mixer whose state has the same size at every context.
+
+Legend: B rows, T tokens, D model width, H heads, P head dim, N state, G = 1 group, K conv width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from longspan.foundation.config import Config
+from longspan.foundation.errors import UserError
+from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
+from longspan.models.segments import LONGEST_CONVOLUTION, Segments
+from longspan.ops.causal_conv import causal_conv
+from longspan.ops.ssd import ssd
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class Mamba2Settings(Config):
+    """Settings of one Mamba-2 mixer.
+
+    Attributes:
+        state: N, the state per head and channel.
+        expand: inner width / model width, an integer (the exported formats allow no other).
+        mamba_head_dim: P; must divide expand * width.
+        conv: taps of the convolution before the scan.
+        chunk: tokens per chunk of the matmul form; changes speed, not results.
+        norm_eps: of the gated norm.
+    """
+
+    state: int = Field(64, ge=1)
+    expand: int = Field(2, ge=1)
+    mamba_head_dim: int = Field(64, ge=1)
+    conv: int = Field(4, ge=2, le=LONGEST_CONVOLUTION)
+    chunk: int = Field(64, ge=1)
+    norm_eps: float = Field(1e-5, gt=0)
+
+
+@dataclass(frozen=True)
+class Mamba2State(MixerState):
+    """The last K-1 inputs of the convolution (B, K-1, channels), their documents, and the scan state (B, H, P, N)."""
+
+    tail: Tensor | None = None
+    tail_doc: Tensor | None = None
+    scan: Tensor | None = None
+
+
+class GatedRMSNorm(nn.Module):
+    """`RMSNorm(y * silu(z)) * weight`: the gate comes first (Mamba-2's `norm_before_gate=False`)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Statistics in fp32; the weight multiplies after the cast back to the dtype of `z`."""
+        gated = y.float() * F.silu(z.float())
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).to(z.dtype)
+        return normed * self.weight.to(z.dtype)
+
+
+@register("M")
+class Mamba2(Mixer):
+    """Mamba-2 (Dao & Gu 2024) as in `mamba_ssm/modules/mamba2.py` and transformers' `Mamba2Mixer`, one B/C group.
+
+    The rows of `in_proj` are z, x, B, C, dt; the convolution has a bias.
+    """
+
+    name = "mamba2"
+    Settings = Mamba2Settings
+    no_decay = frozenset({"A_log", "D", "dt_bias", "conv_bias", "norm.weight"})
+    fp32 = frozenset({"A_log", "D", "dt_bias"})
+
+    @classmethod
+    def check(cls, width: int, settings: Config) -> None:
+        """Refuse a head dimension that does not divide the inner width."""
+        assert isinstance(settings, Mamba2Settings)
+        inner, head_dim = settings.expand * width, settings.mamba_head_dim
+        if inner % head_dim:
+            near = sorted((d for d in range(1, inner + 1) if inner % d == 0), key=lambda d: abs(d - head_dim))[:4]
+            allowed = f"a divisor of expand * width = {inner}"
+            raise UserError(f"mamba_head_dim = {head_dim}", allowed, f"use one of {', '.join(map(str, sorted(near)))}")
+
+    @classmethod
+    def width_step(cls, settings: Config) -> int:
+        """Widths for which the head dimension divides expand * width."""
+        assert isinstance(settings, Mamba2Settings)
+        return settings.mamba_head_dim // math.gcd(settings.mamba_head_dim, settings.expand)
+
+    def __init__(self, width: int, settings: Mamba2Settings) -> None:
+        super().__init__()
+        self.check(width, settings)
+        self.settings = settings
+        self.inner = settings.expand * width
+        self.heads = self.inner // settings.mamba_head_dim
+        self.conv_width = self.inner + 2 * settings.state
+        self.in_proj = nn.Linear(width, self.inner + self.conv_width + self.heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.conv_width, settings.conv))
+        self.conv_bias = nn.Parameter(torch.empty(self.conv_width))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedRMSNorm(self.inner, settings.norm_eps)
+        self.out_proj = nn.Linear(self.inner, width, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """As the authors' code: A ~ U[1, 16], dt log-uniform in [1e-3, 1e-1], D = 1, convolution as `nn.Conv1d`."""
+        init_linear(self.in_proj, generator)
+        bound = 1.0 / math.sqrt(self.settings.conv)
+        self.conv_weight.uniform_(-bound, bound, generator=generator)
+        self.conv_bias.uniform_(-bound, bound, generator=generator)
+        self.A_log.uniform_(1.0, 16.0, generator=generator).log_()
+        dt = self.dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp().clamp(min=DT_FLOOR)
+        # softplus(dt_bias) = dt
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.D.fill_(1.0)
+        self.norm.weight.fill_(1.0)
+        init_linear(self.out_proj, generator)
+
+    def initial_state(self) -> Mamba2State:
+        """Nothing seen."""
+        return Mamba2State()
+
+    def forward(self, x_BTD: Tensor, segments: Segments, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        """See `Mixer.forward`."""
+        assert state is None or isinstance(state, Mamba2State)
+        before = state or Mamba2State()
+        rows = x_BTD.shape[0]
+        settings, doc_BT = self.settings, segments.state_doc
+        z, xBC, dt = self.in_proj(x_BTD).split([self.inner, self.conv_width, self.heads], dim=-1)
+        tail_doc = before.tail_doc
+        if doc_BT is not None and before.tail is not None and tail_doc is None:
+            assert segments.previous_doc is not None
+            tail_doc = segments.previous_doc[:, None].expand(rows, settings.conv - 1)
+        xBC, tail, tail_doc = causal_conv(
+            xBC,
+            self.conv_weight.to(xBC.dtype),
+            self.conv_bias.to(xBC.dtype),
+            doc_BT=doc_BT,
+            tail_BKD=before.tail,
+            tail_doc_BK=tail_doc if doc_BT is not None else None,
+        )
+        x, B, C = torch.split(xBC, [self.inner, settings.state, settings.state], dim=-1)
+        y_BTHP, scan = ssd(
+            x.reshape(*x.shape[:2], self.heads, settings.mamba_head_dim),
+            F.softplus(dt.float() + self.dt_bias.float()),
+            -torch.exp(self.A_log.float()),
+            B[:, :, None],
+            C[:, :, None],
+            self.D.float(),
+            doc_BT=doc_BT,
+            initial_state_BHPN=before.scan,
+            initial_doc_B=segments.previous_doc if before.scan is not None else None,
+            chunk=settings.chunk,
+        )
+        y_BTD = self.out_proj(self.norm(y_BTHP.flatten(2), z))
+        if state is None:
+            return y_BTD, None
+        # Copies: a view would keep the inputs of the whole call alive.
+        return y_BTD, Mamba2State(tail.clone(), None if tail_doc is None else tail_doc.clone(), scan)
+
+    def flops(self, context: int) -> float:
+        """Projections, convolution, and the causal half of the chunked scan (facts: QNG + QHP + 4HPN)."""
+        chunk, state = min(self.settings.chunk, context), self.settings.state
+        linear = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
+        return float(linear + chunk * (state + self.inner) + 4 * self.inner * state)
+
+    def state_bytes(self, context: int, element_bytes: int) -> int:
+        """The scan state in fp32 and K-1 inputs of the convolution."""
+        return 4 * self.inner * self.settings.state + (self.settings.conv - 1) * self.conv_width * element_bytes

@@ -1,0 +1,204 @@
+"""Who may see whom in a batch: built once per batch from `doc_id`, read by every layer.
+
+Legend: B rows, T tokens of this call, S cached and new keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from longspan.foundation.errors import UserError
+
+Isolation = Literal["full", "attention", "state", "none"]
+LONGEST_CONVOLUTION = 16
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a later call must know about the tokens already seen; every tensor lives on the CPU.
+
+    Attributes:
+        length: tokens seen per row.
+        num_keys: keys that attention caches still hold per row (fewer than `length` once closed documents are dropped).
+        last_doc: int32, the document of the last token; None while no document ids were ever given.
+        open_length: int64, tokens seen of that document; None means `length` in every row.
+        key_doc: int32, the documents of the cached keys; None means that all belong to the open document.
+        isolation: that of the calls so far; None while it made no difference.
+    """
+
+    length: int = 0
+    num_keys: int = 0
+    last_doc: Tensor | None = None
+    open_length: Tensor | None = None
+    key_doc: Tensor | None = None
+    isolation: Isolation | None = None
+
+    def select(self, index: Tensor) -> Past:
+        """The past of the rows `index`."""
+        last, opened, keys = (None if t is None else t[index] for t in (self.last_doc, self.open_length, self.key_doc))
+        return Past(self.length, self.num_keys, last, opened, keys, self.isolation)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What attention and recurrent mixers need to keep documents apart.
+
+    Attributes:
+        num_tokens: T.
+        num_keys: keys cached before this call, so the first query of this call has key index `num_keys`.
+        positions: int64, (B, T) or (1, T): the position of each token in its document where attention is isolated,
+            else in its row.
+        attention_doc, key_doc: int32 documents of queries and of all keys; None: attention may see everything
+            before it.
+        state_doc: int32 documents for recurrent mixers; None: the state flows on through the whole call.
+        previous_doc: int32 document of the token before this call, where `state_doc` is given and there is one.
+        keep_from: keys before this index can never be seen again after this call.
+        past: what the next call needs.
+    """
+
+    num_tokens: int
+    num_keys: int
+    positions: Tensor
+    attention_doc: Tensor | None
+    key_doc: Tensor | None
+    state_doc: Tensor | None
+    previous_doc: Tensor | None
+    keep_from: int
+    past: Past
+    max_position: int | None = None
+    prepared: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        doc_id_BT: Tensor | None,
+        isolation: Isolation = "full",
+        *,
+        shape: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        past: Past | None = None,
+    ) -> Self:
+        """Derive everything from the document ids.
+
+        Args:
+            doc_id_BT: integer (B, T), equal values in a row = same document, each document one run. Keep it on the CPU
+                when the model is elsewhere: then rows of one document are found without waiting for the device. None:
+                the document that is open goes on.
+            isolation: what is kept apart.
+            shape: (B, T), needed only without `doc_id_BT`.
+            device: where the layers run; default that of `doc_id_BT`.
+            past: of the calls before this one; None at the start.
+
+        Raises:
+            UserError: on an unknown isolation, or one that differs from the calls before.
+        """
+        if isolation not in get_args(Isolation):
+            raise UserError(f"isolation = {isolation!r}", ", ".join(get_args(Isolation)), "choose one of these")
+        started = past is not None
+        past = past or Past()
+        if doc_id_BT is None:
+            assert shape is not None, "without document ids the shape is needed"
+            if past.last_doc is None:
+                return cls._one_document(shape, device, past)
+            doc_id_BT = past.last_doc[:, None].expand(shape)
+        if past.isolation not in (None, isolation):
+            raise UserError(
+                f"isolation = {isolation!r} after calls with {past.isolation!r}",
+                "one isolation for all calls that share a state",
+                f"use {past.isolation!r}, or start from a new state",
+            )
+        device = torch.device(device or doc_id_BT.device)
+        doc_BT = doc_id_BT.to(torch.int32)
+        if doc_BT.device.type != "cpu":
+            if not started:
+                return cls._unseen(doc_BT, isolation)
+            doc_BT = doc_BT.cpu()
+        return cls._known(doc_BT, isolation, device, past)
+
+    @classmethod
+    def _one_document(cls, shape: tuple[int, int], device: torch.device | str | None, past: Past) -> Self:
+        num_tokens = shape[1]
+        positions = torch.arange(past.length, past.length + num_tokens, device=device)[None]
+        after = Past(past.length + num_tokens, past.num_keys + num_tokens)
+        return cls(num_tokens, past.num_keys, positions, None, None, None, None, 0, after, after.length - 1)
+
+    @classmethod
+    def _unseen(cls, doc_BT: Tensor, isolation: Isolation) -> Self:
+        """Training with ids on an accelerator: nothing may depend on their values, or the host would wait."""
+        num_tokens = doc_BT.shape[1]
+        attention_doc = doc_BT if isolation in ("full", "attention") else None
+        state_doc = doc_BT if isolation in ("full", "state") else None
+        positions = torch.arange(num_tokens, device=doc_BT.device)[None]
+        if attention_doc is not None:
+            positions = _position_in_run(doc_BT)
+        past = Past(num_tokens, num_tokens)
+        return cls(num_tokens, 0, positions, attention_doc, attention_doc, state_doc, None, 0, past, num_tokens - 1)
+
+    @classmethod
+    def _known(cls, doc_BT: Tensor, isolation: Isolation, device: torch.device, past: Past) -> Self:
+        rows, num_tokens = doc_BT.shape
+        previous_B = past.last_doc if past.last_doc is not None else doc_BT[:, 0]
+        open_B = past.open_length if past.open_length is not None else torch.full((rows,), past.length)
+        in_document_BT = _position_in_run(doc_BT)
+        goes_on_BT = (in_document_BT == torch.arange(num_tokens)) & (doc_BT[:, :1] == previous_B[:, None])
+        in_document_BT = in_document_BT + goes_on_BT * open_B[:, None]
+        after_open_B = in_document_BT[:, -1] + 1
+
+        attention_doc = key_doc = after_key_doc = state_doc = previous = None
+        positions_BT = torch.arange(past.length, past.length + num_tokens)[None]
+        num_keys, keep_from = past.num_keys + num_tokens, 0
+        if isolation in ("full", "attention"):
+            positions_BT = in_document_BT
+            cached = past.key_doc if past.key_doc is not None else previous_B[:, None].expand(rows, past.num_keys)
+            key_doc_BS = torch.cat([cached, doc_BT], dim=1)
+            if not _one_document_per_row(key_doc_BS):
+                attention_doc, key_doc = doc_BT, key_doc_BS
+                keep_from = int((num_keys - after_open_B).min())
+                kept_BS = key_doc_BS[:, keep_from:]
+                after_key_doc = None if _one_document_per_row(kept_BS) else kept_BS
+        if isolation in ("full", "state"):
+            reach_B = open_B.clamp(max=min(LONGEST_CONVOLUTION, past.length))
+            unbroken = bool((reach_B == min(LONGEST_CONVOLUTION, past.length)).all())
+            if not (unbroken and bool(goes_on_BT.all())):
+                state_doc, previous = doc_BT, previous_B if past.length else None
+
+        after = Past(
+            past.length + num_tokens,
+            num_keys - keep_from,
+            doc_BT[:, -1].clone(),
+            after_open_B,
+            after_key_doc,
+            isolation,
+        )
+        return cls(
+            num_tokens=num_tokens,
+            num_keys=past.num_keys,
+            positions=positions_BT.to(device, non_blocking=True),
+            attention_doc=_to(attention_doc, device),
+            key_doc=_to(key_doc, device),
+            state_doc=_to(state_doc, device),
+            previous_doc=_to(previous, device),
+            keep_from=keep_from,
+            past=after,
+            max_position=int(positions_BT.max()),
+        )
+
+
+def _position_in_run(doc_BT: Tensor) -> Tensor:
+    """int64 (B, T): how many tokens of the same run of equal ids stand before each token in this call."""
+    index = torch.arange(doc_BT.shape[1], device=doc_BT.device).expand(doc_BT.shape)
+    starts = torch.ones_like(doc_BT, dtype=torch.bool)
+    starts[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def _one_document_per_row(doc_BS: Tensor) -> bool:
+    return bool((doc_BS == doc_BS[:, :1]).all())
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
