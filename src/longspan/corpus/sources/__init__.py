@@ -11,12 +11,22 @@ from longspan.corpus.sources.jsonl import JsonlSource
 from longspan.corpus.sources.sotu import SotuSource
 from longspan.corpus.sources.synthetic import SyntheticSource
 from longspan.corpus.sources.text import TextSource
+from longspan.corpus.sources.wikipedia import WikipediaSource
 from longspan.corpus.sources.wikitext import WikitextSource
 
 AnySource = Annotated[
-    SotuSource | TextSource | JsonlSource | WikitextSource | SyntheticSource,
+    SotuSource | TextSource | JsonlSource | WikitextSource | WikipediaSource | SyntheticSource,
     Field(discriminator="source"),
 ]
 """Any source; the field `source` says which."""
 
-__all__ = ["AnySource", "JsonlSource", "SotuSource", "SourceConfig", "SyntheticSource", "TextSource", "WikitextSource"]
+__all__ = [
+    "AnySource",
+    "JsonlSource",
+    "SotuSource",
+    "SourceConfig",
+    "SyntheticSource",
+    "TextSource",
+    "WikipediaSource",
+    "WikitextSource",
+]

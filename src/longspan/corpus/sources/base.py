@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -24,6 +24,9 @@ class SourceConfig(Config, ABC):
     """
 
     max_documents: int | None = Field(default=None, ge=1)
+
+    place_only: ClassVar[frozenset[str]] = frozenset({"path"})
+    """Fields that say where the input lies or how it is read, not what is in it: no part of the fingerprint."""
 
     def documents(self, cache: Path, report: Report = silent) -> Iterator[Document]:
         """Stream the documents; the same settings and inputs give the same documents in the same order.
@@ -48,7 +51,7 @@ class SourceConfig(Config, ABC):
 
     def fingerprint(self, cache: Path) -> dict[str, Any]:
         """Everything that determines the documents, JSON-able. Where a file lies does not; what is in it does."""
-        return {"settings": self.model_dump(mode="json", exclude={"path"}), "inputs": self.inputs(cache)}
+        return {"settings": self.model_dump(mode="json", exclude=set(self.place_only)), "inputs": self.inputs(cache)}
 
 
 def as_paths(path: Path | Iterable[Path]) -> list[Path]:
