@@ -1,0 +1,417 @@
+"""The training loop: steps, evaluations and checkpoints in an order that any interruption leaves whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from longspan.foundation.errors import DivergenceError, Stopped, UserError
+from longspan.foundation.progress import Progress, Report, silent
+from longspan.foundation.randomness import stream_seed
+from longspan.training.batches import ResumableBatches, num_targets, to_device
+from longspan.training.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    load_weights,
+    read_state,
+    recover_checkpoint,
+    save_checkpoint,
+)
+from longspan.training.config import TrainingConfig
+from longspan.training.divergence import locate
+from longspan.training.evaluation import evaluate
+from longspan.training.identity import claim, run_configuration
+from longspan.training.interruption import Interruption
+from longspan.training.measurement import PeakMemory, Throughput, device_name, synchronizer
+from longspan.training.metrics import MetricsFile, read_metrics
+from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from longspan.training.precision import autocast_for, resolve_dtype
+from longspan.training.result import TrainingResult, Validation
+from longspan.training.trackers import Tracker
+
+if TYPE_CHECKING:
+    from longspan.corpus.packing import Batch
+    from longspan.models.language_model import LanguageModel
+    from longspan.models.segments import Isolation
+
+__all__ = ["TrainingConfig", "TrainingResult", "train"]
+
+WARMUP_STEPS = 3
+"""Steps at the start of a process that tokens/s leaves out."""
+
+
+def train(
+    model: LanguageModel,
+    training: TrainingConfig,
+    *,
+    make_batches: Callable[[], ResumableBatches],
+    validation: Callable[[], Iterable[Batch]],
+    isolation: Isolation,
+    token_bytes: np.ndarray,
+    directory: Path,
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+    trackers: Sequence[Tracker] = (),
+    configuration: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainingResult:
+    """Train `model` in place, or go on where an interrupted run in `directory` stopped.
+
+    A run that was killed at any instant and is started again ends as an uninterrupted one: on CPU bit for bit, in
+    weights and in `metrics.jsonl` (but for its timings). Afterwards the model holds the last weights; the best are in
+    `checkpoints/best` (`load_weights`).
+
+    Args:
+        model: freshly built from its own seed, fp32; it is moved to `device`.
+        make_batches: a fresh stream of training batches, each (training.rows, training.context).
+        validation: one pass over the whole validation split.
+        isolation: what is kept apart at document boundaries.
+        token_bytes: (V,) UTF-8 bytes per token id.
+        directory: gets `metrics.jsonl`, `checkpoints/{last,best}/`, `configuration.json` and, last, `result.json`.
+        report: called after every step; it may raise `Stopped`.
+        configuration: what else determines the run (corpus, packing, …); JSON values, kept in every checkpoint.
+        clock: seconds, for tests.
+
+    Raises:
+        UserError: `directory` belongs to another configuration, or a setting is impossible here.
+        DivergenceError: a loss or gradient is not finite; the weights from before that step are untouched.
+        Stopped: the user asked to stop; a checkpoint was written and the same call goes on from it.
+        DataError: a file is damaged or the disk is full; the last checkpoint is still there.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device = {device}", "cpu or cuda", "train on one of these")
+    model.to(device)
+    whole = run_configuration(model, training, isolation=isolation, device=device, more=configuration)
+    directory.mkdir(parents=True, exist_ok=True)
+    claim(directory, whole)
+    if (directory / "result.json").exists():
+        load_weights(recover_checkpoint(directory / "checkpoints" / "last"), model)
+        return TrainingResult.read(directory / "result.json")
+    # Dropout draws from torch's global generators; the caller's stay as they were.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), Interruption() as interruption:
+        torch.manual_seed(stream_seed(training.seed, "training"))
+
+        def listen(progress: Progress, /) -> None:
+            report(progress)
+            if interruption.requested:
+                raise Stopped("asked to stop")
+
+        run = _Run(
+            model=model,
+            training=training,
+            batches=make_batches(),
+            validation=validation,
+            isolation=isolation,
+            token_bytes=token_bytes,
+            directory=directory,
+            device=device,
+            report=listen,
+            trackers=trackers,
+            configuration=whole,
+            clock=clock,
+        )
+        return run.to_end()
+
+
+class _Run:
+    """One process's part of a run. Between `_step` calls, state, weights and data position agree."""
+
+    def __init__(
+        self,
+        *,
+        model: LanguageModel,
+        training: TrainingConfig,
+        batches: ResumableBatches,
+        validation: Callable[[], Iterable[Batch]],
+        isolation: Isolation,
+        token_bytes: np.ndarray,
+        directory: Path,
+        device: torch.device,
+        report: Report,
+        trackers: Sequence[Tracker],
+        configuration: Mapping[str, Any],
+        clock: Callable[[], float],
+    ) -> None:
+        self.model, self.training, self.batches, self.validation = model, training, batches, validation
+        self.isolation, self.token_bytes, self.device, self.report = isolation, token_bytes, device, report
+        self.directory, self.last, self.best = directory, directory / "checkpoints/last", directory / "checkpoints/best"
+        self.trackers, self.configuration, self.clock = trackers, configuration, clock
+        model.train()
+        self.dtype = resolve_dtype(training.dtype, device)
+        self.autocast = autocast_for(self.dtype, device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(model, training, device)
+        self.loss = torch.compile(model.loss, dynamic=False) if training.compile else model.loss
+        # (step, evaluated step) of the checkpoint in `last`.
+        self.saved = (0, 0)
+        self.state = self._resume()
+        self.started = clock() - self.state.seconds
+        self.metrics = MetricsFile(directory / "metrics.jsonl", self.state.metrics_bytes)
+        self.memory = PeakMemory(device)
+        self.throughput = Throughput(
+            clock,
+            synchronizer(device),
+            WARMUP_STEPS,
+            seconds=self.state.measured_seconds,
+            positions=self.state.measured_positions,
+        )
+        self.numbers: dict[str, float] = {}
+        # Whether state, weights and data position agree, so that a checkpoint may be written.
+        self.consistent = True
+        self.unchecked: list[tuple[int, list[Batch]]] = []
+        self._fresh_sums()
+
+    def _resume(self) -> TrainingState:
+        state = load_checkpoint(self.last, self.configuration, self.model, self.optimizer)
+        if state is None:
+            return TrainingState(sessions=1)
+        self.batches.load_state_dict(state.data)
+        self.saved = (state.step, state.evaluated_step)
+        state.sessions += 1
+        if state.best is not None and state.best.step == state.step and not self._has_best(state):
+            # Killed after `last` and before `best` was written, and both hold the same weights.
+            save_checkpoint(self.best, self.configuration, state, self.model)
+        return state
+
+    def _has_best(self, state: TrainingState) -> bool:
+        folder = recover_checkpoint(self.best)
+        return folder.exists() and bool(read_state(folder)["state"]["step"] == state.step)
+
+    def to_end(self) -> TrainingResult:
+        """Run until the last step, early stopping, or an interruption."""
+        try:
+            for tracker in self.trackers:
+                tracker.start(self.directory, self.configuration, self.state.step)
+            while True:
+                if self._evaluation_due():
+                    self._evaluate()
+                if self.state.step % self.training.checkpoint_every == 0:
+                    self._save()
+                self.report(Progress("train", self._tokens(), self._total(), "tok", self.numbers))
+                if self._finished():
+                    return self._result()
+                self.consistent = False
+                self._step()
+                self.consistent = True
+        except (KeyboardInterrupt, Stopped):
+            raise Stopped(self._stop()) from None
+        finally:
+            self.metrics.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _stop(self) -> str:
+        if self.consistent:
+            self._save()
+        where = f"step {self.saved[0]} of {self.training.num_steps}"
+        return f"stopped at {where}; run the same command again to go on from there"
+
+    # One optimizer step
+
+    def _step(self) -> None:
+        """One update. On CUDA nothing here waits for the device, except where a line is due in `metrics.jsonl`."""
+        step = self.state.step
+        micro_batches = [self._next_batch() for _ in range(self.training.accumulation)]
+        targets = sum(num_targets(batch) for batch in micro_batches)
+        lr = learning_rate(self.training, step)
+        set_learning_rate(self.optimizer, lr)
+        nll = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            with self.autocast():
+                nll_sum, _ = self.loss(*to_device(batch, self.device), self.isolation)
+            (nll_sum / max(1, targets)).backward()  # type: ignore[no-untyped-call]
+            nll += nll_sum.detach()
+        norm = clip_gradients(self.parameters, self.training.clip)
+        self._guard(step, nll, norm, micro_batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.nll_sum += nll.double()
+        self.state.step += 1
+        self.state.targets += targets
+        self.state.window_targets += targets
+        self.throughput.step(self.training.batch_tokens)
+        if self.state.step % self.training.log_every == 0 or self.state.step in (1, self.training.num_steps):
+            self._log(lr, norm)
+
+    def _next_batch(self) -> Batch:
+        batch = next(self.batches)
+        shape, wanted = batch.tokens.shape, (self.training.rows, self.training.context)
+        if shape != wanted:
+            raise UserError(
+                f"a batch of {shape[0]} rows × {shape[1]} positions",
+                f"{wanted[0]} × {wanted[1]}, from batch_tokens, accumulation and context",
+                "build the batches with `training.rows` and `training.context`",
+            )
+        return batch
+
+    def _guard(self, step: int, nll: torch.Tensor, norm: torch.Tensor, micro_batches: list[Batch]) -> None:
+        """Keep an update that is not finite from the weights.
+
+        The fused optimizer itself skips updates while `found_inf` is set, on the device. It is never cleared, so the
+        weights stay those before the first bad step until the host looks.
+        """
+        self.bad |= ~(torch.isfinite(nll) & torch.isfinite(norm))
+        self.first_bad += (self.first_bad < 0) * self.bad * (step + 1)
+        self.unchecked.append((step, micro_batches))
+        if self.device.type == "cuda":
+            self.optimizer.found_inf = self.bad.float()  # type: ignore[attr-defined]
+        else:
+            self._check()
+
+    def _check(self) -> None:
+        """Look whether a step since the last look was not finite. Waits for the device."""
+        if not self.unchecked:
+            return
+        first = int(self.first_bad.item())
+        if first < 0:
+            self.unchecked.clear()
+            return
+        batches = next(batches for step, batches in self.unchecked if step == first)
+        self.consistent = False
+        where = locate(self.model, batches, isolation=self.isolation, device=self.device, autocast=self.autocast)
+        raise DivergenceError(
+            f"training stopped at step {first + 1} of {self.training.num_steps}: loss or gradient is not finite, "
+            f"first seen in {where}\n"
+            f"  learning rate {learning_rate(self.training, first):.3g}; the update was not applied, "
+            f"the last checkpoint is of step {self.saved[0]}\n"
+            f"  fix: lower `training.peak_lr`, lengthen `training.warmup` or lower `training.clip`"
+        )
+
+    def _fresh_sums(self) -> None:
+        self.nll_sum = torch.full((), self.state.window_nll, dtype=torch.float64, device=self.device)
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    # What happens between steps
+
+    def _log(self, lr: float, norm: torch.Tensor) -> None:
+        self._check()
+        rate = self.throughput.window()
+        loss = float(self.nll_sum.item()) / max(1, self.state.window_targets)
+        self.state.window_nll, self.state.window_targets = 0.0, 0
+        self.nll_sum.zero_()
+        self._record(
+            {
+                "kind": "train",
+                "step": self.state.step,
+                "tokens": self._tokens(),
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": float(norm.item()),
+                "tokens_per_second": rate,
+                "seconds": self.clock() - self.started,
+            }
+        )
+        self.numbers = {**self.numbers, "loss": loss} | ({"tok/s": rate} if rate else {})
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        self.metrics.append(record)
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def _evaluation_due(self) -> bool:
+        step = self.state.step
+        due = step % self.training.evaluate_every == 0 or step == self.training.num_steps
+        return step > self.state.evaluated_step and due
+
+    def _evaluate(self) -> None:
+        """Validate; the state changes only after all of it succeeded, so it can be interrupted and done again."""
+        self._check()
+        with self.throughput.paused():
+            found = evaluate(
+                self.model,
+                self.validation(),
+                isolation=self.isolation,
+                token_bytes=self.token_bytes,
+                device=self.device,
+                autocast=self.autocast,
+                report=self.report,
+                step=self.state.step,
+                tokens=self._tokens(),
+                clock=self.clock,
+            )
+        record = {"kind": "validation", **dataclasses.asdict(found)}
+        if not np.isfinite(found.loss):
+            raise DivergenceError(
+                f"the validation loss at step {found.step} is {found.loss}; training losses were finite"
+            )
+        self.consistent = False
+        self._record(record)
+        state = self.state
+        state.evaluated_step, state.final = state.step, found
+        if state.patience_loss is None or found.loss < state.patience_loss - self.training.min_delta:
+            state.patience_loss, state.without_improvement = found.loss, 0
+        else:
+            state.without_improvement += 1
+        self.numbers = {**self.numbers, "bpb": found.bits_per_byte}
+        better = state.best is None or found.loss < state.best.loss
+        state.best = found if better else state.best
+        self.consistent = True
+        if better:
+            # `last` first: if the process dies in between, its weights are the best ones (`_resume`).
+            self._save()
+            with self.throughput.paused():
+                save_checkpoint(self.best, self.configuration, state, self.model)
+
+    def _save(self) -> None:
+        if self.saved == (self.state.step, self.state.evaluated_step):
+            return
+        self._check()
+        with self.throughput.paused():
+            state = self.state
+            state.window_nll = float(self.nll_sum.item())
+            state.metrics_bytes = self.metrics.sync()
+            state.measured_seconds, state.measured_positions = self.throughput.seconds, self.throughput.positions
+            state.seconds = self.clock() - self.started
+            state.peak_memory_bytes = max(state.peak_memory_bytes, self.memory.bytes())
+            state.data = self.batches.state_dict()
+            save_checkpoint(self.last, self.configuration, state, self.model, self.optimizer)
+            self.saved = (state.step, state.evaluated_step)
+
+    # The end
+
+    def _stopped_early(self) -> bool:
+        patience = self.training.patience
+        return patience is not None and self.state.without_improvement >= patience
+
+    def _finished(self) -> bool:
+        return self.state.step >= self.training.num_steps or self._stopped_early()
+
+    def _tokens(self) -> int:
+        return self.state.step * self.training.batch_tokens
+
+    def _total(self) -> int:
+        return self.training.num_steps * self.training.batch_tokens
+
+    def _result(self) -> TrainingResult:
+        self._save()
+        state = self.state
+        assert isinstance(state.final, Validation)
+        assert isinstance(state.best, Validation)
+        rates = [r["tokens_per_second"] for r in read_metrics(self.metrics.path, "train") if r["tokens_per_second"]]
+        result = TrainingResult(
+            steps=state.step,
+            tokens=self._tokens(),
+            targets=state.targets,
+            final=state.final,
+            best=state.best,
+            stopped_early=state.step < self.training.num_steps,
+            tokens_per_second=statistics.median(rates) if rates else None,
+            tokens_per_second_overall=self.throughput.overall(),
+            peak_memory_bytes=state.peak_memory_bytes,
+            peak_memory_of=self.memory.kind,
+            seconds=state.seconds,
+            sessions=state.sessions,
+            dtype=self.dtype,
+            device=device_name(self.device),
+        )
+        result.write(self.directory / "result.json")
+        return result
