@@ -1,0 +1,138 @@
+"""The laws every pattern keeps: causality, isolation, decode = prefill = one pass, reach."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.foundation.randomness import torch_generator
+
+LETTERS = "AMG"
+PATTERNS = ["".join(p) for n in range(1, 5) for p in itertools.product(LETTERS, repeat=n)]
+ISOLATIONS = ("full", "attention", "state", "none")
+T = 21
+# Documents of a row: lengths that end inside and at the end of a chunk of 8, one of a single token, one of five tokens.
+DOC = torch.tensor([0] * 8 + [1] * 1 + [2] * 7 + [3] * 5, dtype=torch.int32)
+
+
+def changed(tokens_BT: Tensor, where_T: Tensor) -> Tensor:
+    """Other tokens where `where` holds."""
+    return torch.where(where_T, (tokens_BT + 7) % 29, tokens_BT)
+
+
+def run(model, tokens_BT: Tensor, doc_BT: Tensor | None, isolation="full") -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of a fixed function of all logits with respect to the embedded inputs."""
+    embedded: list[Tensor] = []
+
+    def capture(module, inputs, output):
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    handle = model.embedding.register_forward_hook(capture)
+    try:
+        hidden, _ = model(tokens_BT, doc_BT, isolation=isolation)
+    finally:
+        handle.remove()
+    logits = model.logits(hidden)
+    weights = torch.randn(logits.shape, generator=torch_generator(0, "weights"))
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), embedded)
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_no_token_sees_a_later_one(pattern, tiny, tokens):
+    model, before = tiny(pattern), tokens(1, T)
+    after = changed(before, torch.arange(T) >= 11)
+    with torch.no_grad():
+        first, second = (model(t)[0] for t in (before, after))
+    assert torch.equal(first[:, :11], second[:, :11])
+    assert not torch.equal(first[:, 11:], second[:, 11:])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_changing_one_document_leaves_every_other_untouched(pattern, tiny, tokens):
+    model, before, doc = tiny(pattern), tokens(1, T), DOC[None]
+    logits, gradient = run(model, before, doc)
+    for document in (0, 1, 2):
+        others = document != DOC
+        new_logits, new_gradient = run(model, changed(before, ~others), doc)
+        assert torch.equal(logits[:, others], new_logits[:, others])
+        assert torch.equal(gradient[:, others], new_gradient[:, others])
+        assert not torch.equal(logits[:, ~others], new_logits[:, ~others])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("isolation", ["attention", "state", "none"])
+def test_partial_isolation_leaks_only_what_it_should(pattern, isolation, tiny, tokens):
+    model, before, doc = tiny(pattern), tokens(1, T), DOC[None]
+    after = changed(before, DOC == 0)
+    with torch.no_grad():
+        first, second = (model(t, doc, isolation=isolation)[0] for t in (before, after))
+    open_to_leak = {"attention": set("MG"), "state": set("A"), "none": set(LETTERS)}[isolation]
+    later = DOC > 0
+    assert torch.equal(first[:, later], second[:, later]) == (not open_to_leak & set(pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_decode_and_any_chunked_prefill_equal_one_pass(pattern, tiny, tokens):
+    model = tiny(pattern)
+    generator = torch_generator(1, pattern)
+    # The second row has other boundaries, so that rows of one batch close their documents at different steps.
+    doc = torch.stack([DOC, DOC.flip(0) + 10])
+    batch = tokens(2, T, name=pattern)
+    decoded = ISOLATIONS[PATTERNS.index(pattern) % 4]
+    for isolation in ISOLATIONS:
+        with torch.no_grad():
+            whole, _ = model(batch, doc, isolation=isolation)
+            for lengths in ([1] * T,) if isolation == decoded else (random_split(generator), [12, 1, 1, 7]):
+                state, parts = model.initial_state(), []
+                for part, ids in zip(batch.split(lengths, 1), doc.split(lengths, 1), strict=True):
+                    hidden, state = model(part, ids, state, isolation=isolation)
+                    parts.append(hidden)
+                assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-5, (isolation, lengths)
+
+
+@pytest.mark.parametrize("pattern", [*LETTERS, "AMG", "GMA"])
+@pytest.mark.parametrize("positions", ["rope", "nope", "alibi", "learned"])
+def test_every_kind_of_position_decodes_like_one_pass(pattern, positions, tiny, tokens):
+    model = tiny(pattern, positions=positions, max_positions=T, kv_heads=1, attention_bias=True, norm="layernorm")
+    doc, batch = torch.stack([DOC, DOC.flip(0) + 10]), tokens(2, T)
+    for isolation in ISOLATIONS:
+        with torch.no_grad():
+            whole, _ = model(batch, doc, isolation=isolation)
+            state, parts = model.initial_state(), []
+            for part, ids in zip(batch.split(4, 1), doc.split(4, 1), strict=True):
+                hidden, state = model(part, ids, state, isolation=isolation)
+                parts.append(hidden)
+            assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["A", "M", "G", "AMG", "MMAG"])
+@pytest.mark.parametrize("positions", ["rope", "alibi", "learned"])
+def test_an_isolated_document_is_the_same_wherever_it_stands(pattern, positions, tiny, tokens):
+    model, batch = tiny(pattern, positions=positions, max_positions=T), tokens(1, T)
+    with torch.no_grad():
+        packed, _ = model(batch, DOC[None])
+        for document in range(4):
+            own = document == DOC
+            alone, _ = model(batch[:, own])
+            assert (alone - packed[:, own]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+def test_reach_goes_beyond_the_convolution(letter, tiny, tokens):
+    model, before = tiny(letter), tokens(1, 16)
+    after = changed(before, torch.arange(16) == 0)
+    with torch.no_grad():
+        difference = (model(before)[0] - model(after)[0]).abs()
+    assert bool((difference.amax(-1)[0, 5:16] > 0).all())
+
+
+def random_split(generator: torch.Generator) -> list[int]:
+    """Lengths >= 1 that sum to T."""
+    cuts = torch.randperm(T - 1, generator=generator)[:4].sort().values + 1
+    edges = [0, *cuts.tolist(), T]
+    return [b - a for a, b in itertools.pairwise(edges)]

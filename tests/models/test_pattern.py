@@ -1,0 +1,63 @@
+"""Patterns read as written, and bad ones point at the offending character."""
+
+from __future__ import annotations
+
+import pytest
+
+from longspan.foundation.errors import UserError
+from longspan.models.config import ModelConfig
+from longspan.models.pattern import parse_pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        ("A", "A"),
+        ("AAMM", "AAMM"),
+        ("(AM)4", "AMAMAMAM"),
+        ("M6A2", "MMMMMMAA"),
+        ("((AM)2G)2", "AMAMGAMAMG"),
+        ("A(M)3", "AMMM"),
+        ("(A(MG)2)1M", "AMGMGM"),
+        ("M12", "M" * 12),
+    ],
+)
+def test_patterns_expand(pattern, layers):
+    assert "".join(parse_pattern(pattern)) == layers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "at", "word"),
+    [
+        ("AM-A", 2, "no meaning"),
+        ("(AM", 0, "never closed"),
+        ("A(M(G)", 1, "never closed"),
+        ("AM)2", 2, "never opened"),
+        ("4A", 0, "repeats the letter"),
+        ("A()", 1, "hold no layer"),
+        ("AM0", 2, "cannot repeat 0"),
+        ("A99999", 1, "cannot repeat 99999"),
+        ("A[AM]", 1, "not supported yet"),
+        ("A M", 1, "no meaning"),
+        ("AÄ", 1, "no meaning"),
+        ("AZ", 1, "no mixer has the letter `Z`"),
+    ],
+)
+def test_bad_patterns_point_at_the_character(pattern, at, word):
+    with pytest.raises(UserError) as caught:
+        parse_pattern(pattern, {"A", "M", "G"})
+    problem, shown, caret = caught.value.given.split("\n")
+    assert word in problem
+    assert shown.strip() == pattern.strip()
+    assert caret.index("^") - 4 == at
+
+
+@pytest.mark.parametrize("pattern", ["", "(A4096)4096", "A4096A"])
+def test_empty_and_endless_patterns_are_refused(pattern):
+    with pytest.raises(UserError):
+        parse_pattern(pattern)
+
+
+def test_the_model_names_the_caret_too():
+    with pytest.raises(UserError, match=r"model: pattern 'AQ': no mixer has the letter `Q`"):
+        ModelConfig.parse({"pattern": "AQ", "width": 16, "heads": 2}, "model")
