@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from longspan.corpus.sources.base import SourceConfig
+from longspan.corpus.sources.huggingface import HuggingFaceSource
 from longspan.corpus.sources.jsonl import JsonlSource
 from longspan.corpus.sources.sotu import SotuSource
 from longspan.corpus.sources.synthetic import SyntheticSource
@@ -15,13 +16,14 @@ from longspan.corpus.sources.wikipedia import WikipediaSource
 from longspan.corpus.sources.wikitext import WikitextSource
 
 AnySource = Annotated[
-    SotuSource | TextSource | JsonlSource | WikitextSource | WikipediaSource | SyntheticSource,
+    SotuSource | TextSource | JsonlSource | HuggingFaceSource | WikitextSource | WikipediaSource | SyntheticSource,
     Field(discriminator="source"),
 ]
 """Any source; the field `source` says which."""
 
 __all__ = [
     "AnySource",
+    "HuggingFaceSource",
     "JsonlSource",
     "SotuSource",
     "SourceConfig",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,9 @@ class SourceConfig(Config, ABC):
     """Settings of a source, and the source itself: it streams documents in a fixed order with bounded memory.
 
     A sub-class adds a field `source: Literal["name"]` and says how to `read` and what its `inputs` are.
+
+    Attributes:
+        max_documents: take at most so many, the first ones; of each split where the source gives splits.
     """
 
     max_documents: int | None = Field(default=None, ge=1)
@@ -39,7 +42,15 @@ class SourceConfig(Config, ABC):
             UserError: for settings that cannot be honoured; `DataError` for damaged input, named.
             MissingExtra: where the source needs a package that is not installed.
         """
-        return islice(self.read(cache, report), self.max_documents)
+        taken: Counter[str | None] = Counter()
+        for document in self.read(cache, report):
+            if self.max_documents is not None and taken[document.split] >= self.max_documents:
+                # Without given splits there is nothing more to wait for.
+                if set(taken) == {None}:
+                    return
+                continue
+            taken[document.split] += 1
+            yield document
 
     @abstractmethod
     def read(self, cache: Path, report: Report) -> Iterator[Document]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ class WikitextSource(SourceConfig):
         """Articles of train, validation and test, in the order of the files; ids are `test-00012`."""
         for split, file in self._files().items():
             number = -1
-            for number, (title, text) in enumerate(split_articles(read_lines(file))):
+            articles = enumerate(split_articles(read_lines(file)))
+            for number, (title, text) in islice(articles, self.max_documents):
                 if not title:
                     raise DataError(
                         f"{file} has no article heading", "lines such as ` = Title = `", "use the source `text`"
