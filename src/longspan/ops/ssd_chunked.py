@@ -69,7 +69,7 @@ def ssd_chunked(
         state = initial_state_BHPN.to(dtype)
     inputs = Inputs(x, dt, A_H.to(dtype), B, C, D_H.to(dtype))
     if torch.is_grad_enabled() and any(z.requires_grad for z in (*inputs, state)):
-        y, state = _Scan.apply(*inputs, state, boundaries)
+        y, state = _Scan.apply(*inputs, state, boundaries)  # type: ignore[no-untyped-call]
     else:
         y, state = _scan(inputs, state, boundaries, None)
     y_BTHP = y.flatten(1, 2)
@@ -80,7 +80,7 @@ def _cut(values_BT: Tensor, size: int, padding: int) -> Tensor:
     """(B, T, ...) -> (B, C, q, ...)."""
     if padding:
         values_BT = F.pad(values_BT, (0, 0) * (values_BT.dim() - 2) + (0, padding))
-    return values_BT.unflatten(1, (-1, size))
+    return values_BT.reshape(values_BT.shape[0], -1, size, *values_BT.shape[2:])
 
 
 def _scan(

@@ -46,7 +46,7 @@ class Boundaries:
         starts_BT = doc_BT != torch.cat((before_B1, doc_BT[:, :-1]), dim=1)
         if device.type == "cpu" and not bool(starts_BT.any()):
             return Boundaries(causal)
-        run_BCq = starts_BT.cumsum(1, dtype=torch.int32).unflatten(1, (-1, size))
+        run_BCq = starts_BT.cumsum(1, dtype=torch.int32).reshape(doc_BT.shape[0], -1, size)
         end_BC = run_BCq[..., -1]
         before_BC = F.pad(end_BC[:, :-1], (1, 0))
         return Boundaries(
