@@ -1,0 +1,151 @@
+"""What a probe may ask of a subject: the contract of every engine. Numpy only, so that probes never see a framework."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from longspan.corpus.tokenizer import Tokenizer
+from longspan.foundation.config import Config
+from longspan.foundation.errors import DataError, UserError
+
+Tokens = NDArray[Any]
+"""Integer ids (T,), of any integer dtype."""
+
+Capability = Literal["nll", "score", "generate"]
+
+
+class UnusableAnswer(DataError):
+    """A subject answered with NaN or an infinity: there is no score to be had from it."""
+
+
+class Sampling(Config):
+    """How to generate.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        temperature: 0 is greedy.
+        top_p: keep the smallest set of tokens with this much probability.
+        stop_at_boundary: end where the subject begins another document; off for timing.
+        seed: of the draws; each prompt has a stream of its own.
+    """
+
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    stop_at_boundary: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a subject wrote after one prompt.
+
+    Attributes:
+        tokens: int64 (n,), without the prompt and without a boundary token that ended it.
+        text: the same decoded.
+        finish_reason: `stop` (boundary), `length` (max_new_tokens) or `context` (the subject's context limit).
+        prompt_tokens: length of the prompt.
+        first_token_seconds: from sending the prompt to the first token.
+        decode_seconds: for all tokens after the first.
+        state_bytes: measured at the end, None where the engine cannot tell.
+    """
+
+    tokens: NDArray[np.int64]
+    text: str
+    finish_reason: Literal["stop", "length", "context"]
+    prompt_tokens: int
+    first_token_seconds: float
+    decode_seconds: float
+    state_bytes: int | None = None
+
+
+class Engine(ABC):
+    """Runs one subject.
+
+    Attributes:
+        name: for people.
+        capabilities: which of `nll`, `score`, `generate` it has.
+        tokenizer: the subject's own.
+        document_prefix: ids that the subject expects before a document; may be empty.
+        isolation: what the subject keeps apart where `doc_ids` are given.
+        context_limit: most tokens the subject can take in, None where there is no limit.
+        fingerprint: of all that determines answers: weights, tokenizer, markers, isolation, precision.
+    """
+
+    name: str
+    capabilities: frozenset[Capability]
+    tokenizer: Tokenizer
+    document_prefix: NDArray[np.int64]
+    isolation: Literal["full", "attention", "state", "none"]
+    context_limit: int | None
+    fingerprint: str
+
+    @abstractmethod
+    def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:
+        """Negative log-likelihood (nats) of every token but the first, given the ones before it.
+
+        Args:
+            sequences: of at least 2 ids each; nothing is added.
+            doc_ids: per sequence one id per token, equal values in a run = same document; None: one document each.
+
+        Returns:
+            Per sequence float64 (n - 1,).
+
+        Raises:
+            UserError: a sequence shorter than 2 tokens or longer than the subject can take.
+            UnusableAnswer: NaN or infinite likelihoods.
+        """
+
+    def score(self, prefix: Tokens, continuations: Sequence[Tokens]) -> list[NDArray[np.float64]]:
+        """NLL of each continuation's tokens after the same prefix, which is computed once.
+
+        Args:
+            prefix: at least 1 id.
+            continuations: at least 1 id each, of any lengths.
+
+        Returns:
+            Per continuation float64 (len(continuation),).
+        """
+        return self.score_many([prefix], [continuations])[0]
+
+    @abstractmethod
+    def score_many(
+        self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> list[list[NDArray[np.float64]]]:
+        """`score` for several prefixes at once, each with continuations of its own."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+        """Continue each prompt (at least 1 id; nothing is added)."""
+
+    @abstractmethod
+    def state_bytes(self, context: int) -> int:
+        """Bytes that one sequence's state takes after `context` tokens, computed from the configuration."""
+
+    def refuse(self, capability: str) -> UserError:
+        """The error for something this engine cannot do."""
+        have = ", ".join(sorted(self.capabilities)) or "nothing"
+        return UserError(f"{self.name} cannot `{capability}`", have, "leave out the probes that need it")
+
+
+def require_finite(values: NDArray[np.float64], subject: str, what: str) -> NDArray[np.float64]:
+    """Pass likelihoods on; a NaN must never become a score (an argmin would even count it as right).
+
+    Raises:
+        UnusableAnswer: naming the subject and the first bad place.
+    """
+    if not np.isfinite(values).all():
+        index = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise UnusableAnswer(
+            f"{subject} gave {values[index]} as the likelihood of token {index + 1} of {what}",
+            "finite numbers",
+            "look at the subject's training for divergence, or take it out of the study",
+        )
+    return values
