@@ -1,0 +1,515 @@
+"""The kinds of chart a report draws, each defined once (Altair) for the page and for the figure files.
+
+Colours are CSS variables (`var(--ink)`), so that the page follows light and dark without drawing again and prints on
+white; `static_spec` puts real colours in for files. Widths are set by the page; heights are fixed, which is what lets
+the labels at line ends be spread apart here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import altair as alt
+
+from longspan.report.arms import Arms
+from longspan.report.tables import Table
+
+INK, SOFT, LINE, GRID, ZONE, PAPER = (f"var(--{name})" for name in ("ink", "soft", "line", "grid", "zone", "paper"))
+THEMES: dict[str, dict[str, str]] = {
+    "light": {
+        "ink": "#1b1f24", "soft": "#5b636e", "line": "#b9c0c8", "grid": "#e9ecef", "zone": "#e4e7eb",
+        "paper": "#ffffff",
+    },
+    "dark": {
+        "ink": "#e8eaed", "soft": "#a2abb5", "line": "#4a525c", "grid": "#2a3038", "zone": "#303740",
+        "paper": "#14171b",
+    },
+}  # fmt: skip
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+STATIC_WIDTH = 660
+Row = dict[str, Any]
+Scale = Literal["log", "linear"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart with its table.
+
+    Attributes:
+        name: of its files and its anchor, e.g. `position-curve`.
+        caption: how to read it, in a sentence or two.
+        spec: the Vega-Lite definition with CSS variables as colours.
+        columns: panels per row at full width; 1 for a single chart.
+        label_width: room for direct labels at the right of every panel, in pixels.
+        half: whether it may share a row with the next figure.
+    """
+
+    name: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+    table: Table
+    columns: int = 1
+    label_width: int = 0
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: `values` are the ticks wanted (None leaves them to Vega), `form` a d3 format."""
+
+    title: str
+    scale: Scale = "linear"
+    form: str = "~g"
+    zero: bool = False
+    values: tuple[float, ...] | None = None
+
+
+def config() -> dict[str, Any]:
+    """The look of every chart."""
+    axis = {
+        "labelColor": SOFT, "titleColor": SOFT, "gridColor": GRID, "domainColor": LINE, "tickColor": LINE,
+        "labelFontSize": 11, "titleFontSize": 11.5, "titleFontWeight": 500, "titlePadding": 8, "labelPadding": 5,
+        "tickSize": 4, "labelOverlap": "greedy", "labelFlush": False,
+    }  # fmt: skip
+    left = {
+        "domain": False, "ticks": False, "titleAngle": 0, "titleAlign": "left", "titleAnchor": "end",
+        "titleBaseline": "bottom", "titleY": -9, "tickCount": 5,
+    }  # fmt: skip
+    return {
+        "background": "transparent",
+        "font": FONT,
+        "view": {"stroke": None},
+        "axis": axis,
+        "axisX": {"grid": False},
+        "axisY": left,
+        "header": {"labelColor": INK, "labelFontSize": 11.5, "labelFontWeight": 600, "labelAnchor": "start",
+                   "title": None, "labelPadding": 16},
+        "text": {"color": INK, "fontSize": 11.5},
+        "rule": {"color": LINE},
+    }  # fmt: skip
+
+
+def static_spec(figure: Figure, arms: Arms, theme: str = "light") -> dict[str, Any]:
+    """The definition with real colours and a fixed width, for SVG and PNG files."""
+    text = json.dumps(figure.spec)
+    colours = dict(THEMES[theme])
+    colours |= {name.removeprefix("--"): getattr(shade, theme) for name, shade in arms.shades.items()}
+    for name, colour in colours.items():
+        text = text.replace(f"var(--{name})", colour)
+    spec: dict[str, Any] = json.loads(text)
+    spec["background"] = colours["paper"]
+    if "facet" in spec:
+        room = STATIC_WIDTH + 60 - figure.columns * figure.label_width
+        spec["spec"]["width"] = max(110, (room - 24 * (figure.columns - 1)) // figure.columns)
+    else:
+        spec["width"] = STATIC_WIDTH - figure.label_width
+    return spec
+
+
+def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | None = None, height: int = 290,
+          mark_x: float | None = None, bands: bool = True, points: bool = True) -> dict[str, Any]:  # fmt: skip
+    """Lines with 95 % bands and labels at their ends.
+
+    Args:
+        rows: subject, x, y, low, high (None where there is no interval), text and n for the tooltip.
+        chance: level of guessing, drawn as a dashed line.
+        mark_x: an x worth marking, e.g. the training context.
+    """
+    panels = len({arms[r["subject"]].panel for r in rows})
+    height = height if panels == 1 else 150
+    rows = [_styled(row, arms) for row in rows]
+    domain_x, domain_y = _x_domain(rows, x), y_domain(rows, y, chance)
+    labels = _end_labels(rows, arms, y, domain_y, height)
+    values = [{"kind": "point", **row} for row in rows] + labels
+    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x), title=x.title)
+    encode_y = alt.Y("y:Q", scale=_scale(y, domain_y), axis=_axis(y), title=y.title)
+    colour = alt.Color("c:N", scale=None, legend=None)
+    dash = alt.StrokeDash(
+        "d:N", scale=alt.Scale(domain=list(arms.dashes), range=[list(d) for d in arms.dashes.values()]), legend=None
+    )
+    base = alt.Chart().transform_filter("datum.kind == 'point'").encode(x=encode_x, detail="s:N")
+    layers: list[Any] = []
+    if chance is not None:
+        layers.append(alt.Chart().mark_rule(strokeDash=[3, 3], color=SOFT).encode(y=alt.datum(chance)))
+    if mark_x is not None and domain_x[0] < mark_x < domain_x[1]:
+        layers.append(alt.Chart().mark_rule(color=LINE, strokeDash=[1, 3], strokeWidth=1.5).encode(x=alt.datum(mark_x)))
+    if bands and any(row["low"] is not None for row in rows):
+        band = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
+        layers.append(band.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q"), y2="high:Q", fill=_fill()))
+    layers.append(base.mark_line(strokeWidth=2, clip=True).encode(y=encode_y, color=colour, strokeDash=dash))
+    if points:
+        layers.append(base.mark_point(filled=True, size=30, opacity=1).encode(y=encode_y, color=colour))
+    layers.append(base.mark_point(filled=True, size=260, opacity=0).encode(y=encode_y, tooltip=_tooltip(x)))
+    layers += _label_layers(encode_y, colour)
+    return finish(layers, values, panels, arms, height, width_of([r["text"] for r in labels if r["kind"] == "label"]))
+
+
+def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference: float | None = None,
+         ) -> dict[str, Any]:  # fmt: skip
+    """One row per estimate: name above, point with its 95 % interval, the number at the right; best first as given.
+
+    Args:
+        rows: name, value, low, high, text, c (colour), hollow (drawn as a ring), zone (half width of a grey zone
+            around `reference`, None for none), detail (more lines for the tooltip).
+        reference: a vertical line, e.g. 0 for differences.
+    """
+    values = [{"i": index, **row} for index, row in enumerate(rows)]
+    step = 34 if len(values) <= 16 else 28
+    known = [row[key] for row in values for key in ("value", "low", "high") if row.get(key) is not None]
+    known += [each for each in (chance, reference) if each is not None]
+    zones = [row["zone"] for row in values if row.get("zone")]
+    if reference is not None and zones:
+        known += [reference - max(zones), reference + max(zones)]
+    low, high = _padded(min(known), max(known), 0.05)
+    encode_y = alt.Y("i:O", axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
+    encode_x = alt.X(
+        "value:Q", scale=alt.Scale(domain=[low, high], nice=False), axis=_axis(x, grid=True), title=x.title
+    )
+    colour = alt.Color("c:N", scale=None, legend=None)
+    base = alt.Chart().encode(y=encode_y)
+    layers: list[Any] = []
+    if zones and reference is not None:
+        zone = base.transform_calculate(from_=f"{reference} - datum.zone", to=f"{reference} + datum.zone")
+        zone = zone.transform_filter("datum.zone > 0")
+        layers.append(zone.mark_bar(color=ZONE, height=step - 4, cornerRadius=2).encode(x=alt.X("from_:Q"), x2="to:Q"))
+    for each in (chance, reference):
+        if each is not None:
+            style = {"strokeDash": [3, 3]} if each is chance else {}
+            layers.append(alt.Chart().mark_rule(color=SOFT, **style).encode(x=alt.datum(each)))
+    shifted = {"yOffset": 7}
+    interval = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
+    layers.append(interval.mark_rule(strokeWidth=2.5, strokeCap="round", **shifted).encode(
+        x=alt.X("low:Q"), x2="high:Q", color=colour))  # fmt: skip
+    full, ring = base.transform_filter("!datum.hollow"), base.transform_filter("datum.hollow")
+    layers.append(full.mark_point(filled=True, size=75, opacity=1, **shifted).encode(x=encode_x, color=colour))
+    layers.append(ring.mark_point(filled=True, size=60, opacity=1, fill=PAPER, strokeWidth=2, **shifted).encode(
+        x=encode_x, stroke=alt.Stroke("c:N", scale=None, legend=None)))  # fmt: skip
+    layers.append(base.mark_text(align="left", baseline="middle", dy=-8, fontWeight=600).encode(
+        x=alt.value(0), text="name:N"))  # fmt: skip
+    layers.append(base.mark_text(align="left", baseline="middle", dx=10, dy=7, color=SOFT).encode(
+        x=alt.value("width"), text="text:N"))  # fmt: skip
+    tip = [alt.Tooltip("name:N", title="what"), alt.Tooltip("text:N", title="value"), alt.Tooltip("detail:N")]
+    layers.append(base.mark_bar(opacity=0, height=step).encode(x=alt.value(0), x2=alt.value("width"), tooltip=tip))
+    return _single(layers, values, step * len(values), width_of([r["text"] for r in values]) + 8, top=4)
+
+
+def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict[str, Any]:
+    """Quality against cost: points with intervals and direct labels; dominated ones are grey, the front is joined.
+
+    Args:
+        rows: name, x, y, low, high, text, xtext, c (colour), front (bool).
+    """
+    values = [dict(row) for row in sorted(rows, key=lambda r: (r["x"], r["y"]))]
+    domain_x, domain_y = _x_domain(values, x, pad=0.1), y_domain(values, y, None)
+    _spread_scatter(values, x, y, domain_x, domain_y, height)
+    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x, grid=True), title=x.title)
+    encode_y = alt.Y("y:Q", scale=_scale(y, domain_y), axis=_axis(y), title=y.title)
+    colour = alt.Color("c:N", scale=None, legend=None)
+    base = alt.Chart().encode(x=encode_x)
+    front = base.transform_filter("datum.front")
+    tip = [alt.Tooltip("name:N", title="subject"), alt.Tooltip("xtext:N", title=x.title),
+           alt.Tooltip("text:N", title=y.title), alt.Tooltip("n:Q", title="n", format=",d")]  # fmt: skip
+    layers = [
+        front.mark_line(color=LINE, strokeWidth=1.5, strokeDash=[4, 3]).encode(y=encode_y),
+        base.transform_filter("isValid(datum.low) && isValid(datum.high)").mark_rule(strokeWidth=1.5, opacity=0.6)
+        .encode(y=alt.Y("low:Q"), y2="high:Q", color=colour),
+        base.mark_point(filled=True, size=95, opacity=1).encode(y=encode_y, color=colour, tooltip=tip),
+        base.transform_filter("datum.label != ''").mark_text(align="left", dx=9, fontWeight=600)
+        .encode(y=alt.Y("label_y:Q"), text="label:N", color=colour),
+    ]  # fmt: skip
+    return _single(layers, values, height, width_of([r["label"] for r in values]))
+
+
+def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str, Any]:
+    """Paired differences against x, a panel per pair, with the grey zone of what could not be detected.
+
+    Args:
+        rows: pair, x, y, low, high, zone (half width), decided, text, n.
+    """
+    domain_x, domain_y = _x_domain(rows, x), y_domain(rows, y, 0.0)
+    reach = max(abs(domain_y[0]), abs(domain_y[1]))
+    values = [{**row, "zone_low": -min(row["zone"], reach), "zone_high": min(row["zone"], reach)} for row in rows]
+    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x), title=x.title)
+    scale = alt.Scale(domain=list(domain_y), nice=False, zero=False)
+    encode_y = alt.Y("y:Q", scale=scale, axis=_axis(y), title=y.title)
+    base = alt.Chart().encode(x=encode_x)
+    tip = [alt.Tooltip("pair:N"), alt.Tooltip("x:Q", title=x.title, format=",~r"), alt.Tooltip("text:N"),
+           alt.Tooltip("n:Q", title="n", format=",d")]  # fmt: skip
+    band = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
+    layers = [
+        base.mark_area(color=ZONE, clip=True).encode(y=alt.Y("zone_low:Q", scale=scale), y2="zone_high:Q"),
+        alt.Chart().mark_rule(color=SOFT).encode(y=alt.datum(0)),
+        band.mark_area(color=INK, opacity=0.18, clip=True).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"),
+        base.mark_line(color=INK, strokeWidth=1.75).encode(y=encode_y),
+        base.mark_point(filled=True, size=42, opacity=1, stroke=INK, strokeWidth=1.5).encode(
+            y=encode_y, fill=alt.condition("datum.decided", alt.value(INK), alt.value(PAPER)), tooltip=tip
+        ),
+    ]
+    pairs = list(dict.fromkeys(row["pair"] for row in rows))
+    chart = (
+        alt.layer(*layers)
+        .properties(height=150, width=180)
+        .facet(
+            facet=alt.Facet("pair:N", sort=pairs, title=None),
+            columns=columns,
+            data=alt.NamedData("rows"),
+            spacing={"column": 24, "row": 34},
+        )
+        .properties(padding={"left": 4, "top": 4, "bottom": 4, "right": 8})
+    )
+    return _plain(chart, values)
+
+
+def training(
+    rows: Sequence[Row], checks: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, labelled: bool
+) -> dict[str, Any]:
+    """Training curves: raw thin, smoothed thick, validation as points.
+
+    Args:
+        rows: subject, series (subject and seed), x, y, smooth, text; `checks` the same for validation.
+        labelled: whether the lines carry their names.
+    """
+    everything = [_styled(row, arms) for row in (*rows, *checks)]
+    panels = len({row["p"] for row in everything})
+    height = 170 if not labelled or panels > 1 else 280
+    domain_x = _x_domain(everything, x)
+    domain_y = _robust_domain(everything, y)
+    ends = [{**row, "y": row.get("smooth", row["y"])} for row in everything if not row["check"]] or everything
+    labels = _end_labels(ends, arms, y, domain_y, height) if labelled else []
+    values = [{key: value for key, value in row.items() if value is not None} for row in everything] + labels
+    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x), title=x.title)
+    encode_y = alt.Y("y:Q", scale=_scale(y, domain_y), axis=_axis(y), title=y.title)
+    colour = alt.Color("c:N", scale=None, legend=None)
+    line = alt.Chart().transform_filter("datum.check === false").encode(x=encode_x, detail="s:N", color=colour)
+    check = alt.Chart().transform_filter("datum.check === true").encode(x=encode_x, color=colour)
+    tip = [alt.Tooltip("series:N", title="run"), alt.Tooltip("x:Q", title="tokens", format=",d"),
+           alt.Tooltip("text:N", title="validation")]  # fmt: skip
+    over = [alt.Tooltip("series:N", title="run"), alt.Tooltip("x:Q", title="tokens", format=",d"),
+            alt.Tooltip("text:N", title="value")]  # fmt: skip
+    layers = [
+        line.mark_line(strokeWidth=0.75, opacity=0.35, clip=True).encode(y=encode_y),
+        line.mark_line(strokeWidth=2, clip=True).encode(y=alt.Y("smooth:Q")),
+        line.mark_point(filled=True, size=60, opacity=0, clip=True).encode(y=encode_y, tooltip=over),
+        check.mark_point(filled=True, size=46, opacity=1, stroke=PAPER, strokeWidth=1.2).encode(
+            y=encode_y, tooltip=tip
+        ),
+        *(_label_layers(encode_y, colour) if labelled else ()),
+    ]
+    width = width_of([row["text"] for row in labels]) if labelled else 8
+    return finish(layers, values, panels, arms, height, width)
+
+
+def _robust_domain(rows: Sequence[Row], axis: Axis) -> tuple[float, float]:
+    """Room for all but the largest half per cent: one spike at the start must not flatten the rest."""
+    values = sorted(row["y"] for row in rows)
+    cut = values[: max(1, math.ceil(0.995 * len(values)))]
+    return y_domain([{"y": cut[0]}, {"y": cut[-1]}], axis, None)
+
+
+def finish(
+    layers: Sequence[Any], values: Sequence[Row], panels: int, arms: Arms, height: int, label_width: int
+) -> dict[str, Any]:
+    """A layered chart, or the same in panels with shared axes."""
+    if panels == 1:
+        return _single(layers, values, height, label_width)
+    layered = alt.layer(*layers).properties(height=height, width=160)
+    chart = layered.facet(
+        facet=alt.Facet("p:N", sort=list(arms.panels), title=None),
+        columns=arms.columns,
+        data=alt.NamedData("rows"),
+        spacing={"column": label_width + 18, "row": 34},
+    ).properties(padding={"left": 4, "top": 4, "bottom": 4, "right": label_width})
+    return _plain(chart, values)
+
+
+def _single(
+    layers: Sequence[Any], values: Sequence[Row], height: int, label_width: int, top: int = 4
+) -> dict[str, Any]:
+    chart = alt.layer(*layers, data=alt.NamedData("rows")).properties(
+        height=height, width="container", padding={"left": 4, "top": top, "bottom": 4, "right": label_width}
+    )
+    spec = _plain(chart, values)
+    spec["autosize"] = {"type": "fit", "contains": "padding"}
+    return spec
+
+
+def _plain(chart: Any, values: Sequence[Row]) -> dict[str, Any]:
+    # The rows go in after Altair's validation: checking thousands of them against the schema takes seconds.
+    spec: dict[str, Any] = chart.configure(**config()).to_dict()
+    spec.pop("$schema", None)
+    spec["data"] = {"values": list(values)}
+    return spec
+
+
+def _styled(row: Row, arms: Arms) -> Row:
+    arm = arms[row["subject"]]
+    return {"low": None, "high": None, **row, "s": row.get("series", arm.label), "c": f"var({arm.variable})",
+            "p": arm.panel, "d": arm.dash}  # fmt: skip
+
+
+def _tooltip(x: Axis) -> list[Any]:
+    return [
+        alt.Tooltip("subject:N"),
+        alt.Tooltip("x:Q", title=x.title, format=",~r"),
+        alt.Tooltip("text:N", title="value"),
+        alt.Tooltip("n:Q", title="n", format=",d"),
+    ]
+
+
+def _fill() -> Any:
+    return alt.Fill("c:N", scale=None, legend=None)
+
+
+def _scale(axis: Axis, domain: tuple[float, float]) -> Any:
+    if axis.scale == "linear":
+        return alt.Scale(domain=list(domain), nice=False, zero=False)
+    if domain[0] <= 0:
+        return alt.Scale(type="symlog", domain=list(domain), nice=False)
+    return alt.Scale(type="log", base=2, domain=list(domain), nice=False)
+
+
+def _axis(axis: Axis, grid: bool | None = None) -> Any:
+    settings: dict[str, Any] = {"format": axis.form}
+    if axis.values is not None:
+        settings["values"] = list(axis.values)
+    if grid is not None:
+        settings["grid"] = grid
+    return alt.Axis(**settings)
+
+
+def _x_domain(rows: Sequence[Row], axis: Axis, pad: float = 0.0) -> tuple[float, float]:
+    low, high = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    if axis.scale == "log" and low > 0:
+        if low == high:
+            return low / 2, high * 2
+        factor = (high / low) ** pad
+        return low / factor, high * factor * (factor if pad else 1)
+    if axis.zero:
+        return 0.0, _padded(0.0, high, pad)[1]
+    return _padded(low, high, pad)
+
+
+def y_domain(rows: Sequence[Row], axis: Axis, also: float | None) -> tuple[float, float]:
+    """Room for every value and interval; from zero where the axis says so."""
+    known = [row[key] for row in rows for key in ("y", "low", "high") if row.get(key) is not None]
+    known += [] if also is None else [also]
+    if axis.scale == "log":
+        positive = [value for value in known if value > 0]
+        low, high = min(positive), max(positive)
+        factor = (high / low) ** 0.06 if high > low else 2.0
+        return low / factor, high * factor
+    low, high = min(known), max(known)
+    if axis.zero and low >= 0:
+        return 0.0, _padded(0.0, high, 0.08)[1]
+    return _padded(low, high, 0.08)
+
+
+def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+    room = (high - low) * share or (0.0 if share == 0 and high > low else abs(high) * 0.05 or 0.5)
+    return low - room, high + room
+
+
+def _end_labels(
+    rows: Sequence[Row], arms: Arms, y: Axis, domain: tuple[float, float], height: int
+) -> list[Row]:  # fmt: skip
+    """A label and a leader for the last point of every line, spread apart in each panel."""
+    last: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = (row["p"], row["subject"])
+        if row["y"] is not None and (key not in last or row["x"] >= last[key]["x"]):
+            last[key] = row
+    labels: list[Row] = []
+    for panel in dict.fromkeys(key[0] for key in last):
+        ends = sorted((row for key, row in last.items() if key[0] == panel), key=lambda r: r["y"])
+        places = spread([_pixel(row["y"], domain, y.scale, height) for row in ends], 13.5, height)
+        for row, place in zip(ends, places, strict=True):
+            shared = {"p": panel, "c": row["c"], "s": row["s"], "d": row["d"], "y": row["y"], "x": row["x"]}
+            at = _value(place, domain, y.scale, height)
+            labels.append({**shared, "kind": "label", "at": at, "text": arms[row["subject"]].short})
+    return labels
+
+
+def _label_layers(encode_y: Any, colour: Any) -> list[Any]:
+    ends = alt.Chart().transform_filter("datum.kind == 'label'")
+    leader = ends.mark_rule(strokeWidth=1, opacity=0.55).encode(
+        x=alt.X("x:Q"), x2=alt.value(alt.ExprRef("width + 7")), y=encode_y, y2="at:Q", color=colour
+    )
+    text = ends.mark_text(align="left", baseline="middle", dx=10, fontWeight=600).encode(
+        x=alt.value("width"), y=alt.Y("at:Q"), text="text:N", color=colour
+    )
+    return [leader, text]
+
+
+def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
+    """Rising pixel places near `wanted` (rising) that are at least `gap` apart and, where they fit, within `height`."""
+    places = list(wanted)
+    clusters = [[place, 1.0] for place in places]
+    merged: list[list[float]] = []
+    for centre, size in clusters:
+        merged.append([centre, size])
+        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
+            c1, n1 = merged.pop()
+            c0, n0 = merged.pop()
+            merged.append([(c0 * n0 + c1 * n1) / (n0 + n1), n0 + n1])
+    out: list[float] = []
+    for centre, size in merged:
+        half = gap * (size - 1) / 2
+        centre = min(max(centre, half), max(half, height - half))
+        out += [centre - half + gap * i for i in range(int(size))]
+    for i in range(1, len(out)):
+        out[i] = max(out[i], out[i - 1] + gap)
+    return out
+
+
+def _spread_scatter(
+    values: list[Row], x: Axis, y: Axis, domain_x: tuple[float, float], domain_y: tuple[float, float], height: int
+) -> None:
+    """Labels near in x are spread in y; of many points only the front is labelled."""
+    for row in values:
+        row["label"] = row["name"] if len(values) <= 8 or row["front"] else ""
+        row["label_y"] = row["y"]
+    named = [row for row in values if row["label"]]
+    for row in named:
+        row["px"] = _pixel(row["x"], domain_x, x.scale, 620)
+    group: list[Row] = []
+    for row in [*sorted(named, key=lambda r: r["px"]), None]:
+        if row is not None and (not group or row["px"] - group[-1]["px"] < 70):
+            group.append(row)
+            continue
+        group.sort(key=lambda r: r["y"])
+        places = spread([_pixel(r["y"], domain_y, y.scale, height) for r in group], 14, height)
+        for member, place in zip(group, places, strict=True):
+            member["label_y"] = _value(place, domain_y, y.scale, height)
+        group = [row] if row is not None else []
+
+
+def _pixel(value: float, domain: tuple[float, float], scale: Scale, height: float) -> float:
+    low, high = domain
+    if scale == "log" and low > 0:
+        return height * math.log(value / low) / math.log(high / low)
+    return height * (value - low) / (high - low)
+
+
+def _value(pixel: float, domain: tuple[float, float], scale: Scale, height: float) -> float:
+    low, high = domain
+    if scale == "log" and low > 0:
+        return low * (high / low) ** (pixel / height)
+    return low + (high - low) * pixel / height
+
+
+def width_of(texts: Sequence[str]) -> int:
+    """Room for the longest of some labels, in pixels."""
+    return 16 + math.ceil(6.9 * max((len(text) for text in texts), default=0))
+
+
+def log_ticks(xs: Mapping[float, Any] | Sequence[float]) -> tuple[float, ...]:
+    """Ticks at the x values themselves, thinned to powers of two apart where there are many."""
+    values = sorted({x for x in xs if x > 0})
+    while len(values) > 9:
+        values = values[::2]
+    return tuple(values)

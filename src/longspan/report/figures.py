@@ -1,0 +1,483 @@
+"""Which figures a report has: from facts and summaries to charts, section by section."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from longspan.records.observation import Comparison, Measurement, Metric
+from longspan.report import charts, findings, numbers, tables
+from longspan.report.arms import Arms
+from longspan.report.charts import Axis, Figure, Row
+from longspan.report.data import ProbeSection, ReportInput, SubjectFacts
+from longspan.report.decision import difference_text, quantity, value_text
+from longspan.report.findings import Finding
+
+BAND = "Bands are 95 % intervals."
+MOST_PAIRS = 15
+MOST_CURVES = 6
+
+
+def answer_figure(report: ReportInput, arms: Arms) -> list[Figure]:
+    """The primary metric of every subject, best first."""
+    finding = findings.primary_finding(report)
+    return [_dot_figure("answer", finding, arms)] if finding else []
+
+
+def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
+    """One figure per metric with an x axis, and one for the first metric that is a single number."""
+    primary = findings.primary_finding(report)
+    scalars = [m for m in section.metrics if m.x_name is None and findings.points(section, m.name)]
+    curves = [m for m in section.metrics if m.x_name is not None and findings.points(section, m.name)]
+    found: list[Figure] = []
+    if scalars and not (primary and primary.section is section and primary.metric is scalars[0]):
+        found.append(_dot_figure(slug(section.kind), Finding(section, scalars[0], None), arms))
+    for metric in curves:
+        figure = _curve_figure(report, section, metric, arms, half=len(curves) > 1)
+        found.append(figure)
+    return found
+
+
+def scalar_table(section: ProbeSection, arms: Arms) -> tables.Table | None:
+    """All metrics of a section that are single numbers."""
+    scalars = [m for m in section.metrics if m.x_name is None and findings.points(section, m.name)]
+    return tables.scalar_table(section, scalars, arms.labels) if scalars else None
+
+
+def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
+    """State bytes and FLOPs per token against context, then whatever cost was measured."""
+    found = []
+    for name, title, form in (
+        ("state_bytes", "Decoding state", "bytes"),
+        ("forward_flops", "Forward FLOPs per token", "FLOPs"),
+    ):
+        rows = [row for subject in report.subjects for row in _fact_rows(subject, name)]
+        if len({row["x"] for row in rows}) < 2:
+            continue
+        x = Axis("context (tokens)", "log", "~s", values=charts.log_ticks([row["x"] for row in rows]))
+        y = Axis(form, "log", "~s")
+        crossings = findings.crossovers(_exact_curves(rows))
+        caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
+        unique, shown = _one_per_colour(rows, arms)
+        spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
+        found.append(_figure(slug(name), title, caption + _mark(report), spec, tables.context_cost_table(report, name),
+                             shown, [r["subject"] for r in unique], half=True))  # fmt: skip
+    for section in report.probes:
+        if section.place == "cost":
+            found += _measured_cost(report, section, arms)
+    return found
+
+
+def pareto_figures(report: ReportInput, arms: Arms) -> list[Figure]:
+    """The primary metric against state bytes and against FLOPs per token, at the longest context that all share."""
+    finding = findings.primary_finding(report)
+    if finding is None or len(findings.measured(finding)) < 2:
+        return []
+    found = []
+    for name, title, unit in (
+        ("state_bytes", "decoding state", "bytes"),
+        ("forward_flops", "FLOPs per token", "FLOPs"),
+        ("training_flops", "training FLOPs", "FLOPs"),
+    ):
+        figure = _pareto(report, arms, finding, name, title, unit)
+        if figure and not (name == "training_flops" and len(found) == 2):
+            found.append(figure)
+    return found
+
+
+def comparison_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
+    """Paired differences of every compared metric: a forest plot, or curves of the difference against x."""
+    found = []
+    for metric in section.metrics:
+        effects = findings.effects(section, metric.name)
+        compared = findings.pairs(section, metric.name)
+        if not (effects or compared):
+            continue
+        xs = sorted({c.x for c in compared if c.x is not None})
+        name = slug(f"{section.kind}-{metric.name}-differences")
+        if effects:
+            found.append(_forest(f"{name}-effects", section, metric, effects, arms, "Main effects: "))
+        if len(xs) > 1:
+            found.append(_difference_curves(name, section, metric, compared, arms))
+        elif compared:
+            found.append(_forest(name, section, metric, compared, arms, ""))
+    return found
+
+
+def slug(text: str) -> str:
+    """A name for files and anchors."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "figure"
+
+
+def _figure(name: str, title: str, caption: str, spec: dict[str, object], table: tables.Table, arms: Arms,
+            drawn: Sequence[str], *, half: bool = False) -> Figure:  # fmt: skip
+    panels = len({arms[s].panel for s in drawn})
+    width = charts.width_of([arms[s].short for s in drawn])
+    return Figure(name, title, caption, spec, table, arms.columns if panels > 1 else 1, width, half and panels == 1)
+
+
+def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
+    metric = finding.metric
+    ranked = [m for m in findings.order(metric, findings.measured(finding).values()) if m.subject in arms]
+    rows = [_dot(metric, m, arms) for m in ranked]
+    percent = metric.kind in ("proportion", "difference")
+    spec = charts.dots(rows, Axis(_unit_title(metric), form=".0%" if percent else "~g"), chance=metric.chance)
+    width = charts.width_of([row["text"] for row in rows]) + 8
+    table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
+    better = "Lower" if metric.better == "lower" else "Higher"
+    caption = f"{better} is better; bars are 95 % intervals. The axis does not start at zero."
+    if metric.chance is not None:
+        caption = f"{better} is better; bars are 95 % intervals; the dashed line is guessing."
+    title = quantity(finding)
+    return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
+
+
+def _at_x(finding: Finding, arms: Arms) -> tables.Table:
+    return tables.metric_table(finding.section, finding.metric, arms.labels)
+
+
+def _dot(metric: Metric, m: Measurement, arms: Arms) -> Row:
+    text = value_text(metric, m)
+    return {"name": m.subject, "value": m.value, "low": m.low, "high": m.high, "text": text, "hollow": False,
+            "c": f"var({arms[m.subject].variable})", "detail": _basis(m)}  # fmt: skip
+
+
+def _basis(m: Measurement) -> str:
+    return f"n={m.n:,}, {m.seeds} seed{'s' if m.seeds != 1 else ''}" + (f"; {m.note}" if m.note else "")
+
+
+def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, arms: Arms, *, half: bool) -> Figure:
+    found = [m for m in findings.points(section, metric.name) if m.subject in arms and m.x is not None]
+    rows = [_point(metric, m) for m in found]
+    percent = metric.kind in ("proportion", "difference")
+    x = Axis(_x_title(metric), section.x_scale, "~s", values=charts.log_ticks([row["x"] for row in rows]))
+    y = Axis(_unit_title(metric), form=".0%" if percent else "~g", zero=metric.kind == "proportion")
+    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=report.context)
+    better = "Lower" if metric.better == "lower" else "Higher"
+    caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
+    caption += " The dashed line is guessing." if metric.chance is not None else ""
+    table = tables.metric_table(section, metric, arms.labels)
+    drawn = [row["subject"] for row in rows]
+    name = slug(f"{section.kind}-{metric.name}")
+    return _figure(name, metric.title, caption + _mark(report), spec, table, arms, drawn, half=half)
+
+
+def _point(metric: Metric, m: Measurement) -> Row:
+    return {"subject": m.subject, "x": m.x, "y": m.value, "low": m.low, "high": m.high, "n": m.n,
+            "text": value_text(metric, m)}  # fmt: skip
+
+
+def _unit_title(metric: Metric) -> str:
+    return (
+        f"{metric.title} ({metric.unit})" if metric.unit and metric.unit not in metric.title.lower() else metric.title
+    )
+
+
+def _x_title(metric: Metric) -> str:
+    return {"context": "context (tokens)", "position": "position in document (tokens)"}.get(
+        metric.x_name or "", metric.x_name or ""
+    )
+
+
+def _mark(report: ReportInput) -> str:
+    return f" The dotted line marks the training context ({numbers.count(report.context)})." if report.context else ""
+
+
+def _fact_rows(subject: SubjectFacts, name: str) -> list[Row]:
+    known: dict[int, float] = getattr(subject, name)
+    show = numbers.byte_size if name == "state_bytes" else numbers.scaled
+    return [{"subject": subject.label, "x": float(c), "y": v, "n": None, "text": show(v)}
+            for c, v in sorted(known.items()) if v > 0]  # fmt: skip
+
+
+def _one_per_colour(rows: Sequence[Row], arms: Arms) -> tuple[list[Row], Arms]:
+    """Arms with equal curves (packing does not change cost) are drawn once, in one panel."""
+    curves: dict[str, tuple[tuple[float, float], ...]] = {}
+    for row in rows:
+        curves[row["subject"]] = (*curves.get(row["subject"], ()), (row["x"], row["y"]))
+    kept: dict[tuple[str, tuple[tuple[float, float], ...]], str] = {}
+    for subject, curve in curves.items():
+        kept.setdefault((arms[subject].colour, curve), subject)
+    colours = [colour for colour, _ in kept]
+    if len(set(colours)) < len(colours):
+        return list(rows), arms
+    keep = set(kept.values())
+    return [row for row in rows if row["subject"] in keep], arms.in_one_panel()
+
+
+def _exact_curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float, float, float]]]:
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in rows:
+        low = row["y"] if row.get("low") is None else row["low"]
+        high = row["y"] if row.get("high") is None else row["high"]
+        curves.setdefault(row["subject"], []).append((row["x"], row["y"], low, high))
+    return {subject: sorted(points) for subject, points in curves.items()}
+
+
+def _crossing_text(crossings: Sequence[findings.Crossover]) -> str:
+    parts = []
+    for c in crossings[:4]:
+        doubt = "" if c.low is None or c.high is None else f" [{numbers.count(c.low)}, {numbers.count(c.high)}]"
+        parts.append(f"{c.a} is below {c.b} from about {numbers.count(float(f'{c.x:.2g}'))} tokens{doubt}")
+    return f" {'; '.join(parts)}." if parts else ""
+
+
+def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
+    found = []
+    for metric in section.metrics:
+        points = [m for m in findings.points(section, metric.name) if m.subject in arms]
+        name = slug(f"{section.kind}-{metric.name}")
+        if not points:
+            continue
+        if any(m.x is None for m in points) or len({m.x for m in points}) < 2:
+            found.append(_dot_figure(name, Finding(section, metric, points[0].x), arms))
+            continue
+        rows = [_point(metric, m) for m in points]
+        x = Axis(_x_title(metric), section.x_scale, "~s", values=charts.log_ticks([row["x"] for row in rows]))
+        positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
+        y = Axis(_unit_title(metric), "log" if positive else "linear", "~s")
+        caption = f"Measured. {'Lower' if metric.better == 'lower' else 'Higher'} is better. {BAND}"
+        caption += _crossing_text(findings.crossovers(_exact_curves(rows))) if positive else ""
+        spec = charts.lines(rows, arms, x, y)
+        table = tables.metric_table(section, metric, arms.labels)
+        found.append(_figure(name, metric.title, caption, spec, table, arms, [r["subject"] for r in rows], half=True))
+    return found
+
+
+def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title: str, unit: str) -> Figure | None:
+    costs, where = _costs(report, name)
+    values = {s: m for s, m in findings.measured(finding).items() if s in costs and s in arms}
+    if len(values) < 2 or max(costs[s] for s in values) <= min(costs[s] for s in values) * 1.0001:
+        return None
+    show = numbers.byte_size if unit == "bytes" else numbers.scaled
+    beaten = {s for s in values if any(_dominates(finding, costs, o, s, values) for o in values if o != s)}
+    rows = [
+        {"name": s, "x": costs[s], "y": m.value, "low": m.low, "high": m.high, "n": m.n, "front": s not in beaten,
+         "text": value_text(finding.metric, m), "xtext": show(costs[s]),
+         "c": "var(--line)" if s in beaten else f"var({arms[s].variable})"}
+        for s, m in values.items()
+    ]  # fmt: skip
+    percent = finding.metric.kind in ("proportion", "difference")
+    x = Axis(f"{title}{where} ({unit})", "log", "~s")
+    spec = charts.scatter(rows, x, Axis(_unit_title(finding.metric), form=".0%" if percent else "~g"))
+    corner = "lower left" if finding.metric.better == "lower" else "upper left"
+    caption = f"The {corner} is best. Grey: another subject costs no more and is better beyond doubt. Bars are 95 %."
+    table = tables.Table(
+        ("<subject", f"{title}{where}", _unit_title(finding.metric), "<dominated"),
+        tuple((r["name"], r["xtext"], r["text"], "" if r["front"] else "yes") for r in rows),
+        tuple(r["name"] for r in rows),
+        tuple({k: r[k] for k in ("name", "x", "y", "low", "high", "n", "front")} for r in rows),
+    )
+    labelled = [r["name"] for r in rows if len(rows) <= 8 or r["front"]]
+    heading = f"{finding.metric.title} against {title}"
+    return Figure(f"pareto-{slug(name)}", heading, caption, spec, table, 1, charts.width_of(labelled), True)
+
+
+def _costs(report: ReportInput, name: str) -> tuple[dict[str, float], str]:
+    if name == "training_flops":
+        return {s.label: s.training_flops for s in report.subjects if s.training_flops}, ""
+    known: dict[str, dict[int, float]] = {s.label: getattr(s, name) for s in report.subjects if getattr(s, name)}
+    shared = set.intersection(*(set(values) for values in known.values())) if known else set()
+    if not shared:
+        return {}, ""
+    context = max(shared)
+    return {s: v[context] for s, v in known.items() if v[context] > 0}, f" at {numbers.count(context)} tokens"
+
+
+def _dominates(finding: Finding, costs: dict[str, float], one: str, other: str, values: dict[str, Measurement]) -> bool:
+    sign = 1 if finding.metric.better == "lower" else -1
+    better = sign * (values[one].value - values[other].value) < 0
+    return better and costs[one] <= costs[other] and findings.decided(findings.between(finding, one, other))
+
+
+def _forest(
+    name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms, head: str
+) -> Figure:
+    shown, left_out = _worth_showing(section, metric, compared)
+    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+    rows = [_forest_row(metric, _better_first(metric, c), factor, arms) for c in shown]
+    unit = "percentage points" if factor > 1 else _difference_unit(metric)
+    better = "left" if metric.better == "lower" else "right"
+    spec = charts.dots(rows, Axis(f"difference ({unit})", form="+~g"), reference=0.0)
+    caption = (
+        f"Paired on the same documents; the first subject of a pair looks better, {better} of zero. Filled: beyond "
+        "doubt after Holm's adjustment; rings: not decided. Grey: differences this study would not reliably detect."
+    )
+    if left_out:
+        caption += f" {left_out} further pairs are in the table."
+    table = tables.comparison_table(metric, compared)
+    width = charts.width_of([row["text"] for row in rows]) + 8
+    return Figure(name, f"{head}{section.title}: {metric.title}", caption, spec, table, 1, width)
+
+
+def _forest_row(metric: Metric, c: Comparison, factor: float, arms: Arms) -> Row:
+    colour = "var(--soft)"
+    if c.decided:
+        colour = f"var({arms[c.a].variable})" if c.a in arms else "var(--ink)"
+    ends = [None if end is None else end * factor for end in (c.low, c.high)]
+    detail = f"p (Holm) {numbers.p_value(c.p_holm)}, n={c.n:,}; {c.method}" + (f"; {c.note}" if c.note else "")
+    return {"name": _pair(c), "value": c.difference * factor, "low": ends[0], "high": ends[1], "c": colour,
+            "text": difference_text(metric, c), "hollow": not c.decided, "detail": detail,
+            "zone": c.mde * factor if c.mde else 0}  # fmt: skip
+
+
+def _difference_unit(metric: Metric) -> str:
+    return "log scale" if metric.transform == "exp" else metric.unit or metric.title.lower()
+
+
+def _pair(c: Comparison) -> str:
+    if findings.is_effect(c):
+        factor, _, level = c.a.partition("=")
+        return f"{factor}: {level} − {c.b.partition('=')[2]}"
+    return f"{c.a} − {c.b}"
+
+
+def _better_first(metric: Metric, c: Comparison) -> Comparison:
+    sign = 1 if metric.better == "lower" else -1
+    return findings.turned(c) if sign * c.difference > 0 else c
+
+
+def _worth_showing(
+    section: ProbeSection, metric: Metric, compared: Sequence[Comparison]
+) -> tuple[list[Comparison], int]:
+    """All pairs where they are few; of many, those with the best subject."""
+    chosen = list(compared)
+    if len(chosen) > MOST_PAIRS:
+        finding = Finding(section, metric, chosen[0].x)
+        ranked = findings.order(metric, findings.measured(finding).values())
+        best = ranked[0].subject if ranked else chosen[0].a
+        chosen = [c for c in chosen if best in (c.a, c.b)] or chosen[:MOST_PAIRS]
+    chosen.sort(key=lambda c: (-abs(c.difference), c.a, c.b))
+    return chosen, len(compared) - len(chosen)
+
+
+def _difference_curves(
+    name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms
+) -> Figure:
+    """The difference of every pair against x, each in its own panel on shared axes."""
+    pairs = list(dict.fromkeys((c.a, c.b) for c in compared))
+    largest = max(c.x for c in compared if c.x is not None)
+    if len(pairs) > MOST_CURVES:
+        at_end = [c for c in compared if c.x == largest]
+        kept, _ = _worth_showing(section, metric, at_end)
+        pairs = [(c.a, c.b) for c in kept][:MOST_CURVES]
+    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+    rows = [
+        {"pair": _pair(c), "x": c.x, "y": c.difference * factor, "n": c.n, "text": difference_text(metric, c),
+         "low": None if c.low is None else c.low * factor, "high": None if c.high is None else c.high * factor,
+         "zone": c.mde * factor if c.mde else 0.0, "decided": c.decided}
+        for c in compared if (c.a, c.b) in pairs and c.x is not None
+    ]  # fmt: skip
+    unit = "percentage points" if factor > 1 else _difference_unit(metric)
+    x = Axis(_x_title(metric), section.x_scale, "~s", values=charts.log_ticks([row["x"] for row in rows]))
+    columns = min(3, len(pairs))
+    spec = charts.differences(rows, x, Axis(f"difference ({unit})", form="+~g"), columns)
+    direction = "below" if metric.better == "lower" else "above"
+    caption = (
+        f"The first subject of a pair is better where the line is {direction} zero. {BAND} Filled points are beyond "
+        "doubt after Holm's adjustment; the grey zone holds differences this study would not reliably detect."
+    )
+    left_out = len({(c.a, c.b) for c in compared}) - len(pairs)
+    caption += f" {left_out} further pairs are in the table." if left_out else ""
+    table = tables.comparison_table(metric, compared)
+    return Figure(name, f"{section.title}: {metric.title}", caption, spec, table, columns, 0)
+
+
+def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
+    """Loss (smoothed over raw, with validation), learning rate, gradient norm, throughput."""
+    curves = [curve for curve in report.training if curve.subject in arms and (curve.rows or curve.validation)]
+    if not curves:
+        return []
+    found = []
+    for key, title, scale in (
+        ("loss", "Loss (nats per token)", "linear"),
+        ("lr", "Learning rate", "linear"),
+        ("grad_norm", "Gradient norm", "log"),
+        ("tokens_per_second", "Throughput (tokens/s)", "linear"),
+    ):
+        rows = [row for curve in curves for row in _training_rows(curve.subject, curve.seed, curve.rows, key)]
+        checks = [
+            {**row, "check": True}
+            for curve in curves if key == "loss"
+            for row in _training_rows(curve.subject, curve.seed, curve.validation, key, smooth=False)
+        ]  # fmt: skip
+        if not rows and not checks:
+            continue
+        shown = arms if key == "loss" else arms.in_one_panel()
+        y = Axis(title, "log" if scale == "log" and all(r["y"] > 0 for r in rows) else "linear", "~g" if key != "lr" else ".1e",
+                 zero=key in ("lr", "tokens_per_second"))  # fmt: skip
+        labelled = key == "loss"
+        spec = charts.training(rows, checks, shown, Axis("tokens trained", form="~s", zero=True), y, labelled=labelled)
+        width = charts.width_of([shown[c.subject].short for c in curves]) if labelled else 8
+        columns = shown.columns if len({shown[c.subject].panel for c in curves}) > 1 else 1
+        caption = {
+            "loss": "Thin: every logged step; thick: smoothed; points: full validation. Axis does not start at zero.",
+            "lr": "Colours as in the loss chart.",
+            "grad_norm": "Before clipping, smoothed over raw; logarithmic axis.",
+            "tokens_per_second": "Every logged step and smoothed; evaluation and checkpoints excluded.",
+        }[key]
+        table = _training_table(report, key)
+        found.append(Figure(f"training-{slug(key)}", title, caption, spec, table, columns, width, key != "loss"))
+    return found
+
+
+MOST_POINTS = 240
+
+
+def _training_rows(
+    subject: str, seed: int, lines: Sequence[dict[str, float | None]], key: str, *, smooth: bool = True
+) -> list[Row]:
+    known = [(line.get("tokens"), line.get(key)) for line in lines]
+    points = [(x, y) for x, y in known if x is not None and y is not None and math.isfinite(y)]
+    smoothed = _smoothed([y for _, y in points]) if smooth else [y for _, y in points]
+    every = max(1, math.ceil(len(points) / MOST_POINTS))
+    chosen = [i for i in range(len(points)) if i % every == 0 or i == len(points) - 1]
+    series = f"{subject} seed {seed}"
+    return [
+        {"subject": subject, "series": series, "x": points[i][0], "y": points[i][1], "smooth": smoothed[i],
+         "text": numbers.significant(points[i][1], 4), "check": False}
+        for i in chosen
+    ]  # fmt: skip
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """A centred running mean over about one twentieth of the run."""
+    half = max(1, len(values) // 40)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    out = []
+    for i in range(len(values)):
+        # A symmetric window keeps a falling curve unbiased at both ends.
+        reach = min(half, i, len(values) - 1 - i)
+        out.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return out
+
+
+def _training_table(report: ReportInput, key: str) -> tables.Table:
+    rows, records, labels = [], [], []
+    for curve in report.training:
+        values = [v for line in curve.rows if (v := line.get(key)) is not None]
+        checks = [v for line in curve.validation if (v := line.get(key)) is not None]
+        if not values and not checks:
+            continue
+        shown = [values[0], values[-1], min(values), max(values)] if values else [math.nan] * 4
+        best = [f"{min(checks):.3f}"] if checks else [numbers.MISSING]
+        cells = [numbers.significant(v, 3) if math.isfinite(v) else numbers.MISSING for v in shown]
+        rows.append((curve.subject, str(curve.seed), *cells, *(best if key == "loss" else ())))
+        labels.append(curve.subject)
+        records += [{"subject": curve.subject, "seed": curve.seed, "kind": kind, "step": line.get("step"),
+                     "tokens": line.get("tokens"), key: line.get(key)}
+                    for kind, lines in (("train", curve.rows), ("validation", curve.validation)) for line in lines
+                    if line.get(key) is not None]  # fmt: skip
+    columns = (
+        "<subject",
+        "seed",
+        "first",
+        "last",
+        "lowest",
+        "highest",
+        *(("best validation",) if key == "loss" else ()),
+    )
+    return tables.Table(columns, tuple(rows), tuple(labels), tuple(records))

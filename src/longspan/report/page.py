@@ -1,0 +1,397 @@
+"""Writes the report: one self-contained page, a Markdown twin, and the figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from longspan.foundation.files import atomic_directory, atomic_write
+from longspan.report import charts, figures, findings, numbers, palette, tables
+from longspan.report.arms import Arms, arrange
+from longspan.report.charts import Figure
+from longspan.report.data import LedgerEntry, ProbeSection, ReportInput, to_json
+from longspan.report.decision import Decision, decide
+from longspan.report.tables import Table, markdown_text
+
+VEGA_LITE = "6.4"
+VERDICTS = {
+    "winner": "Decided",
+    "tie": "Tie",
+    "undecided": "Cannot be decided with this data",
+    "single": "One subject",
+    "nothing": "No results",
+}
+CONTENTS = (
+    ("answer", "Answer"), ("subjects", "Subjects"), ("quality", "Quality against context"),
+    ("cost", "Cost against context"), ("pareto", "Quality against cost"), ("comparisons", "Comparisons"),
+    ("training", "Training"), ("inside", "Look inside"), ("ledger", "Ledger"), ("reproduce", "Reproduce"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QualityPart:
+    """One probe of quality with its figures and the table of its single numbers."""
+
+    section: ProbeSection
+    figures: list[Figure]
+    table: Table | None
+    ties: bool
+
+
+@dataclass(frozen=True)
+class LedgerPart:
+    """A ledger entry with its table laid out."""
+
+    entry: LedgerEntry
+    table: Table | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything on the page, worked out once for HTML, Markdown and figure files."""
+
+    report: ReportInput
+    arms: Arms
+    decision: Decision
+    answer: list[Figure]
+    quality: list[QualityPart]
+    cost: list[Figure]
+    pareto: list[Figure]
+    comparisons: list[Figure]
+    training: list[Figure]
+    ledger: list[LedgerPart]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Every figure in reading order."""
+        quality = [figure for part in self.quality for figure in part.figures]
+        return [*self.answer, *quality, *self.cost, *self.pareto, *self.comparisons, *self.training]
+
+
+def write_report(report: ReportInput, folder: Path, *, files: bool = True) -> Path:
+    """Write `report.html`, `report.md` and `figures/` into a folder; the same input gives the same bytes.
+
+    Args:
+        folder: made if missing; older reports in it are replaced, each file whole or not at all.
+        files: whether to draw the figure files (the slower part) and the Markdown that shows them.
+
+    Returns:
+        The path of the page.
+    """
+    content = lay_out(report)
+    if files:
+        with atomic_directory(folder / "figures") as target:
+            for figure in content.figures:
+                _write_figure(figure, content.arms, target)
+        with atomic_write(folder / "report.md") as file:
+            file.write(markdown(content))
+    page = folder / "report.html"
+    with atomic_write(page) as file:
+        file.write(html(content))
+    return page
+
+
+def lay_out(report: ReportInput) -> Content:
+    """Decide, draw and tabulate."""
+    arms = arrange(report)
+    quality = []
+    for section in report.probes:
+        if section.place == "quality":
+            table = figures.scalar_table(section, arms)
+            ties = bool(table and any(name == "ties" for name, _ in table.headings))
+            quality.append(QualityPart(section, figures.quality_figures(report, section, arms), table, ties))
+    ledger = sorted(report.ledger, key=lambda entry: entry.level != "warning")
+    return Content(
+        report,
+        arms,
+        decide(report),
+        figures.answer_figure(report, arms),
+        quality,
+        figures.cost_figures(report, arms),
+        figures.pareto_figures(report, arms),
+        [f for section in report.probes for f in figures.comparison_figures(report, section, arms)],
+        figures.training_figures(report, arms),
+        [LedgerPart(entry, tables.ledger_table(entry.table) if entry.table else None) for entry in ledger],
+    )
+
+
+def _write_figure(figure: Figure, arms: Arms, folder: Path) -> None:
+    spec = json.dumps(charts.static_spec(figure, arms))
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
+    (folder / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def html(content: Content) -> str:
+    """The page as text: styles, charts, data and the chart library inside, nothing loaded from anywhere."""
+    report, arms = content.report, content.arms
+    letters = _letters(report)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("longspan.report"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["lone"] = _lone
+    template = environment.get_template("report.html.j2")
+    text: str = template.render(
+        report=report,
+        arms=arms,
+        decision=content.decision,
+        by_label={s.label: s for s in report.subjects},
+        letter_names={letter: _letter_name(letter) for letter in letters},
+        mixers=list(letters.items()),
+        contents=CONTENTS,
+        verdict_names=VERDICTS,
+        facts=_facts(report),
+        subjects_lead=_subjects_lead(report),
+        subjects_table=tables.subjects_table(report),
+        state_table=tables.state_table(report),
+        training_table=tables.training_cost_table(report),
+        subject_notes=_subject_notes(report),
+        parts=_parts(report),
+        part_key=[(name, shade) for name, shade in _PARTS],
+        answer_figures=content.answer,
+        quality=content.quality,
+        cost_figures=content.cost,
+        cost_notes=[s.empty_because for s in report.probes if s.place == "cost" and s.empty_because],
+        pareto_figures=content.pareto,
+        comparison_figures=content.comparisons,
+        training_figures=content.training,
+        ledger=content.ledger,
+        item_probes=list(dict.fromkeys(row.probe for row in report.items)),
+        item_xs=[(f"{x:g}", numbers.count(x)) for x in sorted({r.x for r in report.items if r.x is not None})],
+        css=Markup(_styles(arms, letters)),
+        charts_json=_script_json({f.name: {"spec": f.spec, "label": f.label_width} for f in content.figures}),
+        items_json=_script_json({"rows": to_json(report.items), "colours": {s: arms[s].variable for s in arms.labels}}),
+        bundle=Markup(_bundle()),
+        script=Markup(_template_text("report.js")),
+    )
+    return text
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, in a scope of its own."""
+    script: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    return "(()=>{" + script.replace("</script", "<\\/script") + "})();"
+
+
+def _template_text(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that cannot end the script element it stands in, whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for mark, code in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
+        text = text.replace(mark, code)
+    return Markup(text)
+
+
+def _styles(arms: Arms, letters: dict[str, str]) -> str:
+    text = _template_text("report.css").replace("FONT", charts.FONT)
+    for theme in ("light", "dark"):
+        colours = [f"--{name}: {colour};" for name, colour in charts.THEMES[theme].items()]
+        colours += [f"{name}: {getattr(shade, theme)};" for name, shade in arms.shades.items()]
+        colours += [
+            f"--m-{_letter_name(letter)}: {getattr(palette.letter_shade(letter, mixer), theme)};"
+            for letter, mixer in {"A": "attention", "M": "mamba2", **letters}.items()
+        ]
+        text = text.replace(theme.upper(), " ".join(colours))
+    return text
+
+
+def _letters(report: ReportInput) -> dict[str, str]:
+    """Every layer letter in the report with its true mixer."""
+    found: dict[str, str] = {}
+    for subject in report.subjects:
+        for index, letter in enumerate(subject.letters):
+            mixer = subject.mixers[index] if index < len(subject.mixers) else letter
+            found.setdefault(letter, mixer)
+    return found
+
+
+def _letter_name(letter: str) -> str:
+    return letter if letter.isascii() and letter.isalpha() else f"u{ord(letter)}"
+
+
+def _data_uri(table: Table) -> str:
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(table.csv().encode()).decode()
+
+
+def _lone(found: Sequence[Figure]) -> list[tuple[Figure, bool]]:
+    """Figures with whether a half-width one has no partner beside it."""
+    out: list[tuple[Figure, bool]] = []
+    index = 0
+    while index < len(found):
+        if found[index].half and index + 1 < len(found) and found[index + 1].half:
+            out += [(found[index], False), (found[index + 1], False)]
+            index += 2
+        else:
+            out.append((found[index], True))
+            index += 1
+    return out
+
+
+def _same(report: ReportInput, read: Callable[[Any], Any]) -> Any:
+    """The value all subjects share, None where they differ."""
+    values = {read(subject) for subject in report.subjects}
+    return values.pop() if len(values) == 1 else None
+
+
+def _facts(report: ReportInput) -> list[tuple[str, str]]:
+    tokens = _same(report, lambda s: s.tokens_trained)
+    seeds = {len(s.seeds) for s in report.subjects if s.seeds}
+    found = [
+        ("subjects", str(len(report.subjects))),
+        ("seeds per subject", "–".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else ""),
+        ("training context", numbers.count(report.context) if report.context else ""),
+        ("tokens trained on", numbers.scaled(tokens) if tokens else ""),
+        ("tokenizer", report.tokenizer),
+        (
+            "device, precision",
+            ", ".join(filter(None, [_same(report, lambda s: s.device), _same(report, lambda s: s.dtype)])),
+        ),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _subjects_lead(report: ReportInput) -> str:
+    residuals = [abs(s.match_residual) for s in report.subjects if s.match_residual is not None]
+    text = f"{len(report.subjects)} subject{'s' if len(report.subjects) != 1 else ''}."
+    varied = [name for name in (report.subjects[0].factors if report.subjects else {})
+              if len({s.factors.get(name) for s in report.subjects}) > 1]  # fmt: skip
+    if varied:
+        text += f" The study varies {', '.join(varied)}."
+    if residuals:
+        text += f" Sizes were matched; the worst match is off by {numbers.significant(100 * max(residuals), 2)} %."
+    return text
+
+
+def _subject_notes(report: ReportInput) -> list[str]:
+    weights = _same(report, lambda s: s.weights)
+    lines = []
+    if any(s.kind == "trained" for s in report.subjects) and weights:
+        which = "the lowest full-validation loss" if weights == "best" else "the end of training"
+        lines.append(f"Probes examined the weights from {which}.")
+    measured = list(dict.fromkeys(s.peak_memory_of for s in report.subjects if s.peak_memory_of))
+    if measured:
+        lines.append(f"Peak memory is {'; '.join(measured)}.")
+    return lines + [f"{s.label}: {s.notes}" for s in report.subjects if s.notes]
+
+
+_PARTS = (("embedding", "var(--line)"), ("mixers", "var(--accent)"), ("MLP", "var(--soft)"), ("rest", "var(--grid)"))
+
+
+def _parts(report: ReportInput) -> list[dict[str, Any]]:
+    """Bars of parameters by part, one for each different model."""
+    largest = max((s.parameters.total for s in report.subjects if s.parameters), default=0)
+    bars: dict[Any, dict[str, Any]] = {}
+    for s in report.subjects:
+        p = s.parameters
+        if p is None or (s.letters, p) in bars:
+            continue
+        sizes = (p.embedding, p.mixers, p.mlp, max(0, p.total - p.embedding - p.mixers - p.mlp))
+        shares = [(f"{name}: {numbers.scaled(size)}", round(100 * size / largest, 2), shade)
+                  for (name, shade), size in zip(_PARTS, sizes, strict=True)]  # fmt: skip
+        bars[s.letters, p] = {"label": s.label, "shares": shares, "total": numbers.scaled(p.total)}
+    return list(bars.values())
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(content: Content) -> str:
+    """The same report for a repository: figures as files, tables as text."""
+    report, decision = content.report, content.decision
+    out = [f"# {markdown_text(report.question)}", ""]
+    variant = f", {markdown_text(report.variant)}" if report.variant else ""
+    out += [f"Study `{report.study}`{variant}, {report.created}. Interactive: [report.html](report.html)", ""]
+    out += [f"**{VERDICTS[decision.verdict]}.** {markdown_text(decision.answer)}", ""]
+    out += [markdown_text(decision.certainty), ""] if decision.certainty else []
+    out += [*(f"- {markdown_text(line)}" for line in (*decision.also, *report.notes)), ""]
+    out += _markdown_figures(content.answer)
+    out += ["## Subjects", "", markdown_text(_subjects_lead(report)), ""]
+    for table in (tables.subjects_table(report), tables.state_table(report), tables.training_cost_table(report)):
+        out += [table.markdown(), ""] if len(table.columns) > 1 else []
+    out += [*(markdown_text(line) + "\n" for line in _subject_notes(report))]
+    out += ["## Quality against context", ""]
+    for part in content.quality:
+        out += [f"### {markdown_text(part.section.title)}", "", markdown_text(part.section.explanation), ""]
+        out += _markdown_figures(part.figures)
+        out += [part.table.markdown(), ""] if part.table else []
+        if not (part.figures or part.table):
+            out += [markdown_text(part.section.empty_because or "This probe has no results yet."), ""]
+    for title, found, empty in (
+        ("Cost against context", content.cost, "No cost is known at more than one context."),
+        ("Quality against cost", content.pareto, "There is nothing to weigh."),
+        ("Comparisons", content.comparisons, "There is nothing to compare."),
+        ("Training", content.training, "Nothing was trained."),
+    ):
+        out += [f"## {title}", "", *(_markdown_figures(found) or [empty, ""])]
+    out += ["## Look inside", "", f"{len(report.items):,} items: see [report.html](report.html#inside).", ""]
+    out += ["## Ledger", ""]
+    for entry in content.ledger:
+        mark = "**Warning**, " if entry.entry.level == "warning" else ""
+        out += [f"- {mark}{markdown_text(entry.entry.topic)}: {markdown_text(entry.entry.text)}"]
+        out += ["", *("  " + line for line in entry.table.markdown().splitlines()), ""] if entry.table else []
+    out += ["" if content.ledger else "Nothing was dropped, skipped or warned about.\n", "## Reproduce", ""]
+    out += [_fenced(report.reproduce.command, "sh"), ""]
+    for title in ("versions", "hardware", "git", "hashes"):
+        values: dict[str, str] = getattr(report.reproduce, title)
+        if values:
+            out += [
+                f"**{title.capitalize()}**: "
+                + ", ".join(f"{markdown_text(k)} {markdown_text(v)}" for k, v in values.items()),
+                "",
+            ]
+    out += [
+        "<details><summary>The resolved study</summary>",
+        "",
+        _fenced(report.reproduce.study_yaml, "yaml"),
+        "",
+        "</details>",
+        "",
+    ]
+    return "\n".join(out)
+
+
+def _markdown_figures(found: Sequence[Figure]) -> list[str]:
+    out = []
+    for f in found:
+        out += [f"**{markdown_text(f.title)}**", "", f"![{markdown_text(f.title)}](figures/{f.name}.svg)", ""]
+        out += [
+            f"{markdown_text(f.caption)} ([PNG](figures/{f.name}.png))",
+            "",
+            "<details><summary>Table</summary>",
+            "",
+        ]
+        out += [f.table.markdown(), "", "</details>", ""]
+    return out
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
