@@ -116,7 +116,7 @@ def kill_until_done(directory: Path, training: TrainingConfig, kills: int, chanc
             os._exit(0)
         if kills:
             kills -= 1
-            time.sleep(chance.uniform(0.0, 0.5))
+            time.sleep(chance.uniform(0.0, 0.4))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         hit += os.WIFSIGNALED(status)
@@ -126,7 +126,7 @@ def kill_until_done(directory: Path, training: TrainingConfig, kills: int, chanc
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    chosen = settings(steps=60, checkpoint_every=3, evaluate_every=7, log_every=2)
+    chosen = settings(steps=40, checkpoint_every=3, evaluate_every=7, log_every=2)
     killed, straight = map(Path, sys.argv[1:])
-    print(kill_until_done(killed, chosen, 8, random.Random(0)))
+    print(kill_until_done(killed, chosen, 6, random.Random(0)))
     kill_until_done(straight, chosen, 0, random.Random(0))

@@ -60,8 +60,10 @@ def test_the_same_seed_gives_the_same_bytes(small: ModuleType, tmp_path: Path, w
 
 
 # The report is called once before the first step, after each step, and for every batch of an evaluation.
-@pytest.mark.parametrize("call", [0, 1, 2, 4, 5, 6, 7, 8, 11, 13, 14, 15, 18])
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [*((n, Stopped) for n in (0, 1, 2, 4, 6, 7, 8, 14, 17, 18)), *((n, KeyboardInterrupt) for n in (3, 6))],
+)
 def test_stopping_anywhere_and_going_on_equals_no_interruption(
     small: ModuleType, tmp_path: Path, whole: dict[str, Any], call: int, error: type[BaseException]
 ) -> None:
@@ -92,7 +94,7 @@ def test_a_process_killed_at_random_moments_and_started_again_equals_no_interrup
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     script = [sys.executable, small.__file__, str(killed), str(straight)]
     done = subprocess.run(script, check=True, capture_output=True, text=True)
-    assert int(done.stdout) >= 4
+    assert int(done.stdout) >= 3
     assert outcome(killed) == outcome(straight)
 
 

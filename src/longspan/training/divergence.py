@@ -35,6 +35,7 @@ def locate(
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"the weights `{name}` were already not finite"
+    model.zero_grad(set_to_none=True)
     try:
         for batch in batches:
             found = _locate_in(model, batch, isolation, device, autocast)

@@ -17,7 +17,7 @@ def resolve_dtype(dtype: Literal["auto", "fp32", "bf16"], device: torch.device) 
         UserError: bf16 asked for on hardware that only emulates it (many times slower than fp32).
     """
     if dtype == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if device.type == "cuda" and _native_bf16(device) else "fp32"
     if dtype == "bf16" and not _native_bf16(device):
         raise UserError(
             f"dtype = bf16 on {device.type}, which has no native bf16 (about 15 times slower than fp32)",
@@ -34,5 +34,5 @@ def autocast_for(dtype: Literal["fp32", "bf16"], device: torch.device) -> Callab
 
 def _native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
