@@ -5,7 +5,7 @@ Legend: B rows, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
             nothing waits for the device).
         """
         hidden_BTD, _ = self(tokens_BT, doc_id_BT, isolation=isolation)
-        nll = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction="sum")
+        nll = self._nll(hidden_BTD, targets_BT, "sum")
         return nll, (targets_BT != IGNORE).sum()
 
     def token_nll(
@@ -208,8 +208,16 @@ class LanguageModel(nn.Module):
             (B, T) fp32 nats, 0 where ignored, and the state after these tokens, None without one.
         """
         hidden_BTD, after = self(tokens_BT, doc_id_BT, state, isolation=isolation)
-        nll = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction="none")
-        return nll.view(targets_BT.shape), after
+        return self._nll(hidden_BTD, targets_BT, "none").view(targets_BT.shape), after
+
+    def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
+        device = hidden_BTD.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast does not reach into a function with its own backward.
+            hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(device))
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), ignore=IGNORE, reduction=reduction
+        )
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups with and without weight decay.

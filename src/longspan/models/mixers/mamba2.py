@@ -150,18 +150,20 @@ class Mamba2(Mixer):
             tail_doc_BK=tail_doc if doc_BT is not None else None,
         )
         x, B, C = torch.split(xBC, [self.inner, settings.state, settings.state], dim=-1)
-        y_BTHP, scan = ssd(
-            x.reshape(*x.shape[:2], self.heads, settings.mamba_head_dim),
-            F.softplus(dt.float() + self.dt_bias.float()),
-            -torch.exp(self.A_log.float()),
-            B[:, :, None],
-            C[:, :, None],
-            self.D.float(),
-            doc_BT=doc_BT,
-            initial_state_BHPN=before.scan,
-            initial_doc_B=segments.previous_doc if before.scan is not None else None,
-            chunk=settings.chunk,
-        )
+        # The scan chooses its own precision: autocast would round its sums of decays.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            y_BTHP, scan = ssd(
+                x.reshape(*x.shape[:2], self.heads, settings.mamba_head_dim),
+                F.softplus(dt.float() + self.dt_bias.float()),
+                -torch.exp(self.A_log.float()),
+                B[:, :, None],
+                C[:, :, None],
+                self.D.float(),
+                doc_BT=doc_BT,
+                initial_state_BHPN=before.scan,
+                initial_doc_B=segments.previous_doc if before.scan is not None else None,
+                chunk=settings.chunk,
+            )
         y_BTD = self.out_proj(self.norm(y_BTHP.flatten(2), z))
         if state is None:
             return y_BTD, None
