@@ -1,0 +1,1 @@
+"""Probes: the same questions for every subject, one file each."""

@@ -1,0 +1,283 @@
+"""What a probe is: items, how to ask them, how to read the answers. Intervals, tests and the report come for free.
+
+A probe of one's own is one file:
+
+    @register("first_word")
+    class FirstWord(Probe):
+        title = "First word"
+        explanation = "How well the second token follows from the first."
+        requires = frozenset({"nll"})
+
+        @property
+        def metrics(self): return (Metric("nll", "NLL", "nats/token", "ratio", "lower"),)
+        def items(self, data): ...
+        def answer(self, engine, items, data): ...
+        def observe(self, record): ...
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.corpus.packing import PackingConfig
+from longspan.corpus.shards import TokenShards
+from longspan.corpus.tokenizer import Tokenizer
+from longspan.engines.base import Engine
+from longspan.foundation.config import Config, unknown_key
+from longspan.foundation.errors import UserError
+from longspan.foundation.files import digest
+from longspan.records.observation import Metric, Observation
+from longspan.records.store import Record
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """What items are drawn from.
+
+    Attributes:
+        shards: the test split.
+        tokenizer: that made the shards.
+        context: training context of the study.
+        packing: how the subject that is asked was trained; items never depend on it.
+        seed: of the items, the same for every subject.
+    """
+
+    shards: TokenShards
+    tokenizer: Tokenizer
+    context: int
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        id: unique within the probe, the same for every subject.
+        document: index in the shards of the document it is about.
+        tokens: about how many tokens one subject takes in for it; batches are cut by it.
+        details: what `answer` needs beside the document.
+    """
+
+    id: str
+    document: int
+    tokens: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a subject answered to one item.
+
+    Attributes:
+        item: id of the item.
+        content: JSON with finite numbers only; all that `observe` needs.
+        seconds: wall time, the batch's shared out evenly.
+    """
+
+    item: str
+    content: dict[str, Any]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An item for people to look at: what was asked, and what would have been right (empty where nothing is)."""
+
+    asked: str
+    expected: str = ""
+
+
+class Probe(Config, ABC):
+    """A set of items, how to ask them, and how to read the answers. Its fields are its settings.
+
+    Class attributes:
+        title, explanation: for the report: a short heading; what was asked and how to read it.
+        requires: engine capabilities.
+        x_scale: of the metrics that have an x.
+        place: with the quality of the subjects or with their cost.
+        batch_tokens: items are asked together up to about so many tokens.
+        only_read: settings that change how answers are read and not what is asked: records stay valid.
+    """
+
+    title: ClassVar[str]
+    explanation: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset({"nll"})
+    x_scale: ClassVar[Literal["log", "linear"]] = "log"
+    place: ClassVar[Literal["quality", "cost"]] = "quality"
+    batch_tokens: ClassVar[int] = 32_768
+    only_read: ClassVar[frozenset[str]] = frozenset()
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """What it measures, in order of importance."""
+
+    @abstractmethod
+    def items(self, data: ProbeData) -> list[Item]:
+        """The questions, the same for every subject: a function of shards, context, tokenizer and seed alone.
+
+        Raises:
+            UserError: too few or too short documents, with the numbers and what to do.
+        """
+
+    @abstractmethod
+    def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
+        """Ask one batch; the contents of the answers in the order of the items."""
+
+    @abstractmethod
+    def observe(self, record: Record) -> Iterable[Observation]:
+        """Read one record; pure, so that stored records can be read again without a model."""
+
+    def describe(self, item: Item, data: ProbeData) -> Asked:
+        """The item as text, shortened."""
+        return Asked(shown(data, data.shards.document(item.document)[:100]))
+
+    def protocol(self) -> dict[str, Any]:
+        """Every setting that changes an answer; part of each record's key."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in self.only_read}
+
+    def check(self, engine: Engine) -> None:
+        """Refuse an engine that lacks what the probe needs."""
+        for capability in sorted(self.requires - engine.capabilities):
+            raise engine.refuse(capability)
+
+    def ask(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> Iterator[list[Answer]]:
+        """Answers, batch by batch; store each batch before taking the next.
+
+        Batches are cut from all items of the probe, wanted or not: after an interruption the same items go through
+        together again, so that the answers are the same to the last bit.
+
+        Raises:
+            UserError: the engine lacks a capability.
+            UnusableAnswer: NaN or infinite likelihoods.
+        """
+        self.check(engine)
+        wanted = {item.id for item in items}
+        for batch in self.batches(self.items(data)):
+            if not any(item.id in wanted for item in batch):
+                continue
+            began = time.perf_counter()
+            contents = self.answer(engine, batch, data)
+            seconds = (time.perf_counter() - began) / len(batch)
+            yield [
+                Answer(item.id, content, seconds)
+                for item, content in zip(batch, contents, strict=True)
+                if item.id in wanted
+            ]
+
+    def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Neighbours together up to `batch_tokens`."""
+        batch: list[Item] = []
+        for item in items:
+            if batch and sum(each.tokens for each in batch) + item.tokens > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+    def observation(
+        self, record: Record, metric: str, numerator: float, denominator: float, *, cluster: str, x: float | None = None
+    ) -> Observation:
+        """An observation that takes subject, seed and item from the record."""
+        return Observation(record.subject, record.seed, record.item, cluster, metric, x, numerator, denominator)
+
+
+def shown(data: ProbeData, tokens: NDArray[Any], limit: int = 300) -> str:
+    """Token ids as text on one line, shortened in the middle."""
+    text = " ".join(data.tokenizer.decode(np.asarray(tokens)).split())
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+# --- registry ---------------------------------------------------------------------------------------------------------
+
+_PROBES: dict[str, type[Probe]] = {}
+ProbeType = TypeVar("ProbeType", bound=type[Probe])
+
+
+def register(kind: str) -> Callable[[ProbeType], ProbeType]:
+    """Class decorator: studies may name the probe `kind`.
+
+    Raises:
+        UserError: another probe has that name.
+    """
+
+    def add(probe: ProbeType) -> ProbeType:
+        taken = _PROBES.get(kind)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (probe.__module__, probe.__qualname__):
+            raise UserError(f"a second probe called {kind!r}", "names that are free", f"rename it; taken: {taken}")
+        _PROBES[kind] = probe
+        return probe
+
+    return add
+
+
+def registered() -> Mapping[str, type[Probe]]:
+    """Every probe by its kind; those in this package are found by themselves."""
+    package = importlib.import_module("longspan.probes")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"longspan.probes.{module.name}")
+    return dict(_PROBES)
+
+
+def make_probe(name: str, settings: Mapping[str, Any] | None = None) -> Probe:
+    """A probe from a study.
+
+    Args:
+        name: what the study calls it; also its kind, unless the settings hold another `kind`.
+        settings: of the probe.
+
+    Raises:
+        UserError: an unknown kind or setting, with the nearest one.
+    """
+    kinds = registered()
+    kind = str((settings or {}).get("kind", name))
+    if kind not in kinds:
+        error = unknown_key(f"probes.{kind}", kind, kinds)
+        fix = error.fix if "mean" in error.fix else "name one of these, or load your own file under `plugins:`"
+        raise UserError(f"no probe is called {kind!r}", error.allowed, fix)
+    return kinds[kind].parse({**(settings or {}), "kind": kind}, f"probes.{name}")
+
+
+def load_probe_file(path: Path) -> None:
+    """Load a user's own file; what it registers (probes, mixers) can be named from then on.
+
+    Raises:
+        UserError: the file is missing or does not load.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", "a Python file", "mend the path")
+    name = f"longspan_plugin_{digest(str(path.resolve()))[:16]}"
+    if name in sys.modules:
+        return
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None, "a .py path always has a loader"
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    try:
+        specification.loader.exec_module(module)
+    except UserError:
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(
+            f"{path} does not load: {type(error).__name__}: {error}", "a module that imports", "mend it"
+        ) from error

@@ -1,0 +1,171 @@
+"""Perplexity: how well a subject predicts unseen documents, in bits per byte first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from longspan.corpus.packing import IGNORE, evaluation_batches
+from longspan.engines.base import Engine
+from longspan.foundation.errors import UserError
+from longspan.probes.base import Item, Probe, ProbeData, register
+from longspan.records.observation import Metric, Observation
+from longspan.records.store import Record
+
+ROWS = 16
+"""Packed rows that go to the engine at a time."""
+
+
+@register("perplexity")
+class Perplexity(Probe):
+    """Token-weighted over whole documents; the first token of a document is never scored.
+
+    Attributes:
+        mode: `per_document` shows windows of one document; `as_trained` shows rows packed as the subject was trained,
+            its markers, neighbours and isolation included, so that what leaks across boundaries shows.
+        context: tokens of a window, the last one scored included; None: the training context. A subject that expects
+            a marker sees it before every window. `per_document` only.
+        stride: tokens that each window scores after the first has scored all of its own; None: context - 1, so that
+            windows share one token and everything is scored once with as little context as can be.
+            `per_document` only.
+        max_documents: the first so many of the split; None: all.
+    """
+
+    title: ClassVar[str] = "Perplexity"
+    explanation: ClassVar[str] = (
+        "How many bits a subject needs per byte of unseen documents; lower is better. Perplexity holds for this "
+        "tokenizer only. Intervals come from resampling documents."
+    )
+    requires: ClassVar[frozenset[str]] = frozenset({"nll"})
+
+    mode: Literal["per_document", "as_trained"] = "per_document"
+    context: int | None = Field(None, ge=2)
+    stride: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.mode == "as_trained" and (self.context is not None or self.stride is not None):
+            raise UserError(
+                "context or stride with mode as_trained",
+                "rows as in training",
+                "remove them, or choose mode: per_document",
+            )
+        return self
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """In order of importance."""
+        return (
+            Metric("bits_per_byte", "Bits per byte", "bits/byte", "ratio", "lower"),
+            Metric("perplexity", "Perplexity", "per token", "ratio", "lower", transform="exp", compare=False),
+            Metric("nll_per_token", "NLL per token", "nats/token", "ratio", "lower", compare=False),
+        )
+
+    def items(self, data: ProbeData) -> list[Item]:
+        """One item per document of at least 2 tokens."""
+        self._window(data)
+        lengths = data.shards.lengths[: self.max_documents]
+        items = [Item(data.shards.ids[i], i, int(n)) for i, n in enumerate(lengths) if n >= 2]
+        if not items:
+            raise UserError(
+                f"the test split has {len(lengths)} documents and none of 2 tokens or more",
+                "at least one document of 2 tokens",
+                "use more text, or give the test split a larger share",
+            )
+        return items
+
+    def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Packed rows mix documents, so `as_trained` goes through as a whole."""
+        return iter([list(items)]) if self.mode == "as_trained" else super().batches(items)
+
+    def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
+        """Sums of NLL (nats), scored tokens and their UTF-8 bytes."""
+        if self.mode == "as_trained":
+            return self._as_trained(engine, items, data)
+        context, stride = self._window(data)
+        sequences, spans, owners = [], [], []
+        for owner, item in enumerate(items):
+            document = data.shards.document(item.document)
+            for start, first, end in windows(len(document), context, stride):
+                sequences.append(np.concatenate([engine.document_prefix, document[start:end]]))
+                spans.append((first, end))
+                owners.append(owner)
+        sums = [_Sums() for _ in items]
+        for nll, (first, end), owner in zip(engine.nll(sequences), spans, owners, strict=True):
+            tokens = data.shards.document(items[owner].document)[first:end]
+            sums[owner].add(nll[-len(tokens) :], tokens, data)
+        return [each.content() for each in sums]
+
+    def observe(self, record: Record) -> Iterable[Observation]:
+        """Per document: bits over bytes, nats over tokens."""
+        nll, tokens, size = (record.answer[name] for name in ("nll", "tokens", "bytes"))
+        for metric, numerator, denominator in (
+            ("bits_per_byte", nll / math.log(2), size),
+            ("perplexity", nll, tokens),
+            ("nll_per_token", nll, tokens),
+        ):
+            # A document whose tokens stand for no text (only special ids) has no bits per byte.
+            if denominator > 0:
+                yield self.observation(record, metric, numerator, float(denominator), cluster=record.item)
+
+    def _window(self, data: ProbeData) -> tuple[int, int]:
+        context = data.context if self.context is None else self.context
+        stride = context - 1 if self.stride is None else self.stride
+        if stride >= context:
+            raise UserError(
+                f"stride {stride} with windows of {context} tokens",
+                f"1 to {context - 1}: each window needs a token to start from",
+                "lower the stride or raise the context",
+            )
+        return context, stride
+
+    def _as_trained(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
+        sums = {item.document: _Sums() for item in items}
+        # The first token is not scored for any subject, whatever its training loss held.
+        packing = data.packing.model_copy(update={"loss_crosses_boundary": False})
+        special = data.tokenizer.special
+        for batch in evaluation_batches(data.shards, packing, context=data.context, rows=ROWS, special=special):
+            scored_BT = (batch.targets != IGNORE) & (batch.tokens != special.boundary)
+            rows = np.flatnonzero(scored_BT.any(axis=1))
+            if not len(rows):
+                continue
+            last_B1 = np.where(batch.targets[:, -1:] == IGNORE, special.pad, batch.targets[:, -1:])
+            sequences_BT = np.concatenate([batch.tokens, last_B1], axis=1)[rows]
+            doc_BT = np.concatenate([batch.doc_id, batch.doc_id[:, -1:]], axis=1)[rows]
+            for row, nll in zip(rows, engine.nll(list(sequences_BT), list(doc_BT)), strict=True):
+                for document in np.unique(batch.doc_id[row, scored_BT[row]]):
+                    if document in sums:
+                        chosen = scored_BT[row] & (batch.doc_id[row] == document)
+                        sums[document].add(nll[chosen], batch.targets[row, chosen], data)
+        return [sums[item.document].content() for item in items]
+
+
+def windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows over one document so that every token but the first is scored exactly once.
+
+    Yields:
+        (start, first, end): tokens start..end-1 are shown, first..end-1 are scored.
+    """
+    start, first = 0, 1
+    while first < num_tokens:
+        end = min(start + context, num_tokens)
+        yield start, first, end
+        start, first = start + stride, end
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.nll, self.tokens, self.bytes = 0.0, 0, 0
+
+    def add(self, nll: np.ndarray, tokens: np.ndarray, data: ProbeData) -> None:
+        self.nll += float(nll.sum())
+        self.tokens += len(tokens)
+        self.bytes += int(data.tokenizer.token_bytes[tokens].sum())
+
+    def content(self) -> dict[str, Any]:
+        return {"nll": self.nll, "tokens": self.tokens, "bytes": self.bytes}

@@ -1,0 +1,146 @@
+"""A small test split, tiny real subjects, and fake subjects that say the same of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longspan.corpus.packing import PackingConfig
+from longspan.corpus.shards import ShardWriter, TokenShards
+from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from longspan.engines.base import Engine, Generation, Sampling, Tokens
+from longspan.engines.native import NativeEngine
+from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.probes.base import Probe, ProbeData
+from longspan.records.observation import Observation, Summary, summarise
+from longspan.records.store import Record
+
+LENGTHS = (130, 40, 300, 7, 161, 1, 90, 220, 2, 140, 175, 133)
+SPEAKERS = ("senate", "house", "union", "people")
+
+
+class FakeEngine(Engine):
+    """Answers every likelihood by a function of the token: no context counts."""
+
+    capabilities = frozenset({"nll", "score", "generate"})
+    isolation = "full"
+
+    def __init__(self, tokenizer: Tokenizer, say: Callable[[Tokens], Tokens], limit: int | None = None) -> None:
+        self.name, self.fingerprint = "fake", "fake"
+        self.tokenizer = tokenizer
+        self.document_prefix = np.array([tokenizer.special.boundary])
+        self.context_limit = limit
+        self._say = say
+        self.asked: list[int] = []
+
+    def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[np.ndarray]:
+        del doc_ids
+        self.asked += [len(sequence) for sequence in sequences]
+        return [self._say(sequence[1:].astype(np.int64)).astype(np.float64) for sequence in sequences]
+
+    def score_many(
+        self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> list[list[np.ndarray]]:
+        self.asked += [len(prefix) for prefix in prefixes]
+        return [[self._say(c.astype(np.int64)).astype(np.float64) for c in choices] for choices in continuations]
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+        new = np.zeros(sampling.max_new_tokens, dtype=np.int64)
+        return [Generation(new, "", "length", len(p), 0.001 * len(p), 0.5, None) for p in prompts]
+
+    def state_bytes(self, context: int) -> int:
+        return 10 * context
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    texts = [f"The {noun} {verb} the other {noun}." for noun in SPEAKERS for verb in ("asks", "answers", "thanks")]
+    return train_tokenizer(TokenizerConfig(vocab_size=275, min_frequency=1), texts)
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> ProbeData:
+    return ProbeData(write_shards(tokenizer, LENGTHS, tmp_path_factory.mktemp("shards") / "test"), tokenizer, 64)
+
+
+def write_shards(tokenizer: Tokenizer, lengths: Sequence[int], folder: Path) -> TokenShards:
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(folder, tokenizer.vocab_size, tokenizer.fingerprint)
+    for number, length in enumerate(lengths):
+        words = rng.choice([*SPEAKERS, "asks", "answers", "the", f"law{number}"], size=length)
+        tokens = tokenizer.encode(" ".join(words))[:length]
+        writer.add(f"doc-{number}", f"Title {number}", tokens, int(tokenizer.token_bytes[tokens].sum()))
+    writer.close()
+    return TokenShards.open(folder)
+
+
+@pytest.fixture
+def make_data(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., ProbeData]:
+    def make(*lengths: int, context: int = 64, packing: PackingConfig | None = None) -> ProbeData:
+        return ProbeData(
+            write_shards(tokenizer, lengths, tmp_path / "s"), tokenizer, context, packing or PackingConfig()
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def subject(tokenizer: Tokenizer) -> Callable[..., NativeEngine]:
+    def build(
+        pattern: str = "AM", seed: int = 0, markers: bool = True, isolation: str = "full", **model: object
+    ) -> NativeEngine:
+        options = {"width": 16, "heads": 2, "state": 8, "mamba_head_dim": 8, "chunk": 16, "mlp": "none", **model}
+        config = ModelConfig.parse({"pattern": pattern, **options}, "model")
+        built = LanguageModel(config, tokenizer.vocab_size, seed=seed)
+        return NativeEngine(
+            built,
+            tokenizer,
+            markers=markers,
+            isolation=isolation,
+            fingerprint=f"{pattern}-{seed}-{markers}-{isolation}",
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def fake(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
+    def build(say: Callable[[Tokens], Tokens] | None = None, limit: int | None = None) -> FakeEngine:
+        constant = np.log(tokenizer.vocab_size)
+        return FakeEngine(tokenizer, say or (lambda tokens: np.full(len(tokens), constant)), limit)
+
+    return build
+
+
+def run(probe: Probe, engine: Engine, data: ProbeData, label: str = "S", seed: int = 0) -> list[Record]:
+    return [
+        Record.make(
+            probe=probe.kind,
+            protocol=probe.protocol(),
+            item=answer.item,
+            subject=label,
+            seed=seed,
+            fingerprint=engine.fingerprint,
+            answer=answer.content,
+            seconds=answer.seconds,
+        )
+        for batch in probe.ask(engine, probe.items(data), data)
+        for answer in batch
+    ]
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., list[Record]]:
+    return run
+
+
+@pytest.fixture(scope="session")
+def read() -> Callable[[Probe, Sequence[Record]], tuple[list[Observation], Summary]]:
+    def read_records(probe: Probe, records: Sequence[Record]) -> tuple[list[Observation], Summary]:
+        observations = [seen for record in records for seen in probe.observe(record)]
+        return observations, summarise(observations, probe.metrics, resamples=2_000)
+
+    return read_records

@@ -1,0 +1,62 @@
+"""Claims about efficiency: medians over counted runs, state bytes as computed, nothing asked that cannot be taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from longspan.engines.native import NativeEngine
+from longspan.foundation.errors import UserError
+from longspan.probes.base import ProbeData, make_probe
+from longspan.records.store import Record
+
+SETTINGS = {"contexts": [16, 64], "repeats": 3, "warm_ups": 1, "new_tokens": 6}
+Ask = Callable[..., list[Record]]
+
+
+def test_rates_are_prompt_tokens_over_time_and_further_tokens_over_theirs(
+    data: ProbeData, fake: Callable[..., object], ask: Ask, read: Callable[..., object]
+) -> None:
+    probe = make_probe("efficiency", SETTINGS)
+    _, summary = read(probe, ask(probe, fake(), data))  # type: ignore[misc]
+    values = {(m.metric, m.x): m for m in summary.measurements}
+    assert values["prefill_rate", 16.0].value == pytest.approx(1_000)
+    assert values["first_token", 64.0].value == pytest.approx(64)
+    assert values["output_token", 64.0].value == pytest.approx(100)
+    assert values["state_bytes", 64.0].value == 640
+    assert values["prefill_rate", 16.0].n == 3
+    assert summary.comparisons == ()
+
+
+def test_a_real_subject_is_timed_and_attention_state_grows(
+    data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask
+) -> None:
+    probe = make_probe("efficiency", SETTINGS)
+    attention, mamba = ([r.answer["state_bytes"] for r in ask(probe, subject(pattern), data)] for pattern in ("A", "M"))
+    assert attention[1] == 4 * attention[0]
+    assert mamba[1] == mamba[0]
+
+
+def test_contexts_beyond_the_limit_have_no_runs(
+    data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask, read: Callable[..., object]
+) -> None:
+    probe = make_probe("efficiency", SETTINGS)
+    records = ask(probe, subject("A", positions="learned", max_positions=32), data)
+    assert [len(record.answer["runs"]) for record in records] == [3, 0]
+    observations, _ = read(probe, records)  # type: ignore[misc]
+    assert {o.x for o in observations} == {16.0}
+
+
+def test_prompts_are_fresh_exact_and_repeat_a_short_split(data: ProbeData) -> None:
+    probe = make_probe("efficiency")
+    prompts = [probe._prompt(data, 5_000, run) for run in range(2)]  # type: ignore[attr-defined]
+    assert [len(prompt) for prompt in prompts] == [5_000, 5_000]
+    assert not np.array_equal(*prompts)
+    assert [item.details["context"] for item in probe.items(data)] == [32, 64, 128, 256, 512]
+
+
+def test_contexts_must_be_positive(data: ProbeData) -> None:
+    with pytest.raises(UserError, match="positive"):
+        make_probe("efficiency", {"contexts": [0]}).items(data)
