@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import DataError, UserError
-from longspan.foundation.files import atomic_write, digest, read_json, write_json
+from longspan.foundation.files import atomic_write, digest, read_json, sha256_file, write_json
 
 NUM_SPECIAL = 2
 """Rows of a trained vocabulary that are special: boundary and pad."""
@@ -290,6 +290,17 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             "trained_on_bytes": counted.bytes,
         },
     )
+
+
+def tokenizer_fingerprint(config: TokenizerConfig) -> dict[str, Any]:
+    """All that determines the tokenizer besides its training text, JSON-able; a file counts by its content."""
+    if config.kind != "pretrained":
+        return config.model_dump(mode="json")
+    from longspan.corpus.bpe import find_tokenizer_file
+
+    assert config.pretrained is not None
+    path = find_tokenizer_file(config.pretrained, config.revision)
+    return {**config.model_dump(mode="json", exclude={"pretrained", "revision"}), "sha256": sha256_file(path)}
 
 
 class _Counted:
