@@ -1,12 +1,12 @@
 """Causal attention that stays inside documents, with grouped heads, caches, windows and ALiBi.
 
-Shapes: B batch, T query time, S key time, H query heads, G key-value heads, P head dim.
+Shapes: B batch, T query time, S key time, H query heads, G key-value heads, P head dim, L length of a document.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from longspan.foundation.errors import UserError
 
 Backend = Literal["sdpa", "reference", "flex"]
+
+# What one more call of the kernel costs (forward and backward, CPU), in pairs of query and key.
+CALL_COST_PAIRS = 12_288
 
 
 def attention(
@@ -35,43 +38,227 @@ def attention(
 
     Args:
         q_BTHP: queries.
-        k_BSGP: keys; H must be a multiple of G, head h reads group h // (H/G).
+        k_BSGP: keys; head h reads group h // (H/G). S >= q_offset + T; keys after a query are never seen.
         v_BSGP: values.
-        q_doc_BT: document ids of the queries; None: one document.
-        k_doc_BS: document ids of the keys; None with `q_doc_BT` given: the same ids (needs T == S).
+        q_doc_BT: document ids of the queries, not used again later in the row; None: one document.
+        k_doc_BS: document ids of the keys; None with `q_doc_BT` given: the same ids (needs S == T).
         q_offset: key position of the first query (the length of the cache).
         alibi_slopes_H: adds `-slope * distance` to the scores (Press et al. 2022).
         window: a query sees the last `window` positions, itself included; None: all.
-        dropout: probability of dropping an attention weight.
-        backend: "sdpa" (torch's fused kernels), "reference" (plain, right for anything), "flex" (CUDA only).
-        block_mask: for "flex": a prebuilt `BlockMask` made by `flex_block_mask`, so that it is made once per batch.
+        dropout: probability of dropping an attention weight (torch's global generator, as in SDPA).
+        backend: "sdpa" (torch's fused kernels), "reference" (plain, right for anything), "flex" (FlexAttention, CUDA).
+        block_mask: for "flex", the mask of this batch from `flex_block_mask`, made once for all layers.
 
     Returns:
-        (B, T, H, P) in the dtype of the queries. A query with no visible key gets zeros.
+        (B, T, H, P) in the dtype of the queries.
 
     Raises:
         UserError: shapes, window or backend that cannot be honoured.
     """
-    del block_mask
+    rules = _Rules(q_offset, alibi_slopes_H, window, dropout)
+    if q_doc_BT is not None and k_doc_BS is None:
+        k_doc_BS = q_doc_BT
+    _check(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules, backend, block_mask)
     if backend == "flex":
-        raise UserError("attention backend 'flex'", "'sdpa' or 'reference'", "use 'sdpa'")
-    batch, time, heads, head_dim = q_BTHP.shape
+        return _flex(q_BTHP, k_BSGP, v_BSGP, block_mask, rules)
+    if backend == "reference":
+        return _reference(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
+    aligned = q_offset == 0 and q_BTHP.shape[1] == k_BSGP.shape[1]
+    if q_doc_BT is not None and k_doc_BS is not None and q_BTHP.device.type == "cpu":
+        if _one_document(q_doc_BT, k_doc_BS):
+            q_doc_BT = k_doc_BS = None
+        elif not aligned or not (k_doc_BS is q_doc_BT or torch.equal(q_doc_BT, k_doc_BS)):
+            pass
+        elif (lengths := _document_lengths(q_doc_BT, q_BTHP.shape[2])) is not None:
+            return _per_document(q_BTHP, k_BSGP, v_BSGP, lengths, rules)
+    return _sdpa(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
+
+
+class _Rules(NamedTuple):
+    """What decides the scores beside queries, keys and documents."""
+
+    q_offset: int
+    slopes: Tensor | None
+    window: int | None
+    dropout: float
+
+    def visible(self, time: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(T, S) bool mask of causality and window, and the distances (T, S)."""
+        queries = torch.arange(time, device=device) + self.q_offset
+        distance = queries[:, None] - torch.arange(keys, device=device)
+        visible = distance >= 0
+        if self.window is not None:
+            visible &= distance < self.window
+        return visible, distance
+
+    def mask(self, time: int, keys: int, same: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Bool mask, or additive bias with ALiBi; broadcasts to (B, H, T, S). `same` (B, T, S): same document."""
+        visible, distance = self.visible(time, keys, device)
+        visible = visible[None, None] if same is None else visible & same[:, None]
+        if self.slopes is None:
+            return visible
+        bias = -self.slopes.to(device, dtype)[:, None, None] * distance.to(dtype)
+        return bias[None].masked_fill(~visible, -math.inf)
+
+
+def _check(
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    q_doc_BT: Tensor | None,
+    k_doc_BS: Tensor | None,
+    rules: _Rules,
+    backend: str,
+    block_mask: Any,
+) -> None:
+    time, heads = q_BTHP.shape[1:3]
     keys, groups = k_BSGP.shape[1:3]
-    q, k, v = (z.transpose(1, 2) for z in (q_BTHP, k_BSGP, v_BSGP))
-    if groups != heads:
-        k, v = (z.repeat_interleave(heads // groups, dim=1) for z in (k, v))
-    distance = (torch.arange(time, device=q.device) + q_offset)[:, None] - torch.arange(keys, device=q.device)
-    visible = distance >= 0
-    if window is not None:
-        visible = visible & (distance < window)
-    visible = visible[None, None]
-    if q_doc_BT is not None:
-        if k_doc_BS is None:
-            k_doc_BS = q_doc_BT
-        visible = visible & (q_doc_BT[:, None, :, None] == k_doc_BS[:, None, None, :])
-    mask: Tensor = visible
-    if alibi_slopes_H is not None:
-        bias = -alibi_slopes_H.to(q.dtype)[None, :, None, None] * distance.to(q.dtype)
-        mask = bias.masked_fill(~visible, -math.inf)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if backend not in ("sdpa", "reference", "flex"):
+        raise UserError(f"attention backend {backend!r}", "'sdpa', 'reference' or 'flex'", "name one of the three")
+    if backend == "flex" and not q_BTHP.is_cuda:
+        raise UserError("attention backend 'flex' on the CPU", "'sdpa' or 'reference' there", "use 'sdpa'")
+    if backend == "flex" and rules.dropout:
+        raise UserError(
+            f"attention backend 'flex' with dropout {rules.dropout}", "dropout 0", "use 'sdpa' or dropout 0"
+        )
+    if (backend == "flex") != (block_mask is not None):
+        given = f"attention backend {backend!r} with{'out' if block_mask is None else ''} a block mask"
+        raise UserError(given, "a block mask with 'flex' and only there", "make it once per batch with flex_block_mask")
+    if heads % groups or k_BSGP.shape != v_BSGP.shape:
+        given = f"{heads} query heads, keys {tuple(k_BSGP.shape)}, values {tuple(v_BSGP.shape)}"
+        raise UserError(given, "key-value heads that divide the query heads", "change kv_heads")
+    if rules.window is not None and rules.window < 1:
+        raise UserError(f"window {rules.window}", "1 or more, or None for all", "raise it")
+    if keys < rules.q_offset + time:
+        given = f"{keys} keys for {time} queries from position {rules.q_offset}"
+        raise UserError(given, "a key for every query", "put the new keys into the cache first")
+    for docs, length, name in ((q_doc_BT, time, "q_doc_BT"), (k_doc_BS, keys, "k_doc_BS")):
+        if docs is not None and docs.shape != (q_BTHP.shape[0], length):
+            raise UserError(f"{name} {tuple(docs.shape)}", f"({q_BTHP.shape[0]}, {length})", "give an id per position")
+
+
+def _same(q_doc_BT: Tensor | None, k_doc_BS: Tensor | None) -> Tensor | None:
+    return None if q_doc_BT is None or k_doc_BS is None else q_doc_BT[:, :, None] == k_doc_BS[:, None, :]
+
+
+def _heads_first(values: Tensor, heads: int) -> Tensor:
+    """(B, S, G, P) -> (B, H, S, P)."""
+    repeats = heads // values.shape[2]
+    values = values.transpose(1, 2)
+    return values if repeats == 1 else values.repeat_interleave(repeats, dim=1)
+
+
+def _reference(
+    q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, q_doc_BT: Tensor | None, k_doc_BS: Tensor | None, rules: _Rules
+) -> Tensor:
+    heads, head_dim = q_BTHP.shape[2:]
+    q, k, v = (_heads_first(values, heads) for values in (q_BTHP, k_BSGP, v_BSGP))
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(head_dim)
+    mask = rules.mask(q.shape[2], k.shape[2], _same(q_doc_BT, k_doc_BS), q.dtype, q.device)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return (F.dropout(scores.softmax(-1), rules.dropout) @ v).transpose(1, 2)
+
+
+def _sdpa(
+    q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, q_doc_BT: Tensor | None, k_doc_BS: Tensor | None, rules: _Rules
+) -> Tensor:
+    time, heads = q_BTHP.shape[1:3]
+    keys = k_BSGP.shape[1]
+    q, k, v = (_heads_first(values, heads) for values in (q_BTHP, k_BSGP, v_BSGP))
+    plain = q_doc_BT is None and rules.slopes is None and (rules.window is None or rules.window >= keys)
+    causal = plain and rules.q_offset == 0 and time == keys
+    newest_only = plain and time == 1 and rules.q_offset + 1 == keys
+    mask = None
+    if not (causal or newest_only):
+        mask = rules.mask(time, keys, _same(q_doc_BT, k_doc_BS), q.dtype, q.device)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rules.dropout, is_causal=causal)
+    return y.transpose(1, 2)
+
+
+def _one_document(q_doc_BT: Tensor, k_doc_BS: Tensor) -> bool:
+    return bool((k_doc_BS == q_doc_BT[:, :1]).all()) and bool((q_doc_BT == q_doc_BT[:, :1]).all())
+
+
+def _document_lengths(doc_BT: Tensor, heads: int) -> list[int] | None:
+    """Lengths of all documents, row after row, where one call per document is cheaper than a masked square per row."""
+    batch, time = doc_BT.shape
+    starts_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0), value=True)
+    first_N = starts_BT.flatten().nonzero()[:, 0]
+    length_N = torch.diff(first_N, append=first_N.new_tensor([batch * time]))
+    pairs = int((length_N * length_N).sum()) // 2
+    if length_N.numel() * CALL_COST_PAIRS + heads * pairs > heads * batch * time * time:
+        return None
+    lengths: list[int] = length_N.tolist()
+    return lengths
+
+
+def _per_document(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, lengths: list[int], rules: _Rules) -> Tensor:
+    """Each document on its own: the work is the sum of the squares of the lengths, not the square of the sum."""
+    parts = zip(*(torch.split(values.flatten(0, 1), lengths) for values in (q_BTHP, k_BTGP, v_BTGP)), strict=True)
+    y = torch.cat([_sdpa(q[None], k[None], v[None], None, None, rules)[0] for q, k, v in parts])
+    return y.view(q_BTHP.shape)
+
+
+def flex_block_mask(
+    q_doc_BT: Tensor | None,
+    k_doc_BS: Tensor | None = None,
+    *,
+    time: int,
+    keys: int,
+    q_offset: int = 0,
+    window: int | None = None,
+    device: torch.device | str = "cuda",
+) -> Any:
+    """Makes the `BlockMask` of a batch for backend "flex": causal, inside documents, inside the window.
+
+    Args:
+        q_doc_BT: document ids of the queries; None: one document, and the mask serves any batch size.
+        k_doc_BS: document ids of the keys; None: those of the queries.
+        time: T.
+        keys: S.
+        q_offset: key position of the first query.
+        window: positions that a query sees, or None.
+        device: a CUDA device.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    k_docs = q_doc_BT if k_doc_BS is None else k_doc_BS
+
+    def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        distance = q_index + q_offset - k_index
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if q_doc_BT is not None and k_docs is not None:
+            seen = seen & (q_doc_BT[b, q_index] == k_docs[b, k_index])
+        return seen
+
+    batch = None if q_doc_BT is None else q_doc_BT.shape[0]
+    return create_block_mask(visible, batch, None, time, keys, device=device)
+
+
+_compiled_flex: Any = None
+
+
+def _flex(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, block_mask: Any, rules: _Rules) -> Tensor:
+    global _compiled_flex
+    if _compiled_flex is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled_flex = torch.compile(flex_attention)
+    slopes_H, offset = rules.slopes, rules.q_offset
+
+    def alibi(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        assert slopes_H is not None
+        return score - slopes_H[h] * (q_index + offset - k_index)
+
+    q, k, v = (values.transpose(1, 2) for values in (q_BTHP, k_BSGP, v_BSGP))
+    y: Tensor = _compiled_flex(
+        q,
+        k,
+        v,
+        score_mod=None if slopes_H is None else alibi,
+        block_mask=block_mask,
+        enable_gqa=q_BTHP.shape[2] != k_BSGP.shape[2],
+    )
     return y.transpose(1, 2)

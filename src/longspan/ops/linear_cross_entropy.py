@@ -31,7 +31,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_ND: last hidden states, fp32 or bf16 (fp64 in tests).
-        weight_VD: head (or tied embedding) rows, same dtype.
+        weight_VD: head (or tied embedding) rows; cast to the dtype of `hidden`.
         targets_N: integer class per token; `ignore` marks tokens without loss.
         chunk: tokens whose logits live at the same time; None: `default_chunk`.
         ignore: the target value that carries no loss.
@@ -63,6 +63,7 @@ def linear_cross_entropy(
             )
     chosen_N = targets_N.masked_fill(~counted_N, 0)
     function = _Sum if reduction == "sum" else _PerToken
+    weight_VD = weight_VD.to(hidden_ND.dtype)
     train = torch.is_grad_enabled()
     loss: Tensor = function.apply(hidden_ND, weight_VD, chosen_N, counted_N, chunk, train)  # type: ignore[no-untyped-call]
     return loss
@@ -158,7 +159,8 @@ class _Sum(torch.autograd.Function):
         for span in chunks.spans():
             exponentials, totals, nll = chunks.exponentials(span)
             total += nll.sum()
-            chunks.add_gradients(span, exponentials, totals, ones[: nll.shape[0]], dhidden, dweight)
+            if dhidden is not None or dweight is not None:
+                chunks.add_gradients(span, exponentials, totals, ones[: nll.shape[0]], dhidden, dweight)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -70,6 +70,8 @@ def _check(
         raise UserError(f"ssd backend {backend!r}", "'chunked' or 'reference'", "name one of the two")
     if chunk < 1 or time < 1:
         raise UserError(f"ssd over {time} tokens in chunks of {chunk}", "at least 1 of each", "raise it to 1 or more")
+    if not A_H.is_cuda and bool((A_H > 0).any()):
+        raise UserError(f"a decay rate A of {float(A_H.max()):g}", "0 or below", "pass -exp(A_log)")
     if heads % groups:
         raise UserError(f"{heads} heads in {groups} groups", "a number of groups that divides the heads", "use 1 group")
     if dt_BTH.shape != (batch, time, heads) or B_BTGN.shape != C_BTGN.shape or B_BTGN.shape[:2] != (batch, time):

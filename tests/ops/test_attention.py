@@ -1,0 +1,150 @@
+"""Every backend says what the plain softmax says, and no document feels another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.foundation.errors import UserError
+from longspan.ops import attention as module
+from longspan.ops.attention import attention
+
+
+def leaves(batch, time, keys=None, heads=4, groups=4, head_dim=8, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    keys = time if keys is None else keys
+    shapes = ((batch, time, heads, head_dim), (batch, keys, groups, head_dim), (batch, keys, groups, head_dim))
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def with_gradients(q, k, v, **rules):
+    y = attention(q, k, v, **rules)
+    slope = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return y, *torch.autograd.grad(y, (q, k, v), slope)
+
+
+def assert_same(got, expected, tolerance=1e-12):
+    for one, other in zip(got, expected, strict=True):
+        assert torch.allclose(one, other, atol=tolerance)
+
+
+def test_the_reference_is_softmax_by_hand():
+    q, k, v = leaves(1, 3, heads=1, groups=1, head_dim=2)
+    y = attention(q, k, v, backend="reference")
+    scores = [torch.dot(q[0, 2, 0], k[0, s, 0]) / math.sqrt(2) for s in range(3)]
+    weights = torch.stack(scores).softmax(0)
+    assert torch.allclose(y[0, 2, 0], sum(w * v[0, s, 0] for s, w in enumerate(weights)))
+    assert torch.allclose(y[0, 0, 0], v[0, 0, 0])
+
+
+@pytest.mark.parametrize("cost", [0, 10**9], ids=["per document", "masked"])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("chance", [None, 0.0, 0.2, 1.0])
+def test_sdpa_equals_the_reference(chance, groups, alibi, window, cost, documents, monkeypatch):
+    monkeypatch.setattr(module, "CALL_COST_PAIRS", cost)
+    tensors = leaves(3, 17, groups=groups)
+    rules = {"window": window}
+    if alibi:
+        rules["alibi_slopes_H"] = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
+    if chance is not None:
+        rules["q_doc_BT"] = documents(3, 17, chance, 0)
+    assert_same(with_gradients(*tensors, **rules), with_gradients(*tensors, **rules, backend="reference"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    time=st.integers(2, 12),
+    cut=st.floats(0, 1),
+    boundaries=st.none() | st.sets(st.integers(1, 11)),
+    window=st.none() | st.integers(1, 12),
+    alibi=st.booleans(),
+)
+def test_a_cache_at_any_split_equals_one_pass(time, cut, boundaries, window, alibi):
+    q, k, v = (z.detach() for z in leaves(2, time, groups=2, seed=time))
+    split = 1 + int(cut * (time - 2))
+    rules = {"window": window, "alibi_slopes_H": torch.arange(4.0).double() / 4 if alibi else None}
+    doc = None
+    if boundaries is not None:
+        doc = torch.tensor([[sum(b <= t for b in boundaries) for t in range(time)]] * 2)
+    whole = attention(q, k, v, q_doc_BT=doc, backend="reference", **rules)
+    first = attention(
+        q[:, :split], k[:, :split], v[:, :split], q_doc_BT=None if doc is None else doc[:, :split], **rules
+    )
+    rest = attention(
+        q[:, split:],
+        k,
+        v,
+        q_doc_BT=None if doc is None else doc[:, split:],
+        k_doc_BS=doc,
+        q_offset=split,
+        **rules,
+    )
+    assert torch.allclose(torch.cat((first, rest), 1), whole, atol=1e-12)
+
+
+def test_keys_of_an_unfilled_cache_are_never_seen():
+    q, k, v = (z.detach() for z in leaves(1, 2, keys=9))
+    expected = attention(q, k[:, :5], v[:, :5], q_offset=3)
+    k[:, 5:] = 1e6
+    v[:, 5:] = 1e6
+    assert torch.allclose(attention(q, k, v, q_offset=3), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("cost", [0, 10**9], ids=["per document", "masked"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_changing_one_document_leaves_every_other_bitwise_untouched(cost, window, monkeypatch):
+    monkeypatch.setattr(module, "CALL_COST_PAIRS", cost)
+    doc = torch.tensor([[0] * 30 + [1] * 45 + [2] * 1 + [3] * 64])
+    inside = doc[0] == 1
+    results = []
+    for seed in (0, 1):
+        base, other = (leaves(1, 140, dtype=torch.float32, seed=s) for s in (0, seed))
+        mixed = [
+            torch.where(inside[:, None, None], o, b).detach().requires_grad_() for b, o in zip(base, other, strict=True)
+        ]
+        results.append(with_gradients(*mixed, q_doc_BT=doc, window=window))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one[:, ~inside], other[:, ~inside])
+        assert not torch.equal(one[:, inside], other[:, inside])
+
+
+def test_dropout_keeps_the_mean():
+    q, k, v = (z.detach() for z in leaves(1, 4, heads=1, groups=1, dtype=torch.float32))
+    torch.manual_seed(0)
+    kept = torch.stack([attention(q, k, v, dropout=0.3) for _ in range(600)]).mean(0)
+    assert torch.allclose(kept, attention(q, k, v), atol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"backend": "flash"}, "'flash'"),
+        ({"backend": "flex"}, "on the CPU"),
+        ({"window": 0}, "window 0"),
+        ({"q_offset": 1}, "8 keys for 8 queries from position 1"),
+        ({"q_doc_BT": torch.zeros(2, 5)}, "q_doc_BT"),
+        ({"block_mask": object()}, "block mask"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(rules, words):
+    with pytest.raises(UserError, match=words):
+        attention(*leaves(2, 8), **rules)
+    with pytest.raises(UserError, match="kv_heads"):
+        attention(*leaves(2, 8, groups=3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alibi", [False, True])
+def test_flex_equals_the_reference_on_cuda(alibi, documents):
+    q, k, v = (z.detach().cuda().requires_grad_() for z in leaves(2, 300, groups=2, head_dim=16, dtype=torch.float32))
+    doc = documents(2, 300, 0.02, 0).cuda()
+    rules = {"alibi_slopes_H": torch.tensor([0.5, 0.25, 0.125, 0.0625]).cuda() if alibi else None, "q_doc_BT": doc}
+    mask = module.flex_block_mask(doc, time=300, keys=300)
+    got = with_gradients(q, k, v, **rules, backend="flex", block_mask=mask)
+    assert_same(got, with_gradients(q, k, v, **rules, backend="reference"), 2e-3)
