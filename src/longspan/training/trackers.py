@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -97,7 +98,7 @@ class WandbTracker:
     def start(self, directory: Path, configuration: Mapping[str, Any], step: int) -> None:
         """Start the run, or go on with it."""
         self._path = directory / "wandb.json"
-        known = read_json(self._path) if self._path.exists() else {"id": self._wandb.util.generate_id(), "last": {}}
+        known = read_json(self._path) if self._path.exists() else {"id": secrets.token_hex(4), "last": {}}
         self._last = dict(known["last"])
         self._run = self._wandb.init(
             project=self._project,

@@ -1,0 +1,108 @@
+"""What only a CUDA device shows: bf16, a step without waiting, and updates that the device itself holds back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.foundation.errors import DivergenceError, Stopped
+from longspan.foundation.progress import Progress
+from longspan.training.checkpoint import read_state
+from longspan.training.metrics import read_metrics
+
+pytestmark = pytest.mark.gpu
+PATTERNS = ["A", "M", "G", "AM"]
+
+
+def rows_that(small: ModuleType, act: Any) -> Any:
+    """A stream that calls `act(number)` before it hands out each batch."""
+
+    class Rows(small.Rows):  # type: ignore[name-defined,misc]
+        def __next__(self) -> Any:
+            act(self.taken)
+            return super().__next__()
+
+    return lambda: Rows(4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_training_in_bf16_with_fp32_parameters_falls_as_in_fp32(
+    small: ModuleType, tmp_path: Path, pattern: str
+) -> None:
+    finals = {}
+    for dtype in ("auto", "fp32"):
+        net = small.model(pattern=pattern)
+        result = small.run(tmp_path / dtype, small.settings(steps=60, dtype=dtype), net, device="cuda")
+        assert all(p.dtype == torch.float32 for p in net.parameters())
+        assert result.peak_memory_of == "torch allocator"
+        assert result.peak_memory_bytes > 0
+        finals[result.dtype] = result.final.loss
+    assert finals.keys() == {"bf16", "fp32"}
+    assert finals["bf16"] == pytest.approx(finals["fp32"], rel=0.05)
+    assert finals["bf16"] < 2.8
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_no_step_between_log_lines_waits_for_the_device(
+    small: ModuleType, tmp_path: Path, pattern: str, dtype: str
+) -> None:
+    def watch(taken: int) -> None:
+        # Two micro-batches a step: from the start of step 6 to the start of step 10 nothing is due.
+        if taken in (10, 18):
+            torch.cuda.set_sync_debug_mode("error" if taken == 10 else "default")
+
+    training = small.settings(log_every=50, evaluate_every=50, checkpoint_every=50, dtype=dtype)
+    try:
+        small.run(tmp_path, training, small.model(pattern=pattern), rows_that(small, watch), device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_device_holds_a_bad_update_back_and_the_right_step_is_named(small: ModuleType, tmp_path: Path) -> None:
+    net = small.model()
+    before: dict[str, torch.Tensor] = {}
+
+    def poison(taken: int) -> None:
+        if taken == 14:
+            before.update({name: p.detach().clone() for name, p in net.named_parameters()})
+            # Between two steps: the eighth one meets a weight whose output overflows, and is never repaired.
+            hook(net.layers[1].mlp)
+
+    def hook(module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda m, inputs, output: output * float("nan"))
+
+    training = small.settings(log_every=12, evaluate_every=50, checkpoint_every=50)
+    with pytest.raises(DivergenceError, match=r"step 8 of 12.*`layers\.1\.mlp` \(\w+\) in the forward pass"):
+        small.run(tmp_path, training, net, rows_that(small, poison), device="cuda")
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0)
+
+
+def test_stopping_and_going_on_keeps_the_curve(small: ModuleType, tmp_path: Path) -> None:
+    def stop(progress: Progress, /) -> None:
+        if progress.stage == "train" and progress.done == 7 * 128:
+            raise Stopped("enough")
+
+    training = small.settings(dtype="fp32")
+    small.run(tmp_path / "straight", training, device="cuda")
+    with pytest.raises(Stopped):
+        small.run(tmp_path / "stopped", training, report=stop, device="cuda")
+    small.run(tmp_path / "stopped", training, device="cuda")
+    curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "stopped")]
+    assert [line["step"] for line in curves[0]] == [line["step"] for line in curves[1]]
+    assert [line["loss"] for line in curves[0]] == pytest.approx([line["loss"] for line in curves[1]], rel=1e-4)
+    random = [read_state(tmp_path / n / "checkpoints" / "last")["random"] for n in ("straight", "stopped")]
+    assert random[0] == random[1]
+
+
+def test_a_compiled_loss_trains_the_same(small: ModuleType, tmp_path: Path) -> None:
+    results = [
+        small.run(tmp_path / str(on), small.settings(compile=on, dtype="fp32"), small.model(), device="cuda")
+        for on in (False, True)
+    ]
+    assert results[0].final.loss == pytest.approx(results[1].final.loss, rel=1e-3)
