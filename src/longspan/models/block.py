@@ -11,36 +11,8 @@ from torch import Tensor, nn
 
 from longspan.models.config import ModelConfig
 from longspan.models.mixers.base import MixerState, init_linear
+from longspan.models.norms import LayerNorm, RMSNorm
 from longspan.models.segments import Segments
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * weight`; statistics in fp32, the weight multiplies after the cast back (as transformers' Llama)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Same shape and dtype."""
-        normed = F.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=self.eps).to(x_BTD.dtype)
-        return normed * self.weight.to(x_BTD.dtype)
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Ones."""
-        self.weight.fill_(1.0)
-
-
-class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` with weight and bias."""
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Weight one, bias zero."""
-        self.weight.fill_(1.0)
-        self.bias.zero_()
 
 
 class MLP(nn.Module):

@@ -113,6 +113,7 @@ class Attention(Mixer):
 
     name = "attention"
     Settings = AttentionSettings
+    isolated_as = "attention"
 
     @classmethod
     def check(cls, width: int, settings: Config) -> None:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Mixer(nn.Module, ABC):
         Settings: its frozen configuration; a field takes the model's setting of the same name as default.
         no_decay: parameters without weight decay, beside those with one dimension (biases, norms), which never have it.
         fp32: parameters that stay in fp32 whatever the compute dtype.
+        isolated_as: which isolation reaches it: `attention` or `state` (see `Segments`).
         residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
     """
 
@@ -56,6 +57,7 @@ class Mixer(nn.Module, ABC):
     Settings: ClassVar[type[Config]] = Config
     no_decay: ClassVar[frozenset[str]] = frozenset()
     fp32: ClassVar[frozenset[str]] = frozenset()
+    isolated_as: ClassVar[Literal["attention", "state"]] = "state"
     residual_outputs: tuple[str, ...] = ("out_proj.weight",)
 
     @classmethod

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
+from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.ssd import ssd
@@ -50,21 +51,6 @@ class Mamba2State(MixerState):
     tail: Tensor | None = None
     tail_doc: Tensor | None = None
     scan: Tensor | None = None
-
-
-class GatedRMSNorm(nn.Module):
-    """`RMSNorm(y * silu(z)) * weight`: the gate comes first (Mamba-2's `norm_before_gate=False`)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Statistics in fp32; the weight multiplies after the cast back to the dtype of `z`."""
-        gated = y.float() * F.silu(z.float())
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).to(z.dtype)
-        return normed * self.weight.to(z.dtype)
 
 
 @register("M")
@@ -123,7 +109,7 @@ class Mamba2(Mixer):
         # softplus(dt_bias) = dt
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.D.fill_(1.0)
-        self.norm.weight.fill_(1.0)
+        self.norm.init_weights()
         init_linear(self.out_proj, generator)
 
     def initial_state(self) -> Mamba2State:
