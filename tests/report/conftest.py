@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,9 +24,7 @@ from longspan.report.data import (
 )
 
 BPB = Metric("bits_per_byte", "Bits per byte", "bits/byte", "ratio", "lower")
-PERPLEXITY = Metric(
-    "perplexity", "Perplexity", "per token", "ratio", "lower", transform="exp", compare=False
-)
+PERPLEXITY = Metric("perplexity", "Perplexity", "per token", "ratio", "lower", transform="exp", compare=False)
 NLL = Metric("nll", "NLL by position", "nats/token", "ratio", "lower", "position")
 ACCURACY = Metric("accuracy", "Suffix accuracy", "", "proportion", "higher", "context", chance=0.25)
 GAIN = Metric("long_range_gain", "Gain over 64 tokens", "", "difference", "higher", "context")
@@ -131,7 +130,9 @@ def training(label: str, level: float, seed: int = 0) -> TrainingCurve:
 
 def items(labels: list[str]) -> list[ItemRow]:
     rng = numpy_generator(7, "items")
-    asked = "… and I have no doubt that the Congress will give to this subject the attention which its importance demands."
+    asked = (
+        "… and I have no doubt that the Congress will give to this subject the attention which its importance demands."
+    )
     rows = []
     for i in range(60):
         answers = [
@@ -144,7 +145,9 @@ def items(labels: list[str]) -> list[ItemRow]:
         rows.append(ItemRow("suffix_identification", f"sotu-{1790 + i}/{i % 4}", asked, answers, CONTEXTS[i % 5],
                             "passage B: the Treasury, under the law of last session", True))  # fmt: skip
     hostile = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & <b>bold</b>"
-    rows.append(ItemRow("suffix_identification", "hostile", hostile, [ItemAnswer(labels[0], 0, hostile, 0.0)], 64.0, hostile))
+    rows.append(
+        ItemRow("suffix_identification", "hostile", hostile, [ItemAnswer(labels[0], 0, hostile, 0.0)], 64.0, hostile)
+    )
     return rows
 
 
@@ -208,6 +211,14 @@ def build_leakage(documents: int = 40) -> ReportInput:
         return {"A": 0.07, "M": 0.055, "G": 0.01}[label[0]] * (1 - 4 * cost[label.partition("/")[2]])
 
     labels = list(arms)
+    found = sections(labels, level, reach, skill, documents)
+    by_level = [
+        replace(o, subject=f"isolation={o.subject.partition('/')[2]}", item=f"{o.subject[0]}/{o.item}")
+        for o in scalar_observations(labels, level, documents)
+        if o.metric == "bits_per_byte"
+    ]
+    effects = summarise(by_level, [BPB], resamples=2_000).comparisons
+    first = replace(found[0], summary=replace(found[0].summary, comparisons=found[0].summary.comparisons + effects))
     return ReportInput(
         study="wiki-leakage",
         variant="small",
@@ -215,7 +226,7 @@ def build_leakage(documents: int = 40) -> ReportInput:
         "mixer?",
         created="2026-11-22 03:00 UTC",
         subjects=[facts(s, f["pattern"], f, level(s)) for s, f in arms.items()],
-        probes=sections(labels, level, reach, skill, documents),
+        probes=[first, *found[1:]],
         reproduce=REPRODUCE,
         context=512,
         tokenizer="byte_bpe-4096-1c9e22f0",

@@ -141,6 +141,6 @@ def _panel_order(
 
 
 def _columns(panels: int, inner: int) -> int:
-    if panels <= 3:
+    if panels <= 4:
         return max(1, panels)
     return inner if 2 <= inner <= 4 else 3

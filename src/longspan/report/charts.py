@@ -31,6 +31,16 @@ THEMES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 STATIC_WIDTH = 660
+TICKS = {
+    "signed": "datum.value === 0 ? '0' : format(datum.value, '+~r')",
+    "tokens": "datum.value >= 10000 ? (datum.value % 1024 == 0 ? format(datum.value / 1024, '~r') + 'k' : "
+    "format(datum.value, '~s')) : format(datum.value, ',~r')",
+    "bytes": "datum.value >= 1073741824 ? format(datum.value / 1073741824, ',~r') + ' GiB' : datum.value >= 1048576 ? "
+    "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? format(datum.value / 1024, '~r') + ' KiB' : "
+    "format(datum.value, '~r') + ' B'",
+}
+"""Ticks that a d3 format cannot write: it has no binary prefixes and calls zero `+0`."""
+_BINARY = ("tokens", "bytes")
 Row = dict[str, Any]
 Scale = Literal["log", "linear"]
 
@@ -45,6 +55,7 @@ class Figure:
         spec: the Vega-Lite definition with CSS variables as colours.
         columns: panels per row at full width; 1 for a single chart.
         label_width: room for direct labels at the right of every panel, in pixels.
+        panels: number of panels, and `least` the width in pixels that their names need.
         half: whether it may share a row with the next figure.
     """
 
@@ -55,16 +66,24 @@ class Figure:
     table: Table
     columns: int = 1
     label_width: int = 0
+    panels: int = 1
+    least: int = 118
     half: bool = False
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: `values` are the ticks wanted (None leaves them to Vega), `form` a d3 format."""
+    """One axis.
+
+    Attributes:
+        title: empty where the figure's own title says it.
+        form: how ticks are written: a d3 format, or `tokens` (512, 4,096, 32k), `bytes` (KiB, MiB, GiB) or `signed`.
+        values: the ticks wanted; None leaves them to Vega.
+    """
 
     title: str
     scale: Scale = "linear"
-    form: str = "~g"
+    form: str = ",~r"
     zero: bool = False
     values: tuple[float, ...] | None = None
 
@@ -88,7 +107,7 @@ def config() -> dict[str, Any]:
         "axisX": {"grid": False},
         "axisY": left,
         "header": {"labelColor": INK, "labelFontSize": 11.5, "labelFontWeight": 600, "labelAnchor": "start",
-                   "title": None, "labelPadding": 16},
+                   "title": None, "labelPadding": 6},
         "text": {"color": INK, "fontSize": 11.5},
         "rule": {"color": LINE},
     }  # fmt: skip
@@ -107,7 +126,7 @@ def static_spec(figure: Figure, arms: Arms, theme: str = "light") -> dict[str, A
         room = STATIC_WIDTH + 60 - figure.columns * figure.label_width
         spec["spec"]["width"] = max(110, (room - 24 * (figure.columns - 1)) // figure.columns)
     else:
-        spec["width"] = STATIC_WIDTH - figure.label_width
+        spec["width"] = STATIC_WIDTH
     return spec
 
 
@@ -126,8 +145,8 @@ def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | 
     domain_x, domain_y = _x_domain(rows, x), y_domain(rows, y, chance)
     labels = _end_labels(rows, arms, y, domain_y, height)
     values = [{"kind": "point", **row} for row in rows] + labels
-    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x), title=x.title)
-    encode_y = alt.Y("y:Q", scale=_scale(y, domain_y), axis=_axis(y), title=y.title)
+    encode_x = _x(x, domain_x)
+    encode_y = _y(y, domain_y, panels=panels)
     colour = alt.Color("c:N", scale=None, legend=None)
     dash = alt.StrokeDash(
         "d:N", scale=alt.Scale(domain=list(arms.dashes), range=[list(d) for d in arms.dashes.values()]), legend=None
@@ -151,7 +170,7 @@ def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | 
 
 def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference: float | None = None,
          ) -> dict[str, Any]:  # fmt: skip
-    """One row per estimate: name above, point with its 95 % interval, the number at the right; best first as given.
+    """One row per estimate, in the order given: name and number above, point with its 95 % interval below.
 
     Args:
         rows: name, value, low, high, text, c (colour), hollow (drawn as a ring), zone (half width of a grey zone
@@ -167,31 +186,33 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
         known += [reference - max(zones), reference + max(zones)]
     low, high = _padded(min(known), max(known), 0.05)
     encode_y = alt.Y("i:O", axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
-    encode_x = alt.X(
-        "value:Q", scale=alt.Scale(domain=[low, high], nice=False), axis=_axis(x, grid=True), title=x.title
-    )
+    scale, axis = alt.Scale(domain=[low, high], nice=False, zero=False), _axis(x, (low, high), grid=True, count=6)
+
+    def place(field: str) -> Any:
+        return alt.X(field, scale=scale, axis=axis, title=x.title or None)
+
+    encode_x = place("value:Q")
     colour = alt.Color("c:N", scale=None, legend=None)
     base = alt.Chart().encode(y=encode_y)
     layers: list[Any] = []
     if zones and reference is not None:
         zone = base.transform_calculate(from_=f"{reference} - datum.zone", to=f"{reference} + datum.zone")
         zone = zone.transform_filter("datum.zone > 0")
-        layers.append(zone.mark_bar(color=ZONE, height=step - 4, cornerRadius=2).encode(x=alt.X("from_:Q"), x2="to:Q"))
+        layers.append(zone.mark_bar(color=ZONE, height=step - 4, cornerRadius=2).encode(x=place("from_:Q"), x2="to:Q"))
     for each in (chance, reference):
         if each is not None:
-            style = {"strokeDash": [3, 3]} if each is chance else {}
-            layers.append(alt.Chart().mark_rule(color=SOFT, **style).encode(x=alt.datum(each)))
-    shifted = {"yOffset": 7}
+            dash = [3, 3] if each is chance else [1, 0]
+            layers.append(alt.Chart().mark_rule(color=SOFT, strokeDash=dash).encode(x=alt.datum(each)))
     interval = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
-    layers.append(interval.mark_rule(strokeWidth=2.5, strokeCap="round", **shifted).encode(
-        x=alt.X("low:Q"), x2="high:Q", color=colour))  # fmt: skip
+    layers.append(interval.mark_rule(strokeWidth=2.5, strokeCap="round", yOffset=7).encode(
+        x=place("low:Q"), x2="high:Q", color=colour))  # fmt: skip
     full, ring = base.transform_filter("!datum.hollow"), base.transform_filter("datum.hollow")
-    layers.append(full.mark_point(filled=True, size=75, opacity=1, **shifted).encode(x=encode_x, color=colour))
-    layers.append(ring.mark_point(filled=True, size=60, opacity=1, fill=PAPER, strokeWidth=2, **shifted).encode(
+    layers.append(full.mark_point(filled=True, size=75, opacity=1, yOffset=7).encode(x=encode_x, color=colour))
+    layers.append(ring.mark_point(filled=True, size=60, opacity=1, fill=PAPER, strokeWidth=2, yOffset=7).encode(
         x=encode_x, stroke=alt.Stroke("c:N", scale=None, legend=None)))  # fmt: skip
     layers.append(base.mark_text(align="left", baseline="middle", dy=-8, fontWeight=600).encode(
         x=alt.value(0), text="name:N"))  # fmt: skip
-    layers.append(base.mark_text(align="left", baseline="middle", dx=10, dy=7, color=SOFT).encode(
+    layers.append(base.mark_text(align="right", baseline="middle", dy=-8, color=SOFT).encode(
         x=alt.value("width"), text="text:N"))  # fmt: skip
     tip = [alt.Tooltip("name:N", title="what"), alt.Tooltip("text:N", title="value"), alt.Tooltip("detail:N")]
     layers.append(base.mark_bar(opacity=0, height=step).encode(x=alt.value(0), x2=alt.value("width"), tooltip=tip))
@@ -207,8 +228,8 @@ def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict
     values = [dict(row) for row in sorted(rows, key=lambda r: (r["x"], r["y"]))]
     domain_x, domain_y = _x_domain(values, x, pad=0.1), y_domain(values, y, None)
     _spread_scatter(values, x, y, domain_x, domain_y, height)
-    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x, grid=True), title=x.title)
-    encode_y = alt.Y("y:Q", scale=_scale(y, domain_y), axis=_axis(y), title=y.title)
+    encode_x = _x(x, domain_x)
+    encode_y = _y(y, domain_y)
     colour = alt.Color("c:N", scale=None, legend=None)
     base = alt.Chart().encode(x=encode_x)
     front = base.transform_filter("datum.front")
@@ -234,9 +255,9 @@ def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str
     domain_x, domain_y = _x_domain(rows, x), y_domain(rows, y, 0.0)
     reach = max(abs(domain_y[0]), abs(domain_y[1]))
     values = [{**row, "zone_low": -min(row["zone"], reach), "zone_high": min(row["zone"], reach)} for row in rows]
-    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x), title=x.title)
+    encode_x = _x(x, domain_x)
     scale = alt.Scale(domain=list(domain_y), nice=False, zero=False)
-    encode_y = alt.Y("y:Q", scale=scale, axis=_axis(y), title=y.title)
+    encode_y = alt.Y("y:Q", scale=scale, axis=_axis(y, domain_y), title=None)
     base = alt.Chart().encode(x=encode_x)
     tip = [alt.Tooltip("pair:N"), alt.Tooltip("x:Q", title=x.title, format=",~r"), alt.Tooltip("text:N"),
            alt.Tooltip("n:Q", title="n", format=",d")]  # fmt: skip
@@ -258,7 +279,8 @@ def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str
             facet=alt.Facet("pair:N", sort=pairs, title=None),
             columns=columns,
             data=alt.NamedData("rows"),
-            spacing={"column": 24, "row": 34},
+            bounds="flush",
+            spacing={"column": 40, "row": 46},
         )
         .properties(padding={"left": 4, "top": 4, "bottom": 4, "right": 8})
     )
@@ -278,12 +300,12 @@ def training(
     panels = len({row["p"] for row in everything})
     height = 170 if not labelled or panels > 1 else 280
     domain_x = _x_domain(everything, x)
-    domain_y = _robust_domain(everything, y)
+    domain_y = _robust_domain(everything, y, 0.97 if labelled else 0.995)
     ends = [{**row, "y": row.get("smooth", row["y"])} for row in everything if not row["check"]] or everything
     labels = _end_labels(ends, arms, y, domain_y, height) if labelled else []
     values = [{key: value for key, value in row.items() if value is not None} for row in everything] + labels
-    encode_x = alt.X("x:Q", scale=_scale(x, domain_x), axis=_axis(x), title=x.title)
-    encode_y = alt.Y("y:Q", scale=_scale(y, domain_y), axis=_axis(y), title=y.title)
+    encode_x = _x(x, domain_x)
+    encode_y = _y(y, domain_y, panels=panels)
     colour = alt.Color("c:N", scale=None, legend=None)
     line = alt.Chart().transform_filter("datum.check === false").encode(x=encode_x, detail="s:N", color=colour)
     check = alt.Chart().transform_filter("datum.check === true").encode(x=encode_x, color=colour)
@@ -304,10 +326,10 @@ def training(
     return finish(layers, values, panels, arms, height, width)
 
 
-def _robust_domain(rows: Sequence[Row], axis: Axis) -> tuple[float, float]:
-    """Room for all but the largest half per cent: one spike at the start must not flatten the rest."""
+def _robust_domain(rows: Sequence[Row], axis: Axis, share: float) -> tuple[float, float]:
+    """Room for the lower `share` of the values: the start of a run must not flatten the rest."""
     values = sorted(row["y"] for row in rows)
-    cut = values[: max(1, math.ceil(0.995 * len(values)))]
+    cut = values[: max(1, math.ceil(share * len(values)))]
     return y_domain([{"y": cut[0]}, {"y": cut[-1]}], axis, None)
 
 
@@ -322,7 +344,8 @@ def finish(
         facet=alt.Facet("p:N", sort=list(arms.panels), title=None),
         columns=arms.columns,
         data=alt.NamedData("rows"),
-        spacing={"column": label_width + 18, "row": 34},
+        bounds="flush",
+        spacing={"column": label_width + 14, "row": 46},
     ).properties(padding={"left": 4, "top": 4, "bottom": 4, "right": label_width})
     return _plain(chart, values)
 
@@ -331,10 +354,10 @@ def _single(
     layers: Sequence[Any], values: Sequence[Row], height: int, label_width: int, top: int = 4
 ) -> dict[str, Any]:
     chart = alt.layer(*layers, data=alt.NamedData("rows")).properties(
-        height=height, width="container", padding={"left": 4, "top": top, "bottom": 4, "right": label_width}
+        height=height, width="container", padding={"left": 2, "top": top, "bottom": 4, "right": 2}
     )
     spec = _plain(chart, values)
-    spec["autosize"] = {"type": "fit", "contains": "padding"}
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return spec
 
 
@@ -370,16 +393,32 @@ def _scale(axis: Axis, domain: tuple[float, float]) -> Any:
         return alt.Scale(domain=list(domain), nice=False, zero=False)
     if domain[0] <= 0:
         return alt.Scale(type="symlog", domain=list(domain), nice=False)
-    return alt.Scale(type="log", base=2, domain=list(domain), nice=False)
+    return alt.Scale(type="log", base=2 if axis.form in _BINARY else 10, domain=list(domain), nice=False)
 
 
-def _axis(axis: Axis, grid: bool | None = None) -> Any:
-    settings: dict[str, Any] = {"format": axis.form}
+def _axis(axis: Axis, domain: tuple[float, float], *, grid: bool | None = None, count: int | None = None) -> Any:
+    settings: dict[str, Any] = {"labelExpr": TICKS[axis.form]} if axis.form in TICKS else {"format": axis.form}
     if axis.values is not None:
         settings["values"] = list(axis.values)
+    elif axis.scale == "log" and domain[0] > 0:
+        settings["values"] = log_steps(domain, 2 if axis.form in _BINARY else 10)
+    elif count is not None:
+        settings["tickCount"] = count
     if grid is not None:
         settings["grid"] = grid
     return alt.Axis(**settings)
+
+
+def _x(axis: Axis, domain: tuple[float, float], *, grid: bool = False) -> Any:
+    return alt.X(
+        "x:Q", scale=_scale(axis, domain), axis=_axis(axis, domain, grid=grid, count=6), title=axis.title or None
+    )
+
+
+def _y(axis: Axis, domain: tuple[float, float], *, panels: int = 1) -> Any:
+    # Panels have their names where the title of the axis would stand.
+    title = axis.title if panels == 1 and axis.title else None
+    return alt.Y("y:Q", scale=_scale(axis, domain), axis=_axis(axis, domain), title=title)
 
 
 def _x_domain(rows: Sequence[Row], axis: Axis, pad: float = 0.0) -> tuple[float, float]:
@@ -436,8 +475,8 @@ def _end_labels(
 
 def _label_layers(encode_y: Any, colour: Any) -> list[Any]:
     ends = alt.Chart().transform_filter("datum.kind == 'label'")
-    leader = ends.mark_rule(strokeWidth=1, opacity=0.55).encode(
-        x=alt.X("x:Q"), x2=alt.value(alt.ExprRef("width + 7")), y=encode_y, y2="at:Q", color=colour
+    leader = ends.mark_rule(strokeWidth=1, opacity=0.55, x2Offset=7).encode(
+        x=alt.X("x:Q"), x2=alt.value("width"), y=encode_y, y2="at:Q", color=colour
     )
     text = ends.mark_text(align="left", baseline="middle", dx=10, fontWeight=600).encode(
         x=alt.value("width"), y=alt.Y("at:Q"), text="text:N", color=colour
@@ -476,16 +515,17 @@ def _spread_scatter(
     named = [row for row in values if row["label"]]
     for row in named:
         row["px"] = _pixel(row["x"], domain_x, x.scale, 620)
-    group: list[Row] = []
-    for row in [*sorted(named, key=lambda r: r["px"]), None]:
-        if row is not None and (not group or row["px"] - group[-1]["px"] < 70):
-            group.append(row)
-            continue
-        group.sort(key=lambda r: r["y"])
+    groups: list[list[Row]] = []
+    for row in sorted(named, key=lambda r: float(r["px"])):
+        if groups and row["px"] - groups[-1][-1]["px"] < 70:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    for group in groups:
+        group.sort(key=lambda r: float(r["y"]))
         places = spread([_pixel(r["y"], domain_y, y.scale, height) for r in group], 14, height)
         for member, place in zip(group, places, strict=True):
             member["label_y"] = _value(place, domain_y, y.scale, height)
-        group = [row] if row is not None else []
 
 
 def _pixel(value: float, domain: tuple[float, float], scale: Scale, height: float) -> float:
@@ -498,7 +538,7 @@ def _pixel(value: float, domain: tuple[float, float], scale: Scale, height: floa
 def _value(pixel: float, domain: tuple[float, float], scale: Scale, height: float) -> float:
     low, high = domain
     if scale == "log" and low > 0:
-        return low * (high / low) ** (pixel / height)
+        return low * math.exp(math.log(high / low) * pixel / height)
     return low + (high - low) * pixel / height
 
 
@@ -513,3 +553,22 @@ def log_ticks(xs: Mapping[float, Any] | Sequence[float]) -> tuple[float, ...]:
     while len(values) > 9:
         values = values[::2]
     return tuple(values)
+
+
+def log_steps(domain: tuple[float, float], base: int, most: int = 5) -> list[float]:
+    """At most about `most` round ticks: powers of two, or 1-2-5 of powers of ten."""
+    low, high = domain
+    if base == 2:
+        powers = [2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+        return powers[:: max(1, math.ceil(len(powers) / most))] if len(powers) > 1 else [low, high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
+        if len(ticks) <= most:
+            break
+    return ticks[:: max(1, math.ceil(len(ticks) / most))]
+
+
+def least_width(names: Sequence[str], x_title: str) -> int:
+    """What a panel needs so that neither its name nor its axis title runs into the next panel's."""
+    return max(118, *(math.ceil(6.7 * len(name)) for name in names), math.ceil(5.9 * len(x_title)))

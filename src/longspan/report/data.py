@@ -267,8 +267,8 @@ def _build(hint: Any, data: Any) -> Any:
         return {_key(arguments[0], key): _build(arguments[1], item) for key, item in data.items()}
     if origin is tuple:
         item_hint = arguments[0] if arguments[-1] is Ellipsis else None
-        hints = [item_hint] * len(data) if item_hint is not None else list(arguments)
-        return tuple(_build(each, item) for each, item in zip(hints, data, strict=True))
+        item_hints = [item_hint] * len(data) if item_hint is not None else list(arguments)
+        return tuple(_build(each, item) for each, item in zip(item_hints, data, strict=True))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
         return [_build(arguments[0], item) for item in data]
     if is_dataclass(hint) and isinstance(hint, type):

@@ -54,6 +54,7 @@ def quantity(finding: Finding) -> str:
     """The metric in running text, with the x it was taken at: `bits per byte`, `accuracy at 2,048 tokens`."""
     title = finding.metric.title
     name = title if title[1:2].isupper() else title[:1].lower() + title[1:]
+    name = name.removesuffix(f" by {finding.metric.x_name}")
     if finding.x is None:
         return name
     unit = " tokens" if finding.metric.x_name == "context" else ""
@@ -107,7 +108,8 @@ def _winner(finding: Finding, ranked: list[Measurement]) -> str:
         return f"{text}; the others were not compared with it item by item."
     size = difference_text(finding.metric, comparison)
     share = abs(comparison.difference / runner.value) if runner.value else 0.0
-    percent = f", {numbers.significant(100 * share, 2)} %" if finding.metric.kind == "ratio" and share else ""
+    plain = finding.metric.kind == "ratio" and finding.metric.transform == "identity"
+    percent = f", {numbers.significant(100 * share, 2)} %" if plain and share else ""
     adjusted = f"; Holm-adjusted p {_equals(comparison.p_holm)}" if comparison.p_holm is not None else ""
     return f"{text}: {size} against the next best, {runner.subject} (paired difference{percent}{adjusted})."
 
@@ -121,14 +123,15 @@ def _no_difference(finding: Finding, ranked: list[Measurement], what: str) -> tu
     widest = max(compared, key=lambda c: abs(c.difference))
     size = difference_text(finding.metric, widest)
     bound = max(_reach(c) for c in compared)
-    if best.value and bound <= NEGLIGIBLE * abs(best.value):
+    if finding.metric.transform == "identity" and best.value and bound <= NEGLIGIBLE * abs(best.value):
         share = numbers.significant(100 * bound / abs(best.value), 2)
         text = f"A tie: {names} agree on {what} to within {share} % (largest difference {size})."
         return "tie", text, ""
     text = (
         f"Which of {names if len(ranked) <= 4 else names.lower()} is better on {what} cannot be decided with this data"
     )
-    text += f": {best.subject} looks best at {value_text(finding.metric, best)}, but its difference to {widest.b} is {size}."
+    shown = value_text(finding.metric, best)
+    text += f": {best.subject} looks best at {shown}, but its difference to {widest.b} is {size}."
     return "undecided", text, _open_question(finding, best.subject, [r.subject for r in (*ranked[1:], last)])
 
 
@@ -141,7 +144,8 @@ def _open_question(finding: Finding, best: str, others: list[str]) -> str:
     comparison = max(sized, key=lambda c: abs(c.difference) / (c.mde or math.inf))
     mde = comparison.mde or math.nan
     proportion = finding.metric.kind in ("proportion", "difference")
-    limit = numbers.significant(100 * mde, 2) + " pp" if proportion else numbers.significant(mde, 2)
+    unit = f" {finding.metric.unit}" if finding.metric.unit and finding.metric.transform == "identity" else ""
+    limit = numbers.significant(100 * mde, 2) + " pp" if proportion else numbers.significant(mde, 2) + unit
     text = f"Differences below about {limit} are invisible here; confirming one of the observed size ({best} against "
     text += f"{comparison.b}) "
     factor = (mde / abs(comparison.difference)) ** 2
@@ -181,9 +185,13 @@ def _effect_sentences(finding: Finding) -> list[str]:
     top = max(clear, key=lambda c: abs(c.difference))
     sign = 1 if finding.metric.better == "lower" else -1
     better = top if sign * top.difference < 0 else findings.turned(top)
-    size = difference_text(finding.metric, better)
-    text = f"Over all arms the clearest factor is {better.a.partition('=')[0]}: "
-    return [text + f"{better.a.partition('=')[2]} against {better.b.partition('=')[2]} changes it by {size}."]
+    factor, _, level = better.a.partition("=")
+    moved = "lower" if finding.metric.better == "lower" else "higher"
+    size = _unsigned(finding.metric, better)
+    return [
+        f"Over all arms the clearest factor is {factor}: with {level} it is {size} {moved} than with "
+        f"{better.b.partition('=')[2]}."
+    ]
 
 
 def _also(section: ProbeSection, primary: Finding) -> str:
@@ -239,7 +247,7 @@ def _reach(comparison: Comparison) -> float:
 def _rounded(n: int) -> int:
     """Two significant digits: more would pretend to know the spread of documents not yet seen."""
     step = 10 ** max(0, len(str(n)) - 2)
-    return -(-n // step) * step
+    return int(-(-n // step) * step)
 
 
 def _equals(p: float | None) -> str:

@@ -55,11 +55,11 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         rows = [row for subject in report.subjects for row in _fact_rows(subject, name)]
         if len({row["x"] for row in rows}) < 2:
             continue
-        x = Axis("context (tokens)", "log", "~s", values=charts.log_ticks([row["x"] for row in rows]))
-        y = Axis(form, "log", "~s")
-        crossings = findings.crossovers(_exact_curves(rows))
-        caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
+        x = Axis("context (tokens)", "log", "tokens", values=charts.log_ticks([row["x"] for row in rows]))
+        y = Axis("", "log", "bytes" if form == "bytes" else "~s")
         unique, shown = _one_per_colour(rows, arms)
+        crossings = findings.crossovers(_exact_curves([{**r, "subject": shown[r["subject"]].short} for r in unique]))
+        caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
         found.append(_figure(slug(name), title, caption + _mark(report), spec, tables.context_cost_table(report, name),
                              shown, [r["subject"] for r in unique], half=True))  # fmt: skip
@@ -74,7 +74,7 @@ def pareto_figures(report: ReportInput, arms: Arms) -> list[Figure]:
     finding = findings.primary_finding(report)
     if finding is None or len(findings.measured(finding)) < 2:
         return []
-    found = []
+    found: list[Figure] = []
     for name, title, unit in (
         ("state_bytes", "decoding state", "bytes"),
         ("forward_flops", "FLOPs per token", "FLOPs"),
@@ -114,7 +114,10 @@ def _figure(name: str, title: str, caption: str, spec: dict[str, object], table:
             drawn: Sequence[str], *, half: bool = False) -> Figure:  # fmt: skip
     panels = len({arms[s].panel for s in drawn})
     width = charts.width_of([arms[s].short for s in drawn])
-    return Figure(name, title, caption, spec, table, arms.columns if panels > 1 else 1, width, half and panels == 1)
+    least = charts.least_width(arms.panels, "position in document (tokens)")
+    return Figure(
+        name, title, caption, spec, table, arms.columns if panels > 1 else 1, width, panels, least, half and panels == 1
+    )
 
 
 def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
@@ -122,7 +125,7 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     ranked = [m for m in findings.order(metric, findings.measured(finding).values()) if m.subject in arms]
     rows = [_dot(metric, m, arms) for m in ranked]
     percent = metric.kind in ("proportion", "difference")
-    spec = charts.dots(rows, Axis(_unit_title(metric), form=".0%" if percent else "~g"), chance=metric.chance)
+    spec = charts.dots(rows, Axis(metric.unit, form=".0%" if percent else ",~r"), chance=metric.chance)
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
@@ -151,8 +154,8 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     found = [m for m in findings.points(section, metric.name) if m.subject in arms and m.x is not None]
     rows = [_point(metric, m) for m in found]
     percent = metric.kind in ("proportion", "difference")
-    x = Axis(_x_title(metric), section.x_scale, "~s", values=charts.log_ticks([row["x"] for row in rows]))
-    y = Axis(_unit_title(metric), form=".0%" if percent else "~g", zero=metric.kind == "proportion")
+    x = Axis(_x_title(metric), section.x_scale, "tokens", values=charts.log_ticks([row["x"] for row in rows]))
+    y = Axis(metric.unit, form=".0%" if percent else ",~r", zero=metric.kind == "proportion")
     spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=report.context)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
@@ -206,7 +209,7 @@ def _one_per_colour(rows: Sequence[Row], arms: Arms) -> tuple[list[Row], Arms]:
     return [row for row in rows if row["subject"] in keep], arms.in_one_panel()
 
 
-def _exact_curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float, float, float]]]:
+def _exact_curves(rows: Sequence[Row]) -> dict[str, Sequence[tuple[float, float, float, float]]]:
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in rows:
         low = row["y"] if row.get("low") is None else row["low"]
@@ -234,9 +237,9 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
             found.append(_dot_figure(name, Finding(section, metric, points[0].x), arms))
             continue
         rows = [_point(metric, m) for m in points]
-        x = Axis(_x_title(metric), section.x_scale, "~s", values=charts.log_ticks([row["x"] for row in rows]))
+        x = Axis(_x_title(metric), section.x_scale, "tokens", values=charts.log_ticks([row["x"] for row in rows]))
         positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
-        y = Axis(_unit_title(metric), "log" if positive else "linear", "~s")
+        y = Axis(metric.unit, "log" if positive else "linear", "~s")
         caption = f"Measured. {'Lower' if metric.better == 'lower' else 'Higher'} is better. {BAND}"
         caption += _crossing_text(findings.crossovers(_exact_curves(rows))) if positive else ""
         spec = charts.lines(rows, arms, x, y)
@@ -252,15 +255,15 @@ def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title:
         return None
     show = numbers.byte_size if unit == "bytes" else numbers.scaled
     beaten = {s for s in values if any(_dominates(finding, costs, o, s, values) for o in values if o != s)}
-    rows = [
+    rows: list[Row] = [
         {"name": s, "x": costs[s], "y": m.value, "low": m.low, "high": m.high, "n": m.n, "front": s not in beaten,
          "text": value_text(finding.metric, m), "xtext": show(costs[s]),
-         "c": "var(--line)" if s in beaten else f"var({arms[s].variable})"}
+         "c": "var(--soft)" if s in beaten else f"var({arms[s].variable})"}
         for s, m in values.items()
     ]  # fmt: skip
     percent = finding.metric.kind in ("proportion", "difference")
-    x = Axis(f"{title}{where} ({unit})", "log", "~s")
-    spec = charts.scatter(rows, x, Axis(_unit_title(finding.metric), form=".0%" if percent else "~g"))
+    x = Axis(f"{title}{where}", "log", "bytes" if unit == "bytes" else "~s")
+    spec = charts.scatter(rows, x, Axis(finding.metric.unit, form=".0%" if percent else ",~r"))
     corner = "lower left" if finding.metric.better == "lower" else "upper left"
     caption = f"The {corner} is best. Grey: another subject costs no more and is better beyond doubt. Bars are 95 %."
     table = tables.Table(
@@ -271,7 +274,7 @@ def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title:
     )
     labelled = [r["name"] for r in rows if len(rows) <= 8 or r["front"]]
     heading = f"{finding.metric.title} against {title}"
-    return Figure(f"pareto-{slug(name)}", heading, caption, spec, table, 1, charts.width_of(labelled), True)
+    return Figure(f"pareto-{slug(name)}", heading, caption, spec, table, 1, charts.width_of(labelled), half=True)
 
 
 def _costs(report: ReportInput, name: str) -> tuple[dict[str, float], str]:
@@ -299,7 +302,7 @@ def _forest(
     rows = [_forest_row(metric, _better_first(metric, c), factor, arms) for c in shown]
     unit = "percentage points" if factor > 1 else _difference_unit(metric)
     better = "left" if metric.better == "lower" else "right"
-    spec = charts.dots(rows, Axis(f"difference ({unit})", form="+~g"), reference=0.0)
+    spec = charts.dots(rows, Axis(f"difference ({unit})", form="signed"), reference=0.0)
     caption = (
         f"Paired on the same documents; the first subject of a pair looks better, {better} of zero. Filled: beyond "
         "doubt after Holm's adjustment; rings: not decided. Grey: differences this study would not reliably detect."
@@ -363,16 +366,17 @@ def _difference_curves(
         kept, _ = _worth_showing(section, metric, at_end)
         pairs = [(c.a, c.b) for c in kept][:MOST_CURVES]
     factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
-    rows = [
+    rows: list[Row] = [
         {"pair": _pair(c), "x": c.x, "y": c.difference * factor, "n": c.n, "text": difference_text(metric, c),
          "low": None if c.low is None else c.low * factor, "high": None if c.high is None else c.high * factor,
          "zone": c.mde * factor if c.mde else 0.0, "decided": c.decided}
         for c in compared if (c.a, c.b) in pairs and c.x is not None
     ]  # fmt: skip
     unit = "percentage points" if factor > 1 else _difference_unit(metric)
-    x = Axis(_x_title(metric), section.x_scale, "~s", values=charts.log_ticks([row["x"] for row in rows]))
+    x = Axis(_x_title(metric), section.x_scale, "tokens", values=charts.log_ticks([row["x"] for row in rows]))
     columns = min(3, len(pairs))
-    spec = charts.differences(rows, x, Axis(f"difference ({unit})", form="+~g"), columns)
+    least = charts.least_width([row["pair"] for row in rows], x.title)
+    spec = charts.differences(rows, x, Axis(f"difference ({unit})", form="signed"), columns)
     direction = "below" if metric.better == "lower" else "above"
     caption = (
         f"The first subject of a pair is better where the line is {direction} zero. {BAND} Filled points are beyond "
@@ -381,7 +385,17 @@ def _difference_curves(
     left_out = len({(c.a, c.b) for c in compared}) - len(pairs)
     caption += f" {left_out} further pairs are in the table." if left_out else ""
     table = tables.comparison_table(metric, compared)
-    return Figure(name, f"{section.title}: {metric.title}", caption, spec, table, columns, 0)
+    return Figure(
+        name,
+        f"{section.title}: {metric.title}, difference ({unit})",
+        caption,
+        spec,
+        table,
+        columns,
+        8,
+        len(pairs),
+        least,
+    )
 
 
 def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
@@ -389,13 +403,14 @@ def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
     curves = [curve for curve in report.training if curve.subject in arms and (curve.rows or curve.validation)]
     if not curves:
         return []
-    found = []
-    for key, title, scale in (
-        ("loss", "Loss (nats per token)", "linear"),
-        ("lr", "Learning rate", "linear"),
-        ("grad_norm", "Gradient norm", "log"),
-        ("tokens_per_second", "Throughput (tokens/s)", "linear"),
+    found: list[Figure] = []
+    for key, title in (
+        ("loss", "Loss (nats per token)"),
+        ("lr", "Learning rate"),
+        ("grad_norm", "Gradient norm"),
+        ("tokens_per_second", "Throughput (tokens/s)"),
     ):
+        scale: charts.Scale
         rows = [row for curve in curves for row in _training_rows(curve.subject, curve.seed, curve.rows, key)]
         checks = [
             {**row, "check": True}
@@ -405,20 +420,24 @@ def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         if not rows and not checks:
             continue
         shown = arms if key == "loss" else arms.in_one_panel()
-        y = Axis(title, "log" if scale == "log" and all(r["y"] > 0 for r in rows) else "linear", "~g" if key != "lr" else ".1e",
-                 zero=key in ("lr", "tokens_per_second"))  # fmt: skip
+        scale = "log" if key == "grad_norm" and all(r["y"] > 0 for r in rows) else "linear"
+        y = Axis("", scale, "~s" if key == "tokens_per_second" else ",~r", zero=key in ("lr", "tokens_per_second"))
         labelled = key == "loss"
         spec = charts.training(rows, checks, shown, Axis("tokens trained", form="~s", zero=True), y, labelled=labelled)
         width = charts.width_of([shown[c.subject].short for c in curves]) if labelled else 8
-        columns = shown.columns if len({shown[c.subject].panel for c in curves}) > 1 else 1
+        panels = len({shown[c.subject].panel for c in curves})
+        columns = shown.columns if panels > 1 else 1
         caption = {
-            "loss": "Thin: every logged step; thick: smoothed; points: full validation. Axis does not start at zero.",
+            "loss": "Thin: every logged step; thick: smoothed; points: full validation. The steep start is cut off, and the "
+            "axis does not start at zero.",
             "lr": "Colours as in the loss chart.",
             "grad_norm": "Before clipping, smoothed over raw; logarithmic axis.",
             "tokens_per_second": "Every logged step and smoothed; evaluation and checkpoints excluded.",
         }[key]
         table = _training_table(report, key)
-        found.append(Figure(f"training-{slug(key)}", title, caption, spec, table, columns, width, key != "loss"))
+        found.append(
+            Figure(f"training-{slug(key)}", title, caption, spec, table, columns, width, panels, half=key != "loss")
+        )
     return found
 
 
@@ -444,14 +463,16 @@ def _training_rows(
 def _smoothed(values: Sequence[float]) -> list[float]:
     """A centred running mean over about one twentieth of the run."""
     half = max(1, len(values) // 40)
+    last = len(values) - 1
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
     out = []
     for i in range(len(values)):
-        # A symmetric window keeps a falling curve unbiased at both ends.
-        reach = min(half, i, len(values) - 1 - i)
-        out.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+        # Symmetric at the steep start, so that it is not biased; the flat end may look back only.
+        back = min(half, i)
+        ahead = min(back, last - i)
+        out.append((sums[i + ahead + 1] - sums[i - back]) / (ahead + back + 1))
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from longspan.records.observation import Comparison, Measurement, Metric
 from longspan.report.data import ProbeSection, ReportInput
@@ -120,7 +121,7 @@ def primary_finding(report: ReportInput) -> Finding | None:
 
 
 def tie_letters(finding: Finding) -> dict[str, str]:
-    """Subject -> letters of the tie groups it belongs to (`a`, `ab`): subjects that share a letter cannot be told apart."""
+    """Subject -> letters of its tie groups (`a`, `ab`): subjects that share a letter cannot be told apart."""
     letters: dict[str, str] = {}
     for ties in finding.section.summary.ties:
         if ties.metric == finding.metric.name and ties.x == finding.x:
@@ -136,7 +137,7 @@ def _letter(index: int) -> str:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where subject `a` becomes cheaper (or better) than `b` along x; `low`/`high` where the intervals still allow it."""
+    """Where `a` falls below `b` along x; between `low` and `high` their intervals overlap (None: exact curves)."""
 
     a: str
     b: str
@@ -158,7 +159,7 @@ def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -
         for second in names[i + 1 :]:
             by_x = {p[0]: p for p in curves[second]}
             shared = [(p, by_x[p[0]]) for p in curves[first] if p[0] in by_x and p[1] > 0 and by_x[p[0]][1] > 0]
-            for (p0, q0), (p1, q1) in zip(shared, shared[1:], strict=False):
+            for (p0, q0), (p1, q1) in pairwise(shared):
                 gap0, gap1 = math.log(p0[1] / q0[1]), math.log(p1[1] / q1[1])
                 if gap0 * gap1 >= 0:
                     continue

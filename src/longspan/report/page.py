@@ -15,7 +15,7 @@ import vl_convert
 from markupsafe import Markup
 
 from longspan.foundation.files import atomic_directory, atomic_write
-from longspan.report import charts, figures, findings, numbers, palette, tables
+from longspan.report import charts, figures, numbers, palette, tables
 from longspan.report.arms import Arms, arrange
 from longspan.report.charts import Figure
 from longspan.report.data import LedgerEntry, ProbeSection, ReportInput, to_json
@@ -23,6 +23,7 @@ from longspan.report.decision import Decision, decide
 from longspan.report.tables import Table, markdown_text
 
 VEGA_LITE = "6.4"
+_EXPORTS = "window.vegaEmbed = vegaEmbed;"
 VERDICTS = {
     "winner": "Decided",
     "tie": "Tie",
@@ -146,6 +147,7 @@ def html(content: Content) -> str:
     )
     environment.filters["data_uri"] = _data_uri
     environment.filters["lone"] = _lone
+    environment.filters["unbroken"] = _unbroken
     template = environment.get_template("report.html.j2")
     text: str = template.render(
         report=report,
@@ -175,7 +177,12 @@ def html(content: Content) -> str:
         item_probes=list(dict.fromkeys(row.probe for row in report.items)),
         item_xs=[(f"{x:g}", numbers.count(x)) for x in sorted({r.x for r in report.items if r.x is not None})],
         css=Markup(_styles(arms, letters)),
-        charts_json=_script_json({f.name: {"spec": f.spec, "label": f.label_width} for f in content.figures}),
+        charts_json=_script_json(
+            {
+                f.name: {"spec": f.spec, "label": f.label_width, "panels": f.panels, "least": f.least}
+                for f in content.figures
+            }
+        ),
         items_json=_script_json({"rows": to_json(report.items), "colours": {s: arms[s].variable for s in arms.labels}}),
         bundle=Markup(_bundle()),
         script=Markup(_template_text("report.js")),
@@ -186,7 +193,7 @@ def html(content: Content) -> str:
 @functools.cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, in a scope of its own."""
-    script: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    script: str = vl_convert.javascript_bundle(_EXPORTS, vl_version=VEGA_LITE)
     return "(()=>{" + script.replace("</script", "<\\/script") + "})();"
 
 
@@ -253,6 +260,11 @@ def _lone(found: Sequence[Figure]) -> list[tuple[Figure, bool]]:
     return out
 
 
+def _unbroken(text: str) -> str:
+    """Numbers that no line break takes from their interval or unit."""
+    return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%").replace(" pp", "\u00a0pp")
+
+
 def _same(report: ReportInput, read: Callable[[Any], Any]) -> Any:
     """The value all subjects share, None where they differ."""
     values = {read(subject) for subject in report.subjects}
@@ -282,7 +294,7 @@ def _subjects_lead(report: ReportInput) -> str:
     varied = [name for name in (report.subjects[0].factors if report.subjects else {})
               if len({s.factors.get(name) for s in report.subjects}) > 1]  # fmt: skip
     if varied:
-        text += f" The study varies {', '.join(varied)}."
+        text += f" The study varies {', '.join(name.rsplit('.', 1)[-1] for name in varied)}."
     if residuals:
         text += f" Sizes were matched; the worst match is off by {numbers.significant(100 * max(residuals), 2)} %."
     return text
@@ -300,7 +312,7 @@ def _subject_notes(report: ReportInput) -> list[str]:
     return lines + [f"{s.label}: {s.notes}" for s in report.subjects if s.notes]
 
 
-_PARTS = (("embedding", "var(--line)"), ("mixers", "var(--accent)"), ("MLP", "var(--soft)"), ("rest", "var(--grid)"))
+_PARTS = (("embedding", "var(--line)"), ("mixers", "var(--ink)"), ("MLP", "var(--soft)"), ("rest", "var(--grid)"))
 
 
 def _parts(report: ReportInput) -> list[dict[str, Any]]:

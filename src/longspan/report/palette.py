@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 FAMILIES: dict[str, str] = {
     "A": "attention",
@@ -95,7 +96,7 @@ def _mixed_shades(families: tuple[str, ...], members: list[str]) -> dict[str, Sh
     shares = {p: sum(family(letter) == last for letter in p) / len(p) if last else 0.5 for p in members}
     ordered = sorted(members, key=lambda p: (shares[p], p))
     hues = [start + (end - start) * shares[p] for p in ordered]
-    if any(b - a < 14 for a, b in zip(hues, hues[1:], strict=False)):
+    if any(b - a < 14 for a, b in pairwise(hues)):
         margin = 0.16 * (end - start)
         steps = max(1, len(ordered) - 1)
         hues = [start + margin + (end - start - 2 * margin) * i / steps for i in range(len(ordered))]

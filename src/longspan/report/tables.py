@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from longspan.records.observation import Comparison, Measurement, Metric
@@ -73,7 +73,8 @@ def summary_rows(report: ReportInput) -> Table:
     primary = findings.primary_finding(report)
     quality = [f for section in report.probes if section.place == "quality" if (f := _finding(section, primary))]
     columns = ["<subject", "<mixers", "parameters", *(_heading(f) for f in quality), "tok/s", "peak memory"]
-    rows, records = [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, Any]] = []
     for subject in _best_first(report, primary):
         cells = [_letters_cell(subject, primary), _mixers(subject), _total(subject)]
         values = [findings.measured(f).get(subject.label) for f in quality]
@@ -122,7 +123,8 @@ def _total(subject: SubjectFacts) -> str:
 def subjects_table(report: ReportInput) -> Table:
     """What the subjects are: mixers, parameters by part, and how well the match came out."""
     columns = ("<subject", "<mixers", "parameters", "non-embedding", "embedding", "mixers", "MLP", "match")
-    rows, records = [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, Any]] = []
     for s in report.subjects:
         p = s.parameters
         parts = (p.total, p.non_embedding, p.embedding, p.mixers, p.mlp) if p else (None,) * 5
@@ -139,7 +141,8 @@ def subjects_table(report: ReportInput) -> Table:
 def training_cost_table(report: ReportInput) -> Table:
     """What training them took."""
     columns = ("<subject", "training FLOPs", "tokens", "tok/s", "peak memory", "time", "loss (best)", "loss (last)")
-    rows, records = [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, Any]] = []
     for s in report.subjects:
         losses = [f"{each:.3f}" if each is not None else numbers.MISSING for each in (s.best_loss, s.last_loss)]
         flops, tokens = numbers.scaled(s.training_flops), numbers.scaled(s.tokens_trained)
@@ -175,7 +178,8 @@ def three_contexts(report: ReportInput) -> list[int]:
 def state_table(report: ReportInput) -> Table:
     """Decoding state at three contexts, and FLOPs per token at the last."""
     contexts = three_contexts(report)
-    rows, records = [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, Any]] = []
     for s in report.subjects:
         cells = [numbers.byte_size(s.state_bytes.get(c)) for c in contexts]
         rows.append((s.label, *cells, *(numbers.scaled(s.forward_flops.get(c)) for c in contexts[-1:])))
@@ -195,7 +199,7 @@ def metric_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -
     found = findings.points(section, metric.name)
     xs = sorted({m.x for m in found if m.x is not None})
     at = {(m.subject, m.x): m for m in found}
-    present = [label for label in _ordered(labels, found)]
+    present = _ordered(labels, found)
     rows = tuple((s, *(value_text(metric, at[s, x]) if (s, x) in at else numbers.MISSING for x in xs)) for s in present)
     return Table(("<subject", *map(numbers.count, xs)), rows, tuple(present), _records(found))
 
@@ -230,8 +234,7 @@ def comparison_table(metric: Metric, comparisons: Sequence[Comparison]) -> Table
         detectable = f"±{numbers.significant(unit * c.mde, 2)}{' pp' if unit > 1 else ''}" if c.mde else numbers.MISSING
         text = f"{difference_text(metric, c)}{' ✓' if c.decided else ''}"
         rows.append((c.a, c.b, *x, text, numbers.p_value(c.p_holm), detectable, numbers.count(c.n)))
-    names = "metric x a b difference low high p p_holm mde n seeds needed method note".split()
-    return Table(columns, tuple(rows), (), tuple({name: getattr(c, name) for name in names} for c in comparisons))
+    return Table(columns, tuple(rows), (), tuple(asdict(c) for c in comparisons))
 
 
 def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -256,8 +259,7 @@ def _ordered(labels: Sequence[str], found: Sequence[Measurement]) -> list[str]:
 
 
 def _records(found: Sequence[Measurement]) -> tuple[Mapping[str, Any], ...]:
-    names = "metric subject x value low high n seeds items note".split()
-    return tuple({name: getattr(m, name) for name in names} for m in found)
+    return tuple(asdict(m) for m in found)
 
 
 def _without_empty(table: Table) -> Table:

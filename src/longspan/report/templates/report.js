@@ -34,8 +34,9 @@
     if (!spec.facet) { spec.width = Math.max(120, Math.floor(width) - 2); return spec; }
     const axis = 52, gap = spec.spacing.column;
     const room = (n) => Math.floor((width - axis - chart.label - gap * (n - 1)) / n);
-    let columns = spec.columns;
-    while (columns > 1 && room(columns) < 118) columns -= 1;
+    const fits = [];
+    for (let n = spec.columns; n > 1; n -= 1) if (room(n) >= chart.least) fits.push(n);
+    const columns = fits.find((n) => chart.panels % n === 0) || fits[0] || 1;
     spec.columns = columns;
     spec.spec.width = Math.max(110, room(columns));
     return spec;
