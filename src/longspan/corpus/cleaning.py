@@ -63,13 +63,11 @@ _LANGUAGE = re.compile(
 )
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-_SELF_CLOSED = re.compile(r"<(?:ref|references|section|mapframe|templatestyles)\b[^<>]*?/\s*>", re.IGNORECASE)
-_DROPPED_ELEMENT = re.compile(
-    r"<(ref|gallery|references|timeline|imagemap|score|hiero|syntaxhighlight|source|table|mapframe|maplink|graph|"
-    r"templatedata|inputbox|categorytree|noinclude|chem|ce|pre)\b[^<>]*>.*?</\1\s*>",
-    re.IGNORECASE | re.DOTALL,
+_ELEMENTS = (
+    "ref|gallery|references|timeline|imagemap|score|hiero|syntaxhighlight|source|table|mapframe|maplink|graph|"
+    "templatedata|templatestyles|inputbox|categorytree|noinclude|chem|ce|pre|math|section"
 )
-_MATH = re.compile(r"<math\b[^<>]*>(.*?)</math\s*>", re.IGNORECASE | re.DOTALL)
+_ELEMENT = re.compile(rf"</(?P<close>{_ELEMENTS})\s*>|<(?P<open>{_ELEMENTS})\b[^<>]*?(?P<alone>/?)\s*>", re.IGNORECASE)
 _NOWIKI = re.compile(r"<nowiki\s*>(.*?)</nowiki\s*>", re.IGNORECASE | re.DOTALL)
 _INNERMOST = re.compile(r"\{\{([^{}]*(?:(?:\{(?!\{)|\}(?!\}))[^{}]*)*)\}\}")
 _PARAMETER = re.compile(r"\{\{\{[^{}]*\}\}\}")
@@ -99,16 +97,39 @@ def clean_wikitext(wikitext: str, config: CleaningConfig | None = None, namespac
 def _prune(text: str, drop_sections: set[str]) -> str:
     text = _COMMENT.sub("", _RESERVED.sub("", text.replace("\r", "")))
     text = _NOWIKI.sub(lambda match: match[1].translate(_LITERAL), text)
-    text = _MATH.sub(_formula, _SELF_CLOSED.sub("", text))
-    text = _DROPPED_ELEMENT.sub("", text)
+    text = _cut_elements(text)
     text = _cut_tables(_cut_templates(_cut_tables(text)))
     text = _PLAIN_LINK.sub(r"\1", _MAGIC_WORD.sub("", _cut_sections(text, drop_sections)))
     return text.replace("\ue000", "{{").replace("\ue001", "}}")
 
 
-def _formula(match: re.Match[str]) -> str:
+def _cut_elements(text: str) -> str:
+    """Drop elements without running text, from an opening tag to the first closing one, as MediaWiki reads them.
+
+    A tag that is never closed, or closes nothing, goes alone.
+    """
+    tags = list(_ELEMENT.finditer(text))
+    next_close: dict[str, re.Match[str]] = {}
+    partners: list[re.Match[str] | None] = []
+    for tag in reversed(tags):
+        if tag["close"]:
+            next_close[tag["close"].lower()] = tag
+        alone = tag["close"] or tag["alone"]
+        partners.append(None if alone else next_close.get(tag["open"].lower()))
+    kept: list[str] = []
+    end = 0
+    for tag, close in zip(tags, reversed(partners), strict=True):
+        if tag.start() < end:
+            continue
+        kept.append(text[end : tag.start()])
+        end = (close or tag).end()
+        if close and tag["open"].lower() == "math":
+            kept.append(_formula(text[tag.end() : close.start()].strip()))
+    return "".join([*kept, text[end:]])
+
+
+def _formula(content: str) -> str:
     """A formula that reads as text (`x + 1`) stays; TeX goes."""
-    content = match[1].strip()
     return content.translate(_LITERAL) if len(content) <= 40 and not re.search(r"[\\{}^_&\n]", content) else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from longspan.corpus.document import SPLITS, Document, content_id
 from longspan.corpus.sources.base import SourceConfig, describe_files, named_files
@@ -43,6 +43,8 @@ class HuggingFaceSource(SourceConfig):
     streaming: bool = True
     articles: Literal["wikitext"] | None = None
 
+    place_only: ClassVar[frozenset[str]] = frozenset({"dataset", "revision", "streaming"})
+
     def read(self, cache: Path, report: Report) -> Iterator[Document]:
         """Documents of train, validation and test in the order of the rows."""
         datasets = require("hub")
@@ -72,7 +74,7 @@ class HuggingFaceSource(SourceConfig):
         """The commit of the dataset on the hub, or size and sha256 of each file of a local one."""
         if self._local():
             return {"files": describe_files(named_files([Path(self._path())], ("*",), "corpus.source.dataset"))}
-        return {"commit": self._commit(cache)}
+        return {"dataset": self.dataset, "commit": self._commit(cache)}
 
     def _wanted(self) -> list[tuple[str | None, str]]:
         if isinstance(self.splits, str):

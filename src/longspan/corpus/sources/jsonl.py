@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -71,4 +72,9 @@ def _string(row: dict[str, Any], field: str, where: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: field `{field}` is {value!r:.40}", "a string", "mend the line")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise DataError(f"{where}: field `{field}` holds half a surrogate pair", "Unicode text", "mend the line")
     return value
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")

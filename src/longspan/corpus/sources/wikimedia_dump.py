@@ -205,7 +205,7 @@ def _stream_batches(dump: Path) -> Iterator[_Batch]:
 
 def _check_end(dump: Path, stream: bytes) -> None:
     try:
-        end = bz2.decompress(stream)
+        end = _decompress(stream)
     except (OSError, ValueError) as error:
         raise _damaged(dump, error) from None
     if not end.rstrip().endswith(b"</mediawiki>"):
@@ -228,6 +228,18 @@ def _page_batches(dump: Path) -> Iterator[_Batch]:
     if not pending.rstrip().endswith(b"</mediawiki>"):
         raise _damaged(dump, "it ends before </mediawiki>")
     yield _Batch(pending, False, offset, dump.stat().st_size)
+
+
+def _decompress(data: bytes) -> bytes:
+    """All streams in `data`. `bz2.decompress` ignores a damaged stream after a good one."""
+    parts = []
+    while data:
+        stream = bz2.BZ2Decompressor()
+        parts.append(stream.decompress(data))
+        if not stream.eof:
+            raise ValueError("a bz2 stream is cut short")
+        data = stream.unused_data
+    return b"".join(parts)
 
 
 def site_info(dump: Path) -> str:
@@ -266,7 +278,7 @@ def _extract(batch: _Batch, settings: _Settings) -> tuple[list[Document], PageCo
 
 def _pages(batch: _Batch, dump: Path) -> Iterator[ElementTree.Element]:
     try:
-        data = bz2.decompress(batch.data) if batch.compressed else batch.data
+        data = _decompress(batch.data) if batch.compressed else batch.data
         start, end = data.find(b"<page>"), data.rfind(_PAGE_END)
         if start < 0:
             return
