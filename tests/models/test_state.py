@@ -54,7 +54,7 @@ def test_gradients_flow_through_a_state_until_it_is_detached(pattern, tiny, toke
     whole = torch.autograd.grad(model(batch)[0][:, 6:].sum(), model.embedding.weight)[0]
     carried, _ = model(batch[:, 6:], None, state)
     gradient = torch.autograd.grad(carried.sum(), model.embedding.weight, retain_graph=True)[0]
-    assert (gradient - whole).abs().max() <= 1e-4
+    assert (gradient - whole).abs().max() <= 1e-5 * whole.abs().max()
     cut, _ = model(batch[:, 6:], None, state.detach())
     gradient = torch.autograd.grad(cut.sum(), model.embedding.weight)[0]
     unseen = [t for t in batch[0, :6].tolist() if t not in batch[0, 6:].tolist()]
