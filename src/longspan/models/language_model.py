@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
             shape = (tokens_BT.shape[0], tokens_BT.shape[1])
             segments = Segments.build(doc_id_BT, isolation, shape=shape, device=tokens_BT.device, past=past)
         limit = self.config.max_positions
-        if self.position_embedding is not None and limit is not None and (segments.max_position or 0) >= limit:
+        if self.position_embedding is not None and limit is not None and segments.max_position >= limit:
             given = f"position {segments.max_position} with learned positions"
             raise UserError(given, f"max_positions = {limit}, so positions 0 to {limit - 1}", "use shorter rows")
         return segments

@@ -5,7 +5,7 @@ Legend: B rows, T tokens of this call, S cached and new keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
@@ -58,6 +58,7 @@ class Segments:
         previous_doc: int32 document of the token before this call, where `state_doc` is given and there is one.
         keep_from: keys before this index can never be seen again after this call.
         past: what the next call needs.
+        max_position: largest of `positions` (an upper bound of it where ids were not read).
     """
 
     num_tokens: int
@@ -69,8 +70,7 @@ class Segments:
     previous_doc: Tensor | None
     keep_from: int
     past: Past
-    max_position: int | None = None
-    prepared: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+    max_position: int
 
     @classmethod
     def build(
