@@ -187,6 +187,16 @@ def test_clusters_that_agree_exactly_have_no_width_and_the_sign_test_answers() -
     assert shift.p == pytest.approx(2 * 0.5**12)
 
 
+def test_very_many_clusters_are_grouped_without_changing_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    numerator, denominator = (column[:, None] for column in documents(np.random.default_rng(8), 3_000))
+    (whole,) = s.cluster_bootstrap(numerator, denominator, seed=0)
+    monkeypatch.setattr(s, "MOST_CLUSTERS", 500)
+    (grouped,) = s.cluster_bootstrap(numerator, denominator, seed=0)
+    assert grouped.clusters == 500
+    assert grouped.estimate == pytest.approx(whole.estimate)
+    assert grouped.half_width() == pytest.approx(whole.half_width(), rel=0.15)
+
+
 def test_too_few_resamples_or_clusters_are_refused() -> None:
     one = np.ones((6, 1))
     with pytest.raises(UserError, match="resamples"):

@@ -30,6 +30,9 @@ RESAMPLES = 4_000
 FEWEST_CLUSTERS = 5
 """Below this a resampled spread says nothing: more than 1 in 20 resamples may hold copies of one document only."""
 
+MOST_CLUSTERS = 4_000
+"""More clusters are first summed in so many random groups: as independent as they, and as informative, but bounded."""
+
 _BLOCK_ELEMENTS = 4_000_000
 """Weights held at a time (float64: 32 MB)."""
 
@@ -193,6 +196,9 @@ def _bootstrap(na: Array, da: Array, nb: Array, db: Array, seed: int, resamples:
         raise UserError(f"resamples={resamples}", "at least 2,000", "a bootstrap quantile needs that many")
     if clusters < 2:
         raise UserError(f"{clusters} cluster", "at least 2", "an interval over documents needs several documents")
+    if clusters > MOST_CLUSTERS:
+        na, da, nb, db = _fold((na, da, nb, db), seed)
+        clusters = MOST_CLUSTERS
     ratio_a, ratio_b = na.sum(0) / da.sum(0), nb.sum(0) / db.sum(0)
     # Residuals at the estimate instead of raw numerators: squares of them do not cancel catastrophically.
     ea, eb = na - ratio_a * da, nb - ratio_b * db
@@ -229,6 +235,14 @@ def _bootstrap(na: Array, da: Array, nb: Array, db: Array, seed: int, resamples:
         )
         for k in range(width)
     ]
+
+
+def _fold(columns: Sequence[Array], seed: int) -> list[Array]:
+    """Each (clusters, K) summed to (`MOST_CLUSTERS`, K), all in the same random groups."""
+    clusters = len(columns[0])
+    order = numpy_generator(seed, "bootstrap", "groups", clusters).permutation(clusters)
+    starts = np.linspace(0, clusters, MOST_CLUSTERS, endpoint=False).astype(np.int64)
+    return [np.add.reduceat(column[order], starts, axis=0) for column in columns]
 
 
 def cluster_weights(clusters: int, resamples: int, seed: int) -> Iterator[Array]:
