@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from longspan.corpus import words
+from longspan.corpus.sources.compressed import read_lines
 from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.extras import MissingExtra
@@ -107,6 +110,41 @@ def test_any_text_comes_back_and_its_bytes_add_up(tokenizers: dict[str, Tokenize
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert not np.isin(ids, [tokenizer.special.boundary, tokenizer.special.pad]).any()
+
+
+PARTS = ["the", "naïve", "ſ", "ß", "²", "¾", "7", "'s", "'S", "'ll", "'", "!", "—", "…", "€", "🙂", "漢", "Ω"]
+SPACES = [" ", "  ", "\n", "\n\n", "\t", "\v", "\f", "\r", "\x1c", "\x1f", "\x85", "\xa0", "\u2028", "\u200b", "\x7f"]
+spaces_and_words = st.lists(st.sampled_from([*PARTS, *SPACES]), max_size=25).map("".join)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(any_text | spaces_and_words, max_size=4))
+def test_known_words_give_the_ids_that_the_library_gives(tokenizers: dict[str, Tokenizer], texts: list[str]) -> None:
+    encoder = tokenizers["byte_bpe"]._encoder
+    assert [ids.tolist() for ids in encoder.encode_batch(texts)] == encoder._encode_by_library(texts)
+
+
+def test_every_character_of_the_fast_path_is_in_the_class_that_the_library_has_it_in() -> None:
+    encoder = byte_bpe()._encoder
+    frames = [f"a{c}a 1{c}1 {c}{c} !{c}! \n{c}\n{c}" for c in map(chr, range(0x2100)) if not 0xD800 <= ord(c) < 0xE000]
+    fast = [frame for frame in frames if not words._OTHER_CLASS.search(frame)]
+    assert len(fast) > 400
+    assert [ids.tolist() for ids in encoder.encode_batch(fast)] == encoder._encode_by_library(fast)
+
+
+def test_known_words_give_the_ids_that_the_library_gives_on_real_text(shared_data: Path) -> None:
+    gpt2 = train_tokenizer(TokenizerConfig(pretrained=str(shared_data / "tokenizers" / "gpt2-tokenizer.json")), [])
+    text = "".join(islice(read_lines(shared_data / "wikitext-2" / "wiki.test.raw.zst"), 600))
+    assert len(text) > 100_000
+    assert gpt2.encode(text).tolist() == gpt2._encoder._encode_by_library([text])[0]
+
+
+def test_the_table_of_known_words_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_MOST_WORDS", 10)
+    encoder = byte_bpe()._encoder
+    for text in TEXTS:
+        assert encoder.encode_batch([text])[0].tolist() == encoder._encode_by_library([text])[0]
+    assert len(encoder._words._words) < 200
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from longspan.corpus.words import WordCache
 from longspan.foundation.errors import DataError, UserError
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -51,6 +52,7 @@ class BpeEncoder:
         description = json.loads(content)
         self._special = {token["content"]: token["id"] for token in description["added_tokens"] if token["special"]}
         self.token_bytes = _token_bytes(self._rust, description, origin)
+        self._words = WordCache(self._encode_by_library) if _splits_like_gpt2(description) else None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, num_special: int, min_frequency: int) -> BpeEncoder:
@@ -100,9 +102,13 @@ class BpeEncoder:
         return encoder
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text; the library spreads a batch over threads."""
-        batch = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in batch]
+        """int32 ids of each text."""
+        if self._words is not None:
+            return self._words.encode_batch(texts)
+        return [np.array(ids, np.int32) for ids in self._encode_by_library(texts)]
+
+    def _encode_by_library(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
@@ -177,6 +183,17 @@ def _token_bytes(rust: RustTokenizer, description: dict[str, Any], origin: str) 
         else:
             sizes[index] = len(token.replace(_SPACE, " ").encode())
     return sizes
+
+
+def _splits_like_gpt2(description: dict[str, Any]) -> bool:
+    splitter = description["pre_tokenizer"] or {}
+    return (
+        description["normalizer"] is None
+        and splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not splitter["add_prefix_space"]
+        and all(token["special"] for token in description["added_tokens"])
+    )
 
 
 def _lossy(origin: str) -> UserError:

@@ -171,7 +171,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text; the whole batch goes through the compiled path at once.
+        """int32 ids of each text; faster than one by one.
 
         Raises:
             DataError: a text that has no UTF-8 form (a lone surrogate).
