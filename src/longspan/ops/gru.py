@@ -1,4 +1,7 @@
-"""A GRU scan that forgets at document boundaries: documents run side by side in torch's fused kernel.
+"""A GRU scan that forgets at document boundaries: all documents run side by side, whatever row they lie in.
+
+torch's own GRU on packed sequences copies a gradient of the whole batch at every step; here a step does only what
+depends on the step before.
 
 Shapes: B batch, T time, D input width, H hidden width, M all tokens of the batch. Gates are stacked in torch's order:
 reset, update, new.
@@ -6,10 +9,13 @@ reset, update, new.
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
 
@@ -39,7 +45,7 @@ def gru(
         doc_BT: document ids; the state is zeroed where the id changes. None: one document.
         initial_state_BH: state before the first token; None: zeros.
         initial_doc_B: document of the initial state, used only where `doc_BT[:, 0]` equals it. None: it continues.
-        backend: "fused" (torch's kernel over all documents at once) or "reference" (a Python loop over time).
+        backend: "fused" (all documents at once, own gradient) or "reference" (a Python loop over time).
 
     Returns:
         y (B, T, H) and the state after the last token (B, H).
@@ -60,9 +66,11 @@ def gru(
         state = state.masked_fill((doc_BT[:, 0] != initial_doc_B)[:, None], 0.0)
     if backend == "reference":
         return _reference(x_BTD, parameters, doc_BT, state)
-    if doc_BT is None or not bool((doc_BT[:, 1:] != doc_BT[:, :-1]).any()):
-        y, last = torch.gru(x_BTD, state[None], parameters, len(parameters) == 4, 1, 0.0, False, False, True)
-        return y, last[0]
+    if x_BTD.shape[1] == 1:
+        state = torch.gru_cell(x_BTD[:, 0], state, *parameters)
+        return state[:, None], state
+    if len(parameters) == 2:
+        parameters += [x_BTD.new_zeros(3 * hidden)] * 2
     return _packed(x_BTD, parameters, doc_BT, state)
 
 
@@ -76,32 +84,118 @@ def _reference(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, s
     return torch.stack(outputs, dim=1), state
 
 
-def _packed(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor, state_BH: Tensor) -> tuple[Tensor, Tensor]:
-    """All documents start at step 0, longest first, so that the kernel's steps shrink as documents end."""
-    batch, time = doc_BT.shape
-    starts_BT = torch.cat((torch.ones_like(doc_BT[:, :1], dtype=torch.bool), doc_BT[:, 1:] != doc_BT[:, :-1]), dim=1)
-    first_N = starts_BT.flatten().nonzero()[:, 0]
-    length_N = torch.diff(first_N, append=first_N.new_tensor([batch * time]))
-    length_N, order_N = length_N.sort(descending=True, stable=True)
-    first_N = first_N[order_N]
+class Packing(NamedTuple):
+    """The order in which the scan visits tokens: step after step, in each step the documents that still go on.
 
-    step = torch.arange(int(length_N[0]), device=doc_BT.device)
-    alive = length_N[None, :] > step[:, None]
-    token_M = (first_N[None, :] + step[:, None])[alive]
-    row_N = first_N // time
-    continues_N1 = (first_N % time == 0)[:, None]
-    hidden_NH = torch.where(continues_N1, state_BH[row_N], state_BH.new_zeros(()))
-    packed_MH, _ = torch.gru(
-        x_BTD.flatten(0, 1)[token_M],
-        alive.sum(1).cpu(),
-        hidden_NH[None],
-        parameters,
-        len(parameters) == 4,
-        1,
-        0.0,
-        False,
-        False,
-    )
-    place_M = torch.empty_like(token_M).scatter_(0, token_M, torch.arange(token_M.numel(), device=token_M.device))
-    y_BTH = packed_MH[place_M].view(batch, time, -1)
+    Documents are sorted by length, longest first, so that those of a step are the first `sizes[step]` of them.
+    """
+
+    tokens: Tensor
+    first: Tensor
+    sizes: list[int]
+
+    @staticmethod
+    def build(doc_BT: Tensor | None, batch: int, time: int, device: torch.device) -> Packing:
+        """Finds the documents; every row is one without `doc_BT`."""
+        if doc_BT is None:
+            first_N = torch.arange(batch, device=device) * time
+        else:
+            starts_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0), value=True)
+            first_N = starts_BT.flatten().nonzero()[:, 0]
+        length_N = torch.diff(first_N, append=first_N.new_tensor([batch * time]))
+        length_N, order_N = length_N.sort(descending=True, stable=True)
+        first_N = first_N[order_N]
+        step = torch.arange(int(length_N[0]), device=device)
+        alive = length_N > step[:, None]
+        return Packing((first_N + step[:, None])[alive], first_N, alive.sum(1).tolist())
+
+
+def _packed(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, state_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """All documents start together at step 0: fewer, wider steps than going through the rows."""
+    batch, time = x_BTD.shape[:2]
+    packing = Packing.build(doc_BT, batch, time, x_BTD.device)
+    continues_N1 = (packing.first % time == 0)[:, None]
+    start_NH = torch.where(continues_N1, state_BH[packing.first // time], state_BH.new_zeros(()))
+    x_MD = x_BTD.flatten(0, 1)[packing.tokens]
+    y_MH = _Scan.apply(x_MD, start_NH, *parameters, packing.sizes)  # type: ignore[no-untyped-call]
+    place_M = torch.empty_like(packing.tokens)
+    place_M[packing.tokens] = torch.arange(place_M.numel(), device=place_M.device)
+    y_BTH = y_MH[place_M].view(batch, time, -1)
     return y_BTH, y_BTH[:, -1]
+
+
+class _Scan(torch.autograd.Function):
+    """The steps, with only what depends on the step before inside the loop; weight gradients are one matmul at the end.
+
+    With h' = n + z (h - n), n = tanh(i_n + r g), g = the hidden matmul's new gate, every pre-activation gradient is
+    dh' times a factor known before the backward loop begins.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MD: Tensor,
+        start_NH: Tensor,
+        weight_input: Tensor,
+        weight_hidden: Tensor,
+        bias_input: Tensor,
+        bias_hidden: Tensor,
+        sizes: list[int],
+    ) -> Tensor:
+        width = start_NH.shape[1]
+        gates_M3H = torch.addmm(bias_input, x_MD, weight_input.T)
+        hidden_MH, y_MH = (gates_M3H.new_empty(x_MD.shape[0], width) for _ in range(2))
+        state, offset, weight = start_NH, 0, weight_hidden.T
+        for size in sizes:
+            span = slice(offset, offset + size)
+            state = state[:size]
+            recurrent = torch.addmm(bias_hidden, state, weight)
+            gates = gates_M3H[span]
+            gates[:, : 2 * width].add_(recurrent[:, : 2 * width]).sigmoid_()
+            hidden_MH[span] = recurrent[:, 2 * width :]
+            gates[:, 2 * width :].addcmul_(gates[:, :width], hidden_MH[span]).tanh_()
+            state = torch.lerp(gates[:, 2 * width :], state, gates[:, width : 2 * width], out=y_MH[span])
+            offset += size
+        ctx.save_for_backward(x_MD, start_NH, weight_input, weight_hidden, gates_M3H, hidden_MH, y_MH)
+        ctx.sizes = sizes
+        return y_MH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
+        x_MD, start_NH, weight_input, weight_hidden, gates_M3H, hidden_MH, y_MH = ctx.saved_tensors
+        sizes: list[int] = ctx.sizes
+        before_MH = _states_before(start_NH, y_MH, sizes)
+        reset, update, new = gates_M3H.chunk(3, dim=1)
+        to_new = (1 - update) * (1 - new * new)
+        to_update = (before_MH - new) * update * (1 - update)
+        factors_M3H = torch.stack((to_new * hidden_MH * reset * (1 - reset), to_update, to_new * reset), dim=1)
+
+        doutput_MH = dy_MH.clone(memory_format=torch.contiguous_format)
+        offsets = [0, *itertools.accumulate(sizes)]
+        dstart_NH = torch.zeros_like(start_NH)
+        for step in reversed(range(len(sizes))):
+            span = slice(offsets[step], offsets[step + 1])
+            dstate = doutput_MH[span]
+            factors = factors_M3H[span].mul_(dstate[:, None])
+            earlier = dstart_NH if step == 0 else doutput_MH[offsets[step - 1] : offsets[step]]
+            target = earlier[: sizes[step]].addcmul_(dstate, update[span])
+            target.addmm_(factors.flatten(1), weight_hidden)
+        dhidden_M3H = factors_M3H.flatten(1)
+        dinput_M3H = torch.cat((dhidden_M3H[:, : -new.shape[1]], doutput_MH * to_new), dim=1)
+        return (
+            dinput_M3H @ weight_input,
+            dstart_NH,
+            dinput_M3H.T @ x_MD,
+            dhidden_M3H.T @ before_MH,
+            dinput_M3H.sum(0),
+            dhidden_M3H.sum(0),
+            None,
+        )
+
+
+def _states_before(start_NH: Tensor, y_MH: Tensor, sizes: list[int]) -> Tensor:
+    """(M, H): the state that every token met."""
+    offsets = [0, *itertools.accumulate(sizes)]
+    earlier = [y_MH[offset : offset + size] for offset, size in zip(offsets, sizes[1:], strict=False)]
+    return torch.cat((start_NH[: sizes[0]], *earlier))
