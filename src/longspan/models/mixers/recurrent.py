@@ -75,14 +75,18 @@ class GRU(Mixer):
         before = None if state is None else state.hidden
         if self.in_proj is not None:
             x_BTD = self.in_proj(x_BTD)
-        parameters = (self.weight_input, self.weight_hidden, self.bias_input, self.bias_hidden)
-        y_BTD, hidden_BD = gru(
-            x_BTD,
-            *(parameter.to(x_BTD.dtype) for parameter in parameters),
-            doc_BT=segments.state_doc,
-            initial_state_BH=before,
-            initial_doc_B=segments.previous_doc if before is not None else None,
-        )
+        # The scan runs in the dtype of its weights: autocast would round the state at every step.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            y_BTD, hidden_BD = gru(
+                x_BTD.to(self.weight_input.dtype),
+                self.weight_input,
+                self.weight_hidden,
+                self.bias_input,
+                self.bias_hidden,
+                doc_BT=segments.state_doc,
+                initial_state_BH=before,
+                initial_doc_B=segments.previous_doc if before is not None else None,
+            )
         if self.out_proj is not None:
             y_BTD = self.out_proj(y_BTD)
         return y_BTD, None if state is None else GRUState(hidden_BD)
