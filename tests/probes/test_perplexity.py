@@ -139,3 +139,15 @@ def test_what_makes_no_sense_is_refused(make_data: Callable[..., ProbeData]) -> 
         make_probe("perplexity", {"stride": 64}).items(data)
     with pytest.raises(UserError, match="as_trained"):
         make_probe("perplexity", {"mode": "as_trained", "stride": 3})
+
+
+def test_max_tokens_takes_the_beginning_of_every_document(
+    make_data: Callable[..., ProbeData], subject: Callable[..., NativeEngine], ask: Ask
+) -> None:
+    data = make_data(40, 10, 25)
+    engine = subject("AM")
+    for record in ask(make_probe("perplexity", {"max_tokens": 20}), engine, data):
+        document = data.shards.document(int(record.item.removeprefix("doc-")))[:20]
+        (nll,) = engine.nll([np.concatenate([engine.document_prefix, document])])
+        assert record.answer["tokens"] == len(document) - 1
+        assert record.answer["nll"] == pytest.approx(nll[1:].sum(), rel=1e-5)

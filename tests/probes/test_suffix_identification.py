@@ -134,7 +134,7 @@ def test_scores_equal_recomputing_the_context_for_every_candidate(
         for context, scores in records[item.id].answer["scores"].items():
             end = item.details["position"]
             before = data.shards.document(item.document)[end - int(context) : end]
-            whole = [np.concatenate([engine.document_prefix, before, choice]) for choice in probe.choices(item, data)]
+            whole = [np.concatenate([before, choice]) for choice in probe.choices(item, data)]
             expected = [nll[-8:].sum() for nll in engine.nll(whole)]
             np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

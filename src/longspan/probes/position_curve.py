@@ -82,7 +82,8 @@ class PositionCurve(Probe):
             length, room = self._length_and_room(engine, item)
             document = data.shards.document(item.document)[:length]
             tails = [document[length - self._targets(length) - context :] for context in self._shorter(length, room)]
-            sequences += [np.concatenate([prefix, part]) for part in (document[:room], *tails)]
+            # A marker says that a document begins; inside one it would be a lie.
+            sequences += [np.concatenate([prefix, document[:room]]), *tails]
         answers = iter(engine.nll(sequences))
         contents = []
         for item in items:

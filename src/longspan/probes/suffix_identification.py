@@ -101,16 +101,16 @@ class SuffixIdentification(Probe):
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """Sums of NLL of every candidate at every context that the subject can take."""
-        prefix = engine.document_prefix
         choices = [self.choices(item, data) for item in items]
         scores: list[dict[str, list[float]]] = [{} for _ in items]
         for context in items[0].details["contexts"]:
-            if engine.context_limit is not None and len(prefix) + context + self.suffix - 1 > engine.context_limit:
+            if engine.context_limit is not None and context + self.suffix - 1 > engine.context_limit:
                 continue
             prefixes = []
             for item in items:
                 end = item.details["position"]
-                prefixes.append(np.concatenate([prefix, data.shards.document(item.document)[end - context : end]]))
+                # Inside a document: no marker, which would say that it begins here.
+                prefixes.append(data.shards.document(item.document)[end - context : end])
             for row, nll in enumerate(engine.score_many(prefixes, choices)):
                 scores[row][str(context)] = [float(values.sum()) for values in nll]
         return [
