@@ -110,9 +110,9 @@ def test_the_names_of_the_wiki_count_beside_the_english_ones() -> None:
 
 PIECES = st.lists(
     st.sampled_from(
-        ["{{", "}}", "[[", "]]", "{|", "|}", "\n", "\n|-", "|", "==", "'''", "''", "<ref>", "</ref>", "<math>", "<!--", "-->",
-         "text", " ", "*", "[http://x", "]", "lang|fr|", "nowrap|", "File:", "<nowiki>", "</nowiki>", "&lt;", "<b>", "\ue000",
-         "\ue010"]
+        ["{{", "}}", "[[", "]]", "{|", "|}", "\n", "\n|-", "|", "==", "'''", "''", "<ref>", "</ref>", "<math>", "<!--",
+         "-->", "text", " ", "*", "[http://x", "]", "lang|fr|", "nowrap|", "File:", "<nowiki>", "</nowiki>", "&lt;",
+         "<b>", "\ue000", "\ue010"]
     )
 )  # fmt: skip
 
@@ -148,9 +148,9 @@ def pages() -> list[Document]:
 
 
 LEFTOVERS = [
-    r"\{\{", r"\}\}", r"\[\[", r"\]\]", r"\{\|", r"\|\}", r"\|-", r"<ref", r"</?[a-z]+[ />]", r"thumb\|", r"\|thumb", r"\bpx\b",
-    r"Category:", r"File:", r"Image:", r"__[A-Z]+__", r"''", r"^[*#:;|!]", r"&[a-z]+;", r"==", r"colspan|rowspan|style=",
-    r"\( *\)", r"https?://", r"\{\{\{", "[\ue000-\ue0ff]", r"<!--|-->", "\u00a0",
+    r"\{\{", r"\}\}", r"\[\[", r"\]\]", r"\{\|", r"\|\}", r"\|-", r"<ref", r"</?[a-z]+[ />]", r"thumb\|", r"\|thumb",
+    r"\bpx\b", r"Category:", r"File:", r"Image:", r"__[A-Z]+__", r"''", r"^[*#:;|!]", r"&[a-z]+;", r"==",
+    r"colspan|rowspan|style=", r"\( *\)", r"https?://", r"\{\{\{", "[\ue000-\ue0ff]", r"<!--|-->", "\u00a0",
 ]  # fmt: skip
 
 

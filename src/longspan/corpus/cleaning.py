@@ -321,22 +321,28 @@ def _tidy_line(line: str) -> str:
 def _drop_quotes(line: str) -> str:
     """Take out the marks of bold and italics as MediaWiki reads them.
 
-    A run of 3 that balances nothing is an apostrophe and a mark of 2 (`''Nautilus'''s`).
+    Where neither bold nor italics balance, one run of 3 is an apostrophe and a mark of italics (`''Nautilus'''s`): the
+    first one after a word of one letter (`l'''eau''`), else after a longer word, else after a space.
     """
-    runs = [len(run) for run in _QUOTES.findall(line)]
-    if not runs:
-        return line
-    lone = sum(n >= 3 for n in runs) % 2 and sum(n == 2 or n >= 5 for n in runs) % 2
+    runs = list(_QUOTES.finditer(line))
+    bold = sum(len(run[0]) != 2 for run in runs)
+    italics = sum(len(run[0]) == 2 or len(run[0]) >= 5 for run in runs)
+    apostrophe = None
+    if bold % 2 and italics % 2:
+        threes = [run for run in runs if len(run[0]) in (3, 4)]
+        apostrophe = min(threes, key=lambda run: _apostrophe_rank(line, run.start()), default=None)
+    kept, end = [], 0
+    for run in runs:
+        literal = 1 if len(run[0]) == 4 else max(len(run[0]) - 5, 0)
+        kept += [line[end : run.start()], "'" * (literal + (run is apostrophe))]
+        end = run.end()
+    return "".join([*kept, line[end:]])
 
-    def replace(match: re.Match[str]) -> str:
-        nonlocal lone
-        length = len(match[0])
-        if length == 3 and lone and match.start() > 0 and line[match.start() - 1].isalnum():
-            lone = 0
-            return "'"
-        return "'" * (1 if length == 4 else max(length - 5, 0))
 
-    return _QUOTES.sub(replace, line)
+def _apostrophe_rank(line: str, place: int) -> int:
+    if line[max(place - 1, 0) : place] in ("", " "):
+        return 2
+    return 0 if line[max(place - 2, 0) : place - 1] in ("", " ") else 1
 
 
 def _join(blocks: list[tuple[int, str]]) -> str:

@@ -168,5 +168,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         done = subprocess.run([sys.executable, "-c", code, str(dump)], check=True, capture_output=True, text=True)
         return int(done.stdout)
 
-    # 80 MB of wikitext more cost less than a tenth of that.
-    assert peak_mebibytes(1200) < peak_mebibytes(100) + 8
+    # 20 MB of wikitext more cost less than half of that.
+    assert peak_mebibytes(300) < peak_mebibytes(50) + 10
