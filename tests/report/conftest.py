@@ -77,10 +77,16 @@ def suffix_observations(labels: list[str], skill: Level, documents: int) -> Iter
                 yield Observation(label, 0, f"doc-{d}", f"doc-{d}", "long_range_gain", x, right - base[d], 1.0)
 
 
-def sections(labels: list[str], level: Level, reach: Level, skill: Level, documents: int) -> list[ProbeSection]:
+def sections(
+    labels: list[str], level: Level, reach: Level, skill: Level, documents: int, every: int = 1
+) -> list[ProbeSection]:
     scalar = summarise(scalar_observations(labels, level, documents), [BPB, PERPLEXITY], resamples=2_000)
-    curve = summarise(curve_observations(labels, level, reach, documents), [NLL], resamples=2_000)
-    suffix = summarise(suffix_observations(labels, skill, documents), [ACCURACY, GAIN], resamples=2_000)
+    seen = (o for o in curve_observations(labels, level, reach, documents) if POSITIONS.index(o.x or 1) % every == 0)
+    curve = summarise(seen, [NLL], resamples=2_000)
+    answered = (
+        o for o in suffix_observations(labels, skill, documents) if CONTEXTS.index(o.x or 64) % min(every, 4) == 0
+    )
+    suffix = summarise(answered, [ACCURACY, GAIN], resamples=2_000)
     return [
         ProbeSection("perplexity", "Perplexity", "How well each subject predicts held-out documents; every document "
                      "is read from its start and no document sees another.", (BPB, PERPLEXITY), scalar),
@@ -191,7 +197,7 @@ def build_quickstart(documents: int = 60) -> ReportInput:
     )
 
 
-def build_leakage(documents: int = 40) -> ReportInput:
+def build_leakage(documents: int = 40, every: int = 1) -> ReportInput:
     arms = {
         f"{pattern}/{isolation}": {"pattern": pattern, "packing.isolation": isolation}
         for pattern in ("AAAA", "MMMM", "GGGG")
@@ -211,7 +217,7 @@ def build_leakage(documents: int = 40) -> ReportInput:
         return {"A": 0.07, "M": 0.055, "G": 0.01}[label[0]] * (1 - 4 * cost[label.partition("/")[2]])
 
     labels = list(arms)
-    found = sections(labels, level, reach, skill, documents)
+    found = sections(labels, level, reach, skill, documents, every)
     by_level = [
         replace(o, subject=f"isolation={o.subject.partition('/')[2]}", item=f"{o.subject[0]}/{o.item}")
         for o in scalar_observations(labels, level, documents)
@@ -242,4 +248,4 @@ def quickstart_report() -> ReportInput:
 
 @pytest.fixture(scope="session")
 def leakage_report() -> ReportInput:
-    return build_leakage(24)
+    return build_leakage(10, every=9)

@@ -198,11 +198,14 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
     if zones and reference is not None:
         zone = base.transform_calculate(from_=f"{reference} - datum.zone", to=f"{reference} + datum.zone")
         zone = zone.transform_filter("datum.zone > 0")
-        layers.append(zone.mark_bar(color=ZONE, height=step - 4, cornerRadius=2).encode(x=place("from_:Q"), x2="to:Q"))
+        layers.append(
+            zone.mark_bar(color=ZONE, height=17, cornerRadius=2, yOffset=7).encode(x=place("from_:Q"), x2="to:Q")
+        )
     for each in (chance, reference):
         if each is not None:
-            dash = [3, 3] if each is chance else [1, 0]
-            layers.append(alt.Chart().mark_rule(color=SOFT, strokeDash=dash).encode(x=alt.datum(each)))
+            # Beside the estimates only: a full rule would run through the numbers.
+            tick = base.transform_calculate(at=f"{each}").mark_tick(color=SOFT, size=19, thickness=1, yOffset=7)
+            layers.append(tick.encode(x=place("at:Q")))
     interval = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
     layers.append(interval.mark_rule(strokeWidth=2.5, strokeCap="round", yOffset=7).encode(
         x=place("low:Q"), x2="high:Q", color=colour))  # fmt: skip

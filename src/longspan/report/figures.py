@@ -131,7 +131,7 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better; bars are 95 % intervals. The axis does not start at zero."
     if metric.chance is not None:
-        caption = f"{better} is better; bars are 95 % intervals; the dashed line is guessing."
+        caption = f"{better} is better; bars are 95 % intervals; the thin line is guessing."
     title = quantity(finding)
     return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
 
@@ -428,8 +428,8 @@ def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         panels = len({shown[c.subject].panel for c in curves})
         columns = shown.columns if panels > 1 else 1
         caption = {
-            "loss": "Thin: every logged step; thick: smoothed; points: full validation. The steep start is cut off, and the "
-            "axis does not start at zero.",
+            "loss": "Thin: every logged step; thick: smoothed; points: full validation. The steep start is cut off, "
+            "and the axis does not start at zero.",
             "lr": "Colours as in the loss chart.",
             "grad_norm": "Before clipping, smoothed over raw; logarithmic axis.",
             "tokens_per_second": "Every logged step and smoothed; evaluation and checkpoints excluded.",

@@ -338,7 +338,11 @@ def markdown(content: Content) -> str:
     report, decision = content.report, content.decision
     out = [f"# {markdown_text(report.question)}", ""]
     variant = f", {markdown_text(report.variant)}" if report.variant else ""
-    out += [f"Study `{report.study}`{variant}, {report.created}. Interactive: [report.html](report.html)", ""]
+    when = markdown_text(report.created)
+    out += [
+        f"Study **{markdown_text(report.study)}**{variant}, {when}. Interactive: [report.html](report.html)",
+        "",
+    ]
     out += [f"**{VERDICTS[decision.verdict]}.** {markdown_text(decision.answer)}", ""]
     out += [markdown_text(decision.certainty), ""] if decision.certainty else []
     out += [*(f"- {markdown_text(line)}" for line in (*decision.also, *report.notes)), ""]

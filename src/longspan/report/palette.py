@@ -102,11 +102,14 @@ def _mixed_shades(families: tuple[str, ...], members: list[str]) -> dict[str, Sh
         hues = [start + margin + (end - start - 2 * margin) * i / steps for i in range(len(ordered))]
         lightness = [0.50 + 0.17 * (i % 2) for i in range(len(ordered))]
     else:
-        lightness = [0.60] * len(ordered)
-    return {p: _shade(light, 0.16, hue) for p, light, hue in zip(ordered, lightness, hues, strict=True)}
+        lightness = [0.69] * len(ordered)
+    return {p: _shade(light, 0.13, hue) for p, light, hue in zip(ordered, lightness, hues, strict=True)}
 
 
 def _path(families: tuple[str, ...]) -> tuple[float | None, float | None]:
+    if families == ("attention", "ssm"):
+        # Starting beyond blue keeps an even hybrid off the blues that red-blind readers see in violet.
+        return 266.0, _HUES["ssm"]
     if families == ("attention", "recurrent"):
         return 250.0, 165.0
     if families == ("recurrent", "ssm"):

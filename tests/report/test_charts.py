@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longspan.report.charts import log_steps, spread
+from longspan.report.findings import crossovers
+
+
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
+def test_labels_keep_their_order_and_never_overlap(wanted: list[float]) -> None:
+    wanted.sort()
+    places = spread(wanted, 13.5, 300)
+    assert all(b - a >= 13.5 - 1e-6 for a, b in pairwise(places))
+    assert places[0] >= -1e-6
+    assert places[-1] <= 300 + 1e-6
+
+
+@given(st.floats(1e-3, 1e9), st.floats(1.5, 1e6))
+def test_log_axes_have_few_ticks_inside_their_domain(low: float, factor: float) -> None:
+    for base in (2, 10):
+        ticks = log_steps((low, low * factor), base)
+        assert len(ticks) <= 6
+        assert all(low <= tick <= low * factor for tick in ticks)
+
+
+def test_a_crossing_is_found_between_its_contexts_and_says_its_doubt() -> None:
+    exact = {
+        "A": [(64.0, 1.0, 1.0, 1.0), (1024.0, 16.0, 16.0, 16.0)],
+        "M": [(64.0, 4.0, 4.0, 4.0), (1024.0, 4.0, 4.0, 4.0)],
+    }
+    (crossing,) = crossovers(exact)
+    assert (crossing.a, crossing.b, round(crossing.x)) == ("M", "A", 256)
+    assert crossing.low is None
+    unsure = {"A": [(64.0, 3.0, 2.0, 5.0), (1024.0, 16.0, 15.0, 17.0)], "M": exact["M"]}
+    (crossing,) = crossovers(unsure)
+    assert (crossing.low, crossing.high) == (64.0, 64.0)

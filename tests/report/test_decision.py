@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from longspan.records.observation import Comparison, Measurement, Metric, Summary
+from longspan.report.data import ProbeSection, ReportInput, Reproduce, SubjectFacts
+from longspan.report.decision import decide
+
+BPB = Metric("bits_per_byte", "Bits per byte", "bits/byte", "ratio", "lower")
+
+
+def measurement(subject: str, value: float, half: float | None = 0.01) -> Measurement:
+    low, high = (None, None) if half is None else (value - half, value + half)
+    return Measurement("bits_per_byte", subject, None, value, low, high, 120, 1, 120)
+
+
+def comparison(
+    a: str, b: str, difference: float, half: float | None, p: float | None, needed: int | None
+) -> Comparison:
+    low, high = (None, None) if half is None else (difference - half, difference + half)
+    mde = None if half is None else 1.43 * half
+    return Comparison("bits_per_byte", None, a, b, difference, low, high, p, p, mde, 120, 1, needed, "paired", "")
+
+
+def report(
+    measurements: list[Measurement], comparisons: list[Comparison], seeds: tuple[int, ...] = (0,)
+) -> ReportInput:
+    section = ProbeSection("perplexity", "Perplexity", "", (BPB,), Summary(tuple(measurements), tuple(comparisons), ()))
+    subjects = [SubjectFacts(m.subject, m.subject, seeds=seeds) for m in measurements]
+    return ReportInput("s", "q?", "2026", subjects, [section], Reproduce("longspan run s", ""))
+
+
+def test_a_clear_winner_is_named_with_effect_size_and_interval() -> None:
+    found = decide(report([measurement("AA", 1.25), measurement("MM", 1.2)],
+                          [comparison("AA", "MM", 0.05, 0.006, 0.0002, None)]))  # fmt: skip
+    assert found.verdict == "winner"
+    assert found.answer.startswith("MM has the lowest bits per byte, 1.200 ± 0.010: −0.050 [−0.056, −0.044]")
+    assert "p < 0.001" in found.answer
+    assert "4.0 %" in found.answer
+    assert found.groups == [["MM"], ["AA"]]
+
+
+def test_a_small_bounded_difference_is_a_tie() -> None:
+    found = decide(report([measurement("AA", 1.201), measurement("MM", 1.2)],
+                          [comparison("AA", "MM", 0.001, 0.003, 0.5, 1_000)]))  # fmt: skip
+    assert found.verdict == "tie"
+    assert "within 0.33 %" in found.answer
+
+
+def test_an_open_question_says_how_many_documents_would_decide_it() -> None:
+    found = decide(report([measurement("AA", 1.23), measurement("MM", 1.2)],
+                          [comparison("AA", "MM", 0.03, 0.05, 0.3, 681)]))  # fmt: skip
+    assert found.verdict == "undecided"
+    assert "cannot be decided with this data" in found.answer
+    assert "would need about 690 documents; this study had 120" in found.certainty
+
+
+def test_leaders_that_tie_are_named_together_and_the_rest_behind_them() -> None:
+    found = decide(report(
+        [measurement("AA", 1.3), measurement("MM", 1.201), measurement("AM", 1.2)],
+        [comparison("AA", "MM", 0.099, 0.01, 0.001, None), comparison("AA", "AM", 0.1, 0.01, 0.001, None),
+         comparison("MM", "AM", 0.001, 0.01, 0.8, 50_000)],
+    ))  # fmt: skip
+    assert found.verdict == "tie"
+    assert "AM and MM lead" in found.answer
+    assert "AA is behind AM by 0.100 [0.090, 0.110]" in found.answer
+    assert found.groups == [["AM", "MM"], ["AA"]]
+
+
+def test_one_seed_is_said_to_leave_training_luck_unmeasured() -> None:
+    one = decide(report([measurement("AA", 1.3)], []))
+    assert "seed to seed is unmeasured" in one.certainty
+    three = decide(report([measurement("AA", 1.3)], [], seeds=(0, 1, 2)))
+    assert "3 seeds were trained per subject" in three.certainty
+
+
+def test_missing_intervals_and_missing_results_are_said_not_hidden() -> None:
+    few = replace(comparison("AA", "MM", 0.1, None, None, None), note="3 documents are too few")
+    bare = decide(report([measurement("AA", 1.3, None), measurement("MM", 1.2, None)], [few]))
+    assert bare.verdict == "undecided"
+    assert "no interval" in bare.answer
+    assert "too few" in bare.certainty
+    assert decide(report([], [])).verdict == "nothing"
+    nan = decide(report([measurement("AA", float("nan")), measurement("MM", 1.2)], []))
+    assert nan.verdict == "single"
+
+
+def test_the_clearest_main_effect_is_named(leakage_report: ReportInput) -> None:
+    answer = decide(leakage_report).answer
+    assert "the clearest factor is isolation: with full it is" in answer
+    assert "lower than with none" in answer

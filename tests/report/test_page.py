@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import vl_convert
+
+from longspan.records.observation import Summary
+from longspan.report import charts, page
+from longspan.report.data import ReportInput, Reproduce, SubjectFacts
+from longspan.report.tables import summary_rows
+
+SECTIONS = [
+    "answer",
+    "subjects",
+    "quality",
+    "cost",
+    "pareto",
+    "comparisons",
+    "training",
+    "inside",
+    "ledger",
+    "reproduce",
+]
+
+
+class Elements(HTMLParser):
+    """Every element's name and attributes, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def content(quickstart_report: ReportInput) -> page.Content:
+    return page.lay_out(quickstart_report)
+
+
+@pytest.fixture(scope="module")
+def html(content: page.Content) -> str:
+    return page.html(content)
+
+
+def test_every_section_is_there_in_order(html: str) -> None:
+    assert [a["id"] for tag, a in Elements(html).found if tag == "section"] == SECTIONS
+
+
+def test_the_page_loads_nothing_from_anywhere(html: str) -> None:
+    for tag, attributes in Elements(html).found:
+        assert tag not in ("link", "iframe", "object", "embed", "img"), (tag, attributes)
+        assert "src" not in attributes, (tag, attributes)
+        if tag == "a":
+            assert str(attributes["href"]).startswith(("#", "data:text/csv")), attributes
+    assert "@import" not in html
+    assert "default-src 'none'" in html
+    assert "url(" not in html[: html.index("</style>")]
+
+
+def test_hostile_text_stays_text(html: str) -> None:
+    tags = [tag for tag, _ in Elements(html).found]
+    assert "img" not in tags
+    assert tags.count("script") == 4
+    assert "<script>alert" not in html
+    data = re.search(r'id="item-data">(.*?)</script>', html, re.DOTALL)
+    assert data
+    assert json.loads(data.group(1))["rows"][-1]["asked"].startswith("</script><script>alert('x')")
+
+
+def test_hostile_names_are_escaped_on_the_page_and_in_markdown() -> None:
+    bad = "<script>alert(1)</script>|`x`"
+    report = ReportInput(bad, bad, bad, [SubjectFacts(bad, "AM")], [], Reproduce(bad, "```\n" + bad), notes=[bad])
+    laid_out = page.lay_out(report)
+    assert "<script>alert" not in page.html(laid_out)
+    assert "<script>alert" not in re.sub(
+        r"````.*?````|```sh.*?```|`[^`]*`", "", page.markdown(laid_out), flags=re.DOTALL
+    )
+
+
+def test_every_chart_draws_in_both_themes(content: page.Content) -> None:
+    shown = {figure.name: figure for figure in content.figures}
+    assert {"answer", "position-curve-nll", "state-bytes", "pareto-state-bytes", "training-loss"} <= shown.keys()
+    for name, theme in (("answer", "light"), ("position-curve-nll", "dark"), ("training-grad-norm", "light")):
+        spec = charts.static_spec(shown[name], content.arms, theme)
+        assert "var(--" not in json.dumps(spec)
+        assert "<svg" in vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=page.VEGA_LITE)
+
+
+def test_panels_draw(leakage_report: ReportInput) -> None:
+    laid_out = page.lay_out(leakage_report)
+    figure = next(f for f in laid_out.figures if f.name == "position-curve-nll")
+    assert figure.panels == 4
+    assert "<svg" in vl_convert.vegalite_to_svg(
+        json.dumps(charts.static_spec(figure, laid_out.arms)), vl_version=page.VEGA_LITE
+    )
+    names = [f.name for f in laid_out.comparisons]
+    assert "perplexity-bits-per-byte-differences-effects" in names
+
+
+def test_the_same_input_gives_the_same_page(quickstart_report: ReportInput, html: str) -> None:
+    assert page.html(page.lay_out(quickstart_report)) == html
+
+
+def test_files_are_written_and_the_markdown_links_to_them(quickstart_report: ReportInput, tmp_path: Path) -> None:
+    short = replace(quickstart_report, probes=quickstart_report.probes[:1], training=[], subjects=[
+        replace(s, state_bytes={}, forward_flops={}, training_flops=None) for s in quickstart_report.subjects
+    ])  # fmt: skip
+    assert page.write_report(short, tmp_path / "out") == tmp_path / "out" / "report.html"
+    text = (tmp_path / "out" / "report.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert "figures/answer.svg" in links
+    for link in links:
+        assert (tmp_path / "out" / link).is_file(), link
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_empty_sections_say_why(quickstart_report: ReportInput) -> None:
+    bare = replace(quickstart_report, subjects=[], probes=[], training=[], ledger=[], items=[], context=None)
+    text = page.html(page.lay_out(bare))
+    assert text.count('class="empty"') == 8
+    assert "Nothing was measured" in text
+
+
+def test_values_without_intervals_draw_and_are_marked(quickstart_report: ReportInput) -> None:
+    sections = [
+        replace(p, summary=Summary(
+            tuple(replace(m, low=None, high=None) for m in p.summary.measurements),
+            tuple(replace(c, low=None, high=None, p=None, p_holm=None, mde=None) for c in p.summary.comparisons), ()))
+        for p in quickstart_report.probes
+    ]  # fmt: skip
+    laid_out = page.lay_out(replace(quickstart_report, probes=sections))
+    assert laid_out.decision.verdict == "undecided"
+    for name in ("position-curve-nll", "perplexity-bits-per-byte-differences"):
+        figure = next(f for f in laid_out.figures if f.name == name)
+        spec = json.dumps(charts.static_spec(figure, laid_out.arms), allow_nan=False)
+        assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
+
+
+def test_the_terminal_table_has_the_best_subject_first(quickstart_report: ReportInput) -> None:
+    table = summary_rows(quickstart_report)
+    assert [name for name, _ in table.headings][:4] == ["subject", "mixers", "parameters", "Bits per byte"]
+    assert table.subjects[0] == "AMAM"
+    assert "±" in table.rows[0][3]
+    assert table.markdown().count("\n") == 4
+    assert table.csv().startswith("subject,")
