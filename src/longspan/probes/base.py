@@ -18,14 +18,11 @@ A probe of one's own is one file:
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -37,7 +34,6 @@ from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine
 from longspan.foundation.config import Config, unknown_key
 from longspan.foundation.errors import UserError
-from longspan.foundation.files import digest
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -253,31 +249,3 @@ def make_probe(name: str, settings: Mapping[str, Any] | None = None) -> Probe:
         fix = error.fix if "mean" in error.fix else "name one of these, or load your own file under `plugins:`"
         raise UserError(f"no probe is called {kind!r}", error.allowed, fix)
     return kinds[kind].parse({**(settings or {}), "kind": kind}, f"probes.{name}")
-
-
-def load_probe_file(path: Path) -> None:
-    """Load a user's own file; what it registers (probes, mixers) can be named from then on.
-
-    Raises:
-        UserError: the file is missing or does not load.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist", "a Python file", "mend the path")
-    name = f"longspan_plugin_{digest(str(path.resolve()))[:16]}"
-    if name in sys.modules:
-        return
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None, "a .py path always has a loader"
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    try:
-        specification.loader.exec_module(module)
-    except UserError:
-        del sys.modules[name]
-        raise
-    except Exception as error:
-        del sys.modules[name]
-        raise UserError(
-            f"{path} does not load: {type(error).__name__}: {error}", "a module that imports", "mend it"
-        ) from error

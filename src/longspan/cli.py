@@ -1,0 +1,182 @@
+"""The `longspan` command. Nothing heavy is imported before it is needed: `longspan --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.foundation.errors import LongspanError, Stopped, UserError
+
+if TYPE_CHECKING:
+    from longspan.study.run import Stage
+
+app = typer.Typer(
+    name="longspan",
+    help="At this context length and this budget: attention, a state-space model, or a hybrid?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+StudyName = Annotated[
+    str, typer.Argument(help="a shipped study (see `longspan studies`) or a .yaml file", metavar="STUDY")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings to change, e.g. tokens=2e6 variant=cpu", metavar="[KEY=VALUE]...")
+]
+Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+DEFAULT_RUNS = Path("runs")
+
+
+@app.command()
+def run(
+    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+) -> None:
+    """Run a whole study: prepare the corpus, train, probe, report. Run again: only what is missing runs."""
+    _stages(study, overrides, runs, json, "report")
+
+
+@app.command()
+def prepare(
+    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+) -> None:
+    """Prepare the corpus of a study: download, clean, deduplicate, tokenize, store."""
+    _stages(study, overrides, runs, json, "prepare")
+
+
+@app.command()
+def train(
+    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+) -> None:
+    """Train the subjects of a study (and prepare its corpus, if that is missing)."""
+    _stages(study, overrides, runs, json, "train")
+
+
+@app.command()
+def probe(
+    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+) -> None:
+    """Ask the trained subjects of a study (and do what is missing before)."""
+    _stages(study, overrides, runs, json, "probe")
+
+
+@app.command()
+def report(
+    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+) -> None:
+    """Write the report of a study from its records; trains and asks nothing."""
+    from longspan.study.shipped import find_study
+
+    find_study(study)
+    from longspan.study.run import report_only
+
+    _print_outcome(report_only(study, overrides or [], runs), json)
+
+
+@app.command()
+def studies(json: Json = False, debug: Debug = False) -> None:
+    """List the shipped studies and the question each one answers."""
+    from longspan.study.shipped import list_studies
+    from longspan.terminal import print_json, print_table
+
+    rows = list_studies()
+    if json:
+        print_json({"studies": rows})
+    else:
+        print_table(
+            ("<study", "<question", "<variants"), [(row["study"], row["question"], row["variants"]) for row in rows]
+        )
+
+
+@app.command()
+def doctor(runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False) -> None:
+    """Show what this machine has, and what each missing extra would bring."""
+    from longspan.study.environment import doctor as examine
+    from longspan.terminal import print_json, print_table
+
+    rows = examine(runs)
+    if json:
+        print_json({"findings": [dict(zip(("topic", "finding", "advice"), row, strict=True)) for row in rows]})
+    else:
+        print_table(("<", "<here", "<advice"), rows)
+
+
+def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, until: Stage) -> None:
+    from longspan.study.shipped import find_study
+
+    # A misspelt name is answered before anything heavy is imported.
+    find_study(study)
+    _tune_allocator()
+    from longspan.study.run import run_study
+    from longspan.terminal import Terminal
+
+    with Terminal(quiet=json) as terminal:
+        outcome = run_study(study, overrides or [], runs, until=until, terminal=terminal)
+    _print_outcome(outcome, json)
+
+
+def _print_outcome(outcome: Any, json: bool) -> None:
+    from longspan.terminal import print_json, print_summary
+
+    if json:
+        print_json(outcome.to_json())
+    else:
+        print_summary(outcome)
+
+
+def _tune_allocator() -> None:
+    """Start again under allocator settings that keep freed memory in the process (glibc reads them only at start)."""
+    from longspan.study.environment import ALLOCATOR
+
+    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ or "LONGSPAN_NO_REEXEC" in os.environ:
+        return
+    if sys.orig_argv[:1] and os.path.exists(sys.executable):
+        environment = {**os.environ, "GLIBC_TUNABLES": ALLOCATOR}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def main() -> None:
+    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped, can be resumed)."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except LongspanError as error:
+        if debug:
+            raise
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _print_error(Stopped("stopped; run the same command again to go on from here"))
+        sys.exit(Stopped.exit_code)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        if type(error).__module__.startswith(("typer", "click")) and hasattr(error, "format_message"):
+            print(f"error: {error.format_message()}\n  fix: see `longspan --help`", file=sys.stderr)
+            sys.exit(2)
+        print(
+            f"error: unexpected {type(error).__name__}: {error}\n  this is a defect of Longspan, not of your input\n"
+            "  fix: run again with --debug and report the traceback",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _print_error(error: LongspanError) -> None:
+    if isinstance(error, UserError):
+        print(f"error: {error.given}\n  allowed: {error.allowed}\n  fix: {error.fix}", file=sys.stderr)
+    else:
+        print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a study is, how it unfolds into jobs, and who executes them."""

@@ -1,0 +1,102 @@
+"""This machine: one job at a time on one device, one process per device on several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from longspan.foundation.errors import Stopped
+from longspan.foundation.progress import Progress
+from longspan.study.executors.base import Finished, Observe
+from longspan.study.jobs import Job
+from longspan.study.stages import execute
+
+POLL_SECONDS = 0.2
+
+
+class LocalExecutor:
+    """Runs jobs on the given devices (`cpu`, `cuda:0`, ...)."""
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self.devices = tuple(devices)
+
+    def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished) -> None:
+        """See `Executor.run`."""
+        pending = [job for job in jobs if not job.is_done(runs)]
+        if len(self.devices) == 1 or len(pending) < 2:
+            for job in pending:
+                finished(job, execute(job, runs, _observer(job, observe), self.devices[0]))
+        else:
+            _run_in_processes(pending, runs, observe, finished, self.devices)
+
+
+def _observer(job: Job, observe: Observe) -> Callable[[Progress], None]:
+    return lambda progress: observe(job, progress)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(devices: Any, events: Any, stop: Any) -> None:
+    import signal
+
+    # Ctrl-C reaches the whole process group; only the parent decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker.update(device=devices.get(), events=events, stop=stop)
+
+
+def _work(job: Job, runs: Path) -> dict[str, Any]:
+    def report(progress: Progress) -> None:
+        if _worker["stop"].is_set():
+            raise Stopped("stopped; run the same command again to go on from here")
+        _worker["events"].put((job.key, progress))
+
+    return execute(job, runs, report, _worker["device"])
+
+
+def _run_in_processes(
+    pending: list[Job], runs: Path, observe: Observe, finished: Finished, devices: tuple[str, ...]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        free, events, stop = manager.Queue(), manager.Queue(), manager.Event()
+        for device in devices:
+            free.put(device)
+        with ProcessPoolExecutor(len(devices), context, _start_worker, (free, events, stop)) as pool:
+            jobs = {job.key: job for job in pending}
+            waiting = dict(jobs)
+            running: dict[Future[dict[str, Any]], Job] = {}
+            failure: BaseException | None = None
+            while running or (waiting and failure is None):
+                if failure is None:
+                    for job in [job for job in waiting.values() if not set(job.needs) & set(waiting | _keys(running))]:
+                        del waiting[job.key]
+                        running[pool.submit(_work, job, runs)] = job
+                done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                try:
+                    _drain(events, jobs, observe)
+                    for future in done:
+                        job = running.pop(future)
+                        finished(job, future.result())
+                except BaseException as error:
+                    failure = failure or error
+                    stop.set()
+            if failure is not None:
+                raise failure
+
+
+def _keys(running: dict[Future[dict[str, Any]], Job]) -> dict[str, Job]:
+    return {job.key: job for job in running.values()}
+
+
+def _drain(events: Any, jobs: dict[str, Job], observe: Observe) -> None:
+    while True:
+        try:
+            key, progress = events.get_nowait()
+        except queue.Empty:
+            return
+        observe(jobs[key], progress)

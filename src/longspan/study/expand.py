@@ -1,0 +1,142 @@
+"""From a study to its subjects: every combination of what varies, each with a label and a seed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from longspan.foundation.errors import UserError
+from longspan.models.budget import match
+from longspan.models.config import ModelConfig
+from longspan.study.schema import Study, SubjectConfig, apply_variant, resolve_key, set_path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One arm of a study at one seed.
+
+    Attributes:
+        label: the arm, the same for all its seeds, e.g. `AMAM` or `MMMM · full · markers`.
+        factors: what distinguishes the arm, key → value as shown.
+        seed: seeds initialisation and data order.
+        config: everything that determines the subject.
+    """
+
+    label: str
+    factors: dict[str, str]
+    seed: int
+    config: SubjectConfig
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well a match came out: target and reached count, and the relative difference (signed)."""
+
+    quantity: str
+    target: int
+    reached: int
+
+    @property
+    def residual(self) -> float:
+        """(reached − target) / target."""
+        return (self.reached - self.target) / self.target
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """All subjects of a study, and what was left out because it would have been the same run twice."""
+
+    subjects: list[Subject]
+    merged: list[str]
+
+
+def expand(study: Study) -> Expansion:
+    """Unfold a study.
+
+    Arms whose isolation differs only in what none of their layers can leak are the same run: they are listed once and
+    the merge is said (for a pure attention model, `attention` isolation is `full` isolation).
+
+    Raises:
+        UserError: naming the offending key, for any combination that cannot be built.
+    """
+    subjects: dict[tuple[str, int], Subject] = {}
+    first_by_run: dict[str, str] = {}
+    merged: dict[str, str] = {}
+    for factors, seed, config in _combinations(study):
+        label = _label(factors) or config.model.pattern
+        run = _effective(config).model_dump_json()
+        if run in first_by_run and first_by_run[run] != label:
+            merged[label] = first_by_run[run]
+            continue
+        first_by_run[run] = label
+        if (label, seed) in subjects:
+            raise UserError(f"vary gives {label!r} with seed {seed} twice", "each combination once", "mend `vary:`")
+        subjects[label, seed] = Subject(label, factors, seed, config)
+    return Expansion(
+        list(subjects.values()),
+        [f"{left_out} is the same run as {kept} and is listed once" for left_out, kept in merged.items()],
+    )
+
+
+def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectConfig]]:
+    keys = list(study.vary)
+    for values in itertools.product(*study.vary.values()):
+        base = copy.deepcopy(dict(study.base))
+        factors: dict[str, str] = {}
+        # A variant is the ground that the other keys are set on, wherever it stands in the list.
+        for key, value in sorted(zip(keys, values, strict=True), key=lambda pair: pair[0] != "variant"):
+            if key == "variant":
+                apply_variant(str(value), study.variants, base, {})
+                continue
+            set_path(base, resolve_key(key), value)
+        for key, value in zip(keys, values, strict=True):
+            name = key.rpartition(".")[2]
+            if name != "seed":
+                factors[name] = _shown(name, value)
+        if "model" not in base or "training" not in base:
+            missing = "model" if "model" not in base else "training"
+            raise UserError(
+                f"the study has no `{missing}` section", "corpus, tokenizer, model, training", f"add `{missing}:`"
+            )
+        config = SubjectConfig.parse(base, "study")
+        yield factors, config.training.seed, config
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return str(value)
+
+
+def _label(factors: dict[str, str]) -> str:
+    return " · ".join(factors.values())
+
+
+def _effective(config: SubjectConfig) -> SubjectConfig:
+    """The configuration with the isolation that its layers can tell apart."""
+    model = config.model
+    kinds = {model.mixer(letter)[0].isolated_as for letter in model.layers()}
+    isolation = config.packing.isolation
+    if kinds == {"attention"}:
+        isolation = {"attention": "full", "state": "none"}.get(isolation, isolation)  # type: ignore[assignment]
+    elif kinds == {"state"}:
+        isolation = {"state": "full", "attention": "none"}.get(isolation, isolation)  # type: ignore[assignment]
+    packing = config.packing.model_copy(update={"isolation": isolation})
+    return config.model_copy(update={"packing": packing})
+
+
+def effective(subject: Subject) -> Subject:
+    """The subject with the isolation that its layers can tell apart."""
+    return replace(subject, config=_effective(subject.config))
+
+
+def match_model(config: SubjectConfig, vocab_size: int) -> tuple[ModelConfig, Match | None]:
+    """Solve the model's free width, if the study asks for a match."""
+    model = config.model.unmatched()
+    if config.model.match is None:
+        return model, None
+    matched = match(model, config.model.match, vocab_size)
+    return matched.config, Match(config.model.match.quantity, matched.target, matched.reached)

@@ -1,0 +1,81 @@
+"""What was dropped, padded, deduplicated, merged or interrupted, as entries of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longspan.corpus.prepare import PreparedCorpus
+from longspan.report.data import LedgerEntry
+from longspan.study.plan import Plan
+
+Row = dict[str, str | int | float | None]
+
+
+def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[LedgerEntry]:
+    """All entries of a study, corpus first."""
+    entries = []
+    for corpus in prepared.values():
+        entries += corpus_entries(corpus.ledger)
+    entries += [LedgerEntry("info", "subjects", note) for note in plan.notes if "same run" in note]
+    entries += _packing(plan, runs)
+    entries += _training(plan, runs)
+    return entries
+
+
+def corpus_entries(facts: dict[str, Any]) -> list[LedgerEntry]:
+    """The ledger of a prepared corpus as entries."""
+    splits: list[Row] = [{"split": name, **_flat(split)} for name, split in facts["splits"].items()]
+    entries = [LedgerEntry("info", "corpus", f"Tokens of {facts['tokenizer']['name']} by split.", splits)]
+    dropped: list[Row] = [
+        {"reason": reason, "documents": entry["documents"], "examples": ", ".join(entry["examples"][:5])}
+        for reason, entry in facts["dropped"].items()
+        if entry["documents"]
+    ]
+    seen = facts["seen"].get("documents", facts["dedup"]["documents"])
+    entries.append(LedgerEntry("info", "corpus", f"{seen:,} documents seen; what was dropped, and why:", dropped))
+    dedup = facts["dedup"]
+    if examples := dedup["examples"]:
+        removed, across = dedup["documents"] - dedup["kept"], _total(dedup["across_splits"])
+        text = f"{removed:,} duplicates removed, {across:,} across splits."
+        rows: list[Row] = [_flat(example) for example in examples[:20]]
+        entries.append(LedgerEntry("info", "corpus", text, rows))
+    return entries
+
+
+def _total(counts: Any) -> int:
+    return sum(map(_total, counts.values())) if isinstance(counts, dict) else int(counts)
+
+
+def _packing(plan: Plan, runs: Path) -> list[LedgerEntry]:
+    rows: list[Row] = []
+    for planned in plan.subjects:
+        facts = planned.train.result(runs)["packing"]
+        rows.append({"subject": planned.subject.label, "seed": planned.subject.seed, **_flat(facts)})
+    return [LedgerEntry("info", "packing", "What packing did with the tokens of the training split.", rows)]
+
+
+def _training(plan: Plan, runs: Path) -> list[LedgerEntry]:
+    entries = []
+    for planned in plan.subjects:
+        training = planned.train.result(runs)["training"]
+        who = f"{planned.subject.label} seed {planned.subject.seed}"
+        if training["sessions"] > 1:
+            text = f"{who}: resumed, {training['sessions']} sessions; the result equals an uninterrupted run on CPU"
+            entries.append(LedgerEntry("info", "training", text))
+        if training["stopped_early"]:
+            entries.append(LedgerEntry("info", "training", f"{who}: stopped early at step {training['steps']}"))
+        if training["best"]["step"] != training["steps"]:
+            text = f"{who}: the best weights are of step {training['best']['step']} of {training['steps']}"
+            entries.append(LedgerEntry("info", "training", text))
+    return entries
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> Row:
+    row: Row = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            row |= _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, str | int | float) or value is None:
+            row[f"{prefix}{key}".strip()] = value
+    return row

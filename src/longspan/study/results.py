@@ -1,0 +1,220 @@
+"""From job directories to the facts of a report: reads records and metrics, needs no model."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longspan.corpus.prepare import PreparedCorpus
+from longspan.foundation.files import read_json
+from longspan.models.budget import forward_flops_per_token, state_bytes
+from longspan.probes.base import Probe, ProbeData
+from longspan.records.observation import Observation, Summary, summarise
+from longspan.records.store import Record, RecordStore
+from longspan.report.data import (
+    ItemAnswer,
+    ItemRow,
+    ParameterFacts,
+    ProbeSection,
+    ReportInput,
+    Reproduce,
+    SubjectFacts,
+    TrainingCurve,
+)
+from longspan.study import environment
+from longspan.study.jobs import DONE
+from longspan.study.ledger import ledger
+from longspan.study.plan import Plan, PlannedSubject, trained_tokens
+from longspan.study.run_folder import resolved_yaml
+from longspan.study.stages import CORPUS, ITEMS_SEED, RECORDS, TRAINING
+from longspan.training.metrics import read_metrics
+
+COST_CONTEXTS = tuple(2**power for power in range(8, 18))
+"""256 to 131,072 tokens: where state bytes and FLOPs per token are shown."""
+ITEMS_SHOWN = 40
+"""Items of each probe that a reader of the report can look into."""
+
+
+def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
+    """All that the report shows, from the records of finished jobs."""
+    first = plan.subjects[0]
+    prepared = {
+        planned.prepare.key: PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS) for planned in plan.subjects
+    }
+    sections, items = [], []
+    for name in dict.fromkeys(name for planned in plan.subjects for name in planned.probes):
+        section, rows = _probe(plan, runs, name, prepared)
+        sections.append(section)
+        items += rows
+    return ReportInput(
+        study=plan.study.name,
+        variant=plan.study.variant,
+        question=" ".join(plan.study.question.split()),
+        created=max(_finished(job.folder(runs)) for job in plan.jobs_until("report")),
+        subjects=[_subject(label, arm, runs) for label, arm in plan.arms().items()],
+        probes=_primary_first(sections, plan.study.primary),
+        training=[_curve(planned, runs) for planned in plan.subjects],
+        ledger=ledger(plan, runs, prepared),
+        items=items,
+        context=first.subject.config.training.context,
+        tokenizer=", ".join(dict.fromkeys(corpus.tokenizer.name for corpus in prepared.values())),
+        reproduce=Reproduce(
+            command=command,
+            study_yaml=resolved_yaml(plan.study),
+            versions=environment.versions(),
+            hardware=environment.hardware(),
+            git=environment.git_state(),
+            hashes=_hashes(plan, runs),
+        ),
+    )
+
+
+def _primary_first(sections: list[ProbeSection], primary: str) -> list[ProbeSection]:
+    """The probe that decides comes first; the report takes its answer from it."""
+    kind = primary.partition(".")[0]
+    return sorted(sections, key=lambda section: section.kind != kind)
+
+
+def _finished(folder: Path) -> str:
+    return str(read_json(folder / DONE)["finished"])
+
+
+def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFacts:
+    first = arm[0]
+    results = [planned.train.result(runs)["training"] for planned in arm]
+    rates = [result["tokens_per_second"] for result in results if result["tokens_per_second"]]
+    counted = first.parameters
+    embedding = counted.embedding + counted.head
+    return SubjectFacts(
+        label=label,
+        letters="".join(first.model.layers()),
+        mixers=first.mixers,
+        factors=first.subject.factors,
+        parameters=ParameterFacts(counted.total, embedding, counted.non_embedding, counted.mixers, counted.mlp),
+        training_flops=first.training_flops,
+        tokens_trained=trained_tokens(first.subject.config.training),
+        tokens_per_second=statistics.median(rates) if rates else None,
+        peak_memory_bytes=max(result["peak_memory_bytes"] for result in results),
+        peak_memory_of=results[0]["peak_memory_of"],
+        state_bytes={context: float(state_bytes(first.model, context)) for context in COST_CONTEXTS},
+        forward_flops={
+            context: forward_flops_per_token(first.model, first.vocab_size, context) for context in COST_CONTEXTS
+        },
+        match_target=first.match.target if first.match else None,
+        match_residual=first.match.residual if first.match else None,
+        seeds=tuple(planned.subject.seed for planned in arm),
+        device=results[0]["device"],
+        dtype=results[0]["dtype"],
+        best_loss=statistics.mean(result["best"]["loss"] for result in results),
+        last_loss=statistics.mean(result["final"]["loss"] for result in results),
+        weights=first.subject.config.weights,
+        wall_seconds=statistics.mean(result["seconds"] for result in results),
+    )
+
+
+def _curve(planned: PlannedSubject, runs: Path) -> TrainingCurve:
+    path = planned.train.folder(runs) / TRAINING / "metrics.jsonl"
+    return TrainingCurve(
+        subject=planned.subject.label,
+        seed=planned.subject.seed,
+        rows=_rows(read_metrics(path, "train")),
+        validation=_rows(read_metrics(path, "validation")),
+        best_step=planned.train.result(runs)["training"]["best"]["step"],
+    )
+
+
+def _rows(lines: Iterable[dict[str, Any]]) -> list[dict[str, float | None]]:
+    return [{key: value for key, value in line.items() if key != "kind"} for line in lines]
+
+
+def _probe(
+    plan: Plan, runs: Path, name: str, prepared: dict[str, PreparedCorpus]
+) -> tuple[ProbeSection, list[ItemRow]]:
+    observations: list[Observation] = []
+    answers: dict[str, list[tuple[PlannedSubject, Record]]] = defaultdict(list)
+    probe: Probe | None = None
+    for planned in plan.subjects:
+        if name not in planned.probes:
+            continue
+        probe = planned.subject.config.make_probes()[name]
+        for record in RecordStore(planned.probes[name].folder(runs) / RECORDS):
+            # The record keeps the label it was asked under; here the arm may have another name.
+            record = record.model_copy(update={"subject": planned.subject.label, "seed": planned.subject.seed})
+            observations += probe.observe(record)
+            if len(answers) < ITEMS_SHOWN or record.item in answers:
+                answers[record.item].append((planned, record))
+    assert probe is not None
+    factors = {planned.subject.label: planned.subject.factors for planned in plan.subjects}
+    summary = summarise(observations, probe.metrics, factors=factors) if observations else Summary((), (), (), ())
+    section = ProbeSection(
+        kind=name,
+        title=probe.title,
+        explanation=probe.explanation,
+        metrics=probe.metrics,
+        summary=summary,
+        x_scale=probe.x_scale,
+        place=probe.place,
+        empty_because="" if observations else "the probe had no items",
+    )
+    return section, _items(plan, name, probe, answers, prepared)
+
+
+def _items(
+    plan: Plan,
+    name: str,
+    probe: Probe,
+    answers: dict[str, list[tuple[PlannedSubject, Record]]],
+    prepared: dict[str, PreparedCorpus],
+) -> list[ItemRow]:
+    if probe.place == "cost" or not answers:
+        return []
+    first = next(planned for planned in plan.subjects if name in planned.probes)
+    config = first.subject.config
+    corpus = prepared[first.prepare.key]
+    data = ProbeData(corpus.shards["test"], corpus.tokenizer, config.training.context, config.packing, ITEMS_SEED)
+    items = {item.id: item for item in probe.items(data)}
+    metric = probe.metrics[0]
+    rows = []
+    for item_id, given in answers.items():
+        if item_id not in items:
+            continue
+        asked = probe.describe(items[item_id], data)
+        found = [_answer(metric.name, metric.title, probe, planned, record) for planned, record in given]
+        rows.append(
+            ItemRow(
+                probe=name,
+                item=item_id,
+                asked=asked.asked,
+                expected=asked.expected,
+                answers=[answer for answer in found if answer is not None],
+                correct=metric.kind == "proportion",
+            )
+        )
+    return rows
+
+
+def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, record: Record) -> ItemAnswer | None:
+    seen = [each for each in probe.observe(record) if each.metric == metric]
+    if not seen:
+        return None
+    # The longest context is the one a reader wants to see.
+    last = max(seen, key=lambda each: each.x or 0.0)
+    return ItemAnswer(
+        subject=planned.subject.label,
+        seed=planned.subject.seed,
+        text="" if last.x is None else f"at {last.x:g}",
+        score=last.numerator / last.denominator,
+        scored=title,
+    )
+
+
+def _hashes(plan: Plan, runs: Path) -> dict[str, str]:
+    hashes = {}
+    for planned in plan.subjects:
+        who = f"{planned.subject.label} seed {planned.subject.seed}"
+        hashes[f"corpus {planned.prepare.key[:8]}"] = planned.prepare.key
+        hashes[f"weights {who}"] = planned.train.result(runs)["weights"].get(planned.subject.config.weights, "")
+    return hashes

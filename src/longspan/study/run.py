@@ -1,0 +1,154 @@
+"""From a study's name to its report: plan, execute what is missing, collect, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from longspan.foundation.errors import UserError
+from longspan.foundation.progress import Progress
+from longspan.study.environment import devices
+from longspan.study.executors.local import LocalExecutor
+from longspan.study.jobs import Job
+from longspan.study.plan import Plan as Plan
+from longspan.study.plan import make_plan
+from longspan.study.run_folder import claim_study_folder, study_folder
+from longspan.study.schema import load_study
+
+Stage = Literal["prepare", "train", "probe", "report"]
+STAGES: tuple[Stage, ...] = ("prepare", "train", "probe", "report")
+
+
+class Observer(Protocol):
+    """Whoever shows a run to a person."""
+
+    def plan(self, plan: Plan) -> None:
+        """Show the plan before anything runs."""
+
+    def observe(self, job: Job, progress: Progress) -> None:
+        """Show the progress of a job; may raise `Stopped`."""
+
+    def finished(self, job: Job, text: str) -> None:
+        """Say that a job is done."""
+
+    def line(self, text: str) -> None:
+        """Print one line that stays."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command ends with: a table for people, lines below it, and the same as data."""
+
+    columns: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return self.data
+
+
+def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, terminal: Observer) -> Outcome:
+    """Run a study up to a stage; only what is missing runs.
+
+    Raises:
+        UserError: for anything wrong with the study file or the data.
+        Stopped: the person asked to stop; the same command goes on.
+    """
+    started = time.monotonic()
+    study = load_study(name, overrides)
+    plan = make_plan(study, runs)
+    terminal.plan(plan)
+    folder = study_folder(study, runs)
+    claim_study_folder(study, folder)
+    executor = LocalExecutor(devices())
+    jobs = plan.jobs_until(until)
+    done_before = [job for job in jobs if job.is_done(runs)]
+    if done_before:
+        terminal.line(f"{len(done_before)} of {len(jobs)} jobs were done before")
+    executor.run(jobs, runs, terminal.observe, lambda job, result: terminal.finished(job, headline(job, result)))
+    seconds = time.monotonic() - started
+    if until != "report":
+        return _stage_outcome(jobs, runs, seconds)
+    return _write_report(plan, runs, folder, name, seconds)
+
+
+def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
+    """Write the report of a study from its records.
+
+    Raises:
+        UserError: records are missing; names the command that makes them.
+    """
+    study = load_study(name, overrides)
+    plan = make_plan(study, runs)
+    missing = [job for job in plan.jobs_until("report") if not job.is_done(runs)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} jobs of {study.name} are not done, first `{missing[0].title}`",
+            "a study whose records are complete",
+            " ".join(["longspan run", name, *overrides]),
+        )
+    folder = study_folder(study, runs)
+    claim_study_folder(study, folder)
+    return _write_report(plan, runs, folder, name, 0.0)
+
+
+def _write_report(plan: Plan, runs: Path, folder: Path, name: str, seconds: float) -> Outcome:
+    from longspan.report import data as report_data
+    from longspan.report.decision import decide
+    from longspan.report.numbers import duration
+    from longspan.report.page import write_report
+    from longspan.report.tables import summary_rows
+    from longspan.study.results import collect
+
+    facts = collect(plan, runs, " ".join(["longspan run", name, *plan.study.overrides]))
+    report_data.save(facts, folder / "report.json")
+    page = write_report(facts, folder)
+    decision = decide(facts)
+    table = summary_rows(facts)
+    lines = [decision.answer, *decision.also, decision.certainty, f"report: {page}"]
+    if seconds:
+        lines.append(f"took {duration(seconds)}")
+    data = {
+        "study": plan.study.name,
+        "answer": decision.answer,
+        "verdict": decision.verdict,
+        "certainty": decision.certainty,
+        "report": str(page),
+        "subjects": report_data.to_json(list(table.records)),
+        "probes": {section.kind: report_data.to_json(section.summary) for section in facts.probes},
+        "seconds": round(seconds, 1),
+    }
+    return Outcome(table.columns, list(table.rows), [line for line in lines if line], data)
+
+
+def _stage_outcome(jobs: list[Job], runs: Path, seconds: float) -> Outcome:
+    rows: list[tuple[str, ...]] = [(job.title, headline(job, job.result(runs)), str(job.folder(runs))) for job in jobs]
+    data = {
+        "jobs": [
+            {"job": job.title, "kind": job.kind, "folder": str(job.folder(runs)), "result": job.result(runs)}
+            for job in jobs
+        ],
+        "seconds": round(seconds, 1),
+    }
+    return Outcome(("<job", "<result", "<folder"), rows, [f"took {seconds:.0f} s"], data)
+
+
+def headline(job: Job, result: dict[str, Any]) -> str:
+    """The one thing worth saying about a finished job."""
+    if job.kind == "prepare":
+        splits = ", ".join(
+            f"{name} {facts['documents']} documents {facts['tokens']:,} tokens"
+            for name, facts in result["splits"].items()
+        )
+        return f"{result['tokenizer']}: {splits}"
+    if job.kind == "train":
+        training = result["training"]
+        rate = training["tokens_per_second"]
+        speed = f", {rate:,.0f} tok/s" if rate else ""
+        return f"validation {training['best']['bits_per_byte']:.4f} bits/byte{speed}"
+    return f"{result['items']} items"

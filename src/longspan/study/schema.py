@@ -1,0 +1,321 @@
+"""The study file: from YAML, variants and `key=value` overrides to one checked configuration per subject."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, field_validator
+
+from longspan.corpus.packing import PackingConfig
+from longspan.corpus.prepare import CorpusConfig
+from longspan.corpus.tokenizer import TokenizerConfig
+from longspan.foundation.config import Config, unknown_key
+from longspan.foundation.errors import UserError
+from longspan.foundation.plugins import load_file
+from longspan.models.budget import MatchConfig
+from longspan.models.config import ModelConfig
+from longspan.probes.base import Probe, make_probe
+from longspan.study.shipped import find_study
+from longspan.training.config import TrainingConfig
+from longspan.training.trackers import TrackingConfig
+
+
+class ModelSection(ModelConfig):
+    """A model, and what `match` holds equal between the subjects of a study."""
+
+    match: MatchConfig | None = None
+
+    def unmatched(self) -> ModelConfig:
+        """The model as written, without the match."""
+        return ModelConfig(**self.model_dump(exclude={"match"}))
+
+
+class SubjectConfig(Config):
+    """Everything that determines one trained subject and what it is asked; one arm of a study at one seed.
+
+    `weights` says which weights the probes see: those with the lowest full-validation loss, or the last ones.
+    """
+
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    packing: PackingConfig = PackingConfig()
+    model: ModelSection
+    training: TrainingConfig
+    tracking: TrackingConfig = TrackingConfig()
+    weights: Literal["best", "last"] = "best"
+    probes: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("probes", mode="after")
+    @classmethod
+    def _probes_exist(cls, probes: dict[str, Any]) -> dict[str, Any]:
+        return {name: make_probe(name, settings).model_dump(mode="json") for name, settings in probes.items()}
+
+    def make_probes(self) -> dict[str, Probe]:
+        """name in the study → probe."""
+        return {name: make_probe(name, settings) for name, settings in self.probes.items()}
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "corpus": CorpusConfig,
+    "tokenizer": TokenizerConfig,
+    "packing": PackingConfig,
+    "model": ModelSection,
+    "training": TrainingConfig,
+    "tracking": TrackingConfig,
+}
+STUDY_KEYS = ("study", "question", "primary", "variants", "variant", "vary", "plugins", *SubjectConfig.model_fields)
+DEFAULT_PRIMARY = "perplexity.bits_per_byte"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file with its overrides applied, before it unfolds into subjects.
+
+    Attributes:
+        name: the study's name.
+        question: what it asks, one sentence.
+        base: the sections that all subjects share, as plain data.
+        variants: name → overlay of sections; `variant` names those that apply to every subject.
+        vary: key → values; subjects are the product of all of them, in the order written.
+        primary: `probe.metric` that decides.
+        overrides: what the command line changed, as written.
+        plugins: the user's own files (mixers, probes) that the study needs.
+    """
+
+    name: str
+    question: str
+    base: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variant: str = ""
+    vary: Mapping[str, list[Any]] = field(default_factory=dict)
+    primary: str = DEFAULT_PRIMARY
+    overrides: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole study as plain data: what is written beside every result."""
+        return {
+            "study": self.name,
+            "question": self.question,
+            "primary": self.primary,
+            **({"variant": self.variant} if self.variant else {}),
+            **({"plugins": list(self.plugins)} if self.plugins else {}),
+            **copy.deepcopy(dict(self.base)),
+            **({"vary": copy.deepcopy(dict(self.vary))} if self.vary else {}),
+        }
+
+
+def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
+    """Read a study and apply `key=value` overrides.
+
+    A key is a dotted path (`training.tokens`, `vary.pattern`, `probes.perplexity.stride`) or any setting's own name
+    where only one section has it (`tokens`, `pattern`, `isolation`). Values are YAML.
+
+    Raises:
+        UserError: for unknown keys (with the nearest one), unreadable YAML or a missing section.
+    """
+    path = find_study(name)
+    raw = _read_yaml(path)
+    for key in raw:
+        if key not in STUDY_KEYS:
+            raise unknown_key(f"study.{key}", key, STUDY_KEYS)
+    plugins = tuple(str((path.parent / plugin).resolve()) for plugin in raw.get("plugins") or [])
+    for plugin in plugins:
+        load_file(plugin)
+    raw.setdefault("study", path.stem)
+    raw["probes"] = _named_probes(raw.get("probes") or [])
+    changes = [_split_override(text) for text in overrides]
+    chosen = next((str(value) for key, value in reversed(changes) if key == "variant"), str(raw.get("variant") or ""))
+    variants = raw.get("variants") or {}
+    base = {key: raw[key] for key in SubjectConfig.model_fields if key in raw}
+    vary = dict(raw.get("vary") or {})
+    apply_variant(chosen, variants, base, vary)
+    for key, value in changes:
+        if key == "variant":
+            continue
+        if key.startswith("vary."):
+            vary[key.removeprefix("vary.")] = value if isinstance(value, list) else [value]
+            continue
+        if key in vary:
+            vary[key] = value if isinstance(value, list) else [value]
+            continue
+        if key in ("question", "study", "primary"):
+            raw[key] = value
+            continue
+        path_of = resolve_key(key)
+        if path_of == ("corpus", "source"):
+            base["corpus"] = _with_source(base.get("corpus") or {}, value)
+        else:
+            set_path(base, path_of, value)
+    for key in vary:
+        if key != "variant":
+            resolve_key(key)
+        if not isinstance(vary[key], list) or not vary[key]:
+            raise UserError(f"vary.{key} = {vary[key]!r}", "a list with at least one value", f"write `{key}: [..]`")
+    if "question" not in raw:
+        raise UserError(f"{path} has no `question`", "one sentence that the report answers", "add `question: ...`")
+    return Study(
+        name=str(raw["study"]),
+        question=str(raw["question"]),
+        base=base,
+        variants=variants,
+        variant=chosen,
+        vary=vary,
+        primary=str(raw.get("primary", DEFAULT_PRIMARY)),
+        overrides=tuple(overrides),
+        plugins=plugins,
+    )
+
+
+def apply_variant(
+    names: str, variants: Mapping[str, Mapping[str, Any]], base: dict[str, Any], vary: dict[str, Any]
+) -> None:
+    """Lay the named variants (comma-separated, in order) over the sections in `base` and the lists in `vary`."""
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in variants:
+            error = unknown_key(f"variants.{name}", name, variants)
+            raise UserError(f"no variant is called {name!r}", error.allowed, error.fix)
+        for key, value in variants[name].items():
+            if key == "vary":
+                vary.update(copy.deepcopy(value))
+            elif key == "probes":
+                base["probes"] = _named_probes(value)
+            elif key in SECTIONS:
+                below = base.get(key) or {}
+                if key == "corpus" and "source" in (value or {}):
+                    below = _with_source(below, value["source"])
+                base[key] = _overlay(below, value)
+            elif key in SubjectConfig.model_fields:
+                base[key] = copy.deepcopy(value)
+            else:
+                raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary"))
+
+
+def resolve_key(key: str) -> tuple[str, ...]:
+    """The path of a setting: `training.tokens` → (training, tokens); `tokens` → the one section that has it."""
+    parts = tuple(key.split("."))
+    if parts[0] in ("weights", "probes"):
+        return parts
+    if parts[0] in SECTIONS:
+        if len(parts) > 1:
+            fields = _fields(SECTIONS[parts[0]])
+            # Source settings are flat in the file and belong to the source; they are checked when it is built.
+            if parts[0] != "corpus" and parts[1] not in fields:
+                raise unknown_key(key, parts[1], fields)
+        return parts
+    sections = [name for name, model in SECTIONS.items() if parts[0] in _fields(model)]
+    if len(sections) == 1:
+        return (sections[0], *parts)
+    if sections:
+        choices = ", ".join(f"{section}.{key}" for section in sections)
+        raise UserError(f"key `{key}` is in several sections", choices, "write the section before it")
+    allowed = [
+        *SECTIONS,
+        "weights",
+        "probes",
+        "variant",
+        *(name for model in SECTIONS.values() for name in _fields(model)),
+    ]
+    raise unknown_key(key, parts[0], set(allowed))
+
+
+def set_path(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set a nested value, making the mappings on the way."""
+    for part in path[:-1]:
+        if not isinstance(data.get(part), dict):
+            data[part] = {}
+        data = data[part]
+    data[path[-1]] = value
+
+
+def _fields(model: type[BaseModel]) -> list[str]:
+    return list(model.model_fields)
+
+
+def _overlay(below: Any, above: Any) -> Any:
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return copy.deepcopy(above)
+    return {**below, **{key: _overlay(below.get(key), value) for key, value in above.items()}}
+
+
+def _with_source(corpus: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """The corpus section with another source: settings that only the old source had go with it."""
+    if corpus.get("source") == source:
+        return dict(corpus)
+    return {**{key: value for key, value in corpus.items() if key in CorpusConfig.model_fields}, "source": source}
+
+
+def _named_probes(probes: Any) -> dict[str, Any]:
+    if isinstance(probes, Mapping):
+        return {str(name): dict(settings or {}) for name, settings in probes.items()}
+    return dict(_probe_entries(probes))
+
+
+def _probe_entries(probes: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for entry in probes if isinstance(probes, list) else [probes]:
+        if isinstance(entry, str):
+            yield entry, {}
+        elif isinstance(entry, Mapping) and len(entry) == 1:
+            ((name, settings),) = entry.items()
+            yield str(name), dict(settings or {})
+        else:
+            raise UserError(
+                f"probes: {entry!r}", "a probe's name, or one name with its settings", "write `- perplexity: {..}`"
+            )
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(
+            f"override {text!r}", "key=value, e.g. training.tokens=1_000_000", "put `=` between key and value"
+        )
+    try:
+        return key.strip(), yaml.load(value, Loader=StudyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"override {text!r}: {_first_line(error)}", "a YAML value after `=`", "quote it for the shell"
+        ) from None
+
+
+class StudyLoader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error and `4e-4` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse repeated keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+StudyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=StudyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not readable YAML: {_first_line(error)}", "a YAML mapping", "mend that line"
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path} holds {type(data).__name__}", "a mapping with `question:`, `corpus:` ...", "see `longspan studies`"
+        )
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,53 @@
+"""The studies that Longspan ships: where they are and what they ask, without building anything."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from longspan.foundation.errors import UserError
+
+
+def shipped_studies() -> dict[str, Path]:
+    """name → file of the studies that Longspan ships."""
+    folder = Path(str(resources.files("longspan") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_study(name: str) -> Path:
+    """The file of a shipped study by name, or of the user's own by path.
+
+    Raises:
+        UserError: naming the nearest shipped study.
+    """
+    shipped = shipped_studies()
+    if name in shipped:
+        return shipped[name]
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        if not path.is_file():
+            raise UserError(
+                f"study file {path} does not exist", "a YAML file or a shipped study", f"one of: {', '.join(shipped)}"
+            )
+        return path
+    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
+    fix = f"did you mean `{near[0]}`?" if near else "see `longspan studies`"
+    raise UserError(f"no study is called {name!r}", f"{', '.join(shipped)}, or a path to a .yaml file", fix)
+
+
+def list_studies() -> list[dict[str, str]]:
+    """Name, question and variants of every shipped study."""
+    rows = []
+    for name, path in shipped_studies().items():
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        rows.append(
+            {
+                "study": name,
+                "question": " ".join(raw["question"].split()),
+                "variants": ", ".join(raw.get("variants", {})),
+            }
+        )
+    return rows

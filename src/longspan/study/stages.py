@@ -1,0 +1,190 @@
+"""What a job does: prepare a corpus, train a subject, ask it. Each stage reads and writes job directories only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longspan.corpus.packing import PackedBatches, PackingConfig, evaluation_batches
+from longspan.corpus.prepare import CorpusConfig, PreparedCorpus, prepare
+from longspan.corpus.tokenizer import TokenizerConfig
+from longspan.engines.native import NativeEngine
+from longspan.foundation.errors import LongspanError
+from longspan.foundation.files import digest, sha256_file
+from longspan.foundation.plugins import load_file
+from longspan.foundation.progress import Progress, Report
+from longspan.models.config import ModelConfig
+from longspan.models.language_model import LanguageModel
+from longspan.probes.base import ProbeData, make_probe
+from longspan.records.store import Record, RecordStore
+from longspan.study.jobs import DOWNLOADS, Job
+from longspan.training.checkpoint import load_weights
+from longspan.training.config import TrainingConfig
+from longspan.training.loop import train
+from longspan.training.trackers import TrackingConfig, make_trackers
+
+CORPUS = "corpus"
+TRAINING = "training"
+RECORDS = "records.jsonl"
+ITEMS_SEED = 0
+"""Items are the same for every subject and every training seed."""
+
+
+def execute(job: Job, runs: Path, report: Report, device: str) -> dict[str, Any]:
+    """Do one job in its directory, unless it is done, and return its result."""
+    if job.is_done(runs):
+        return job.result(runs)
+    for plugin in job.details.get("plugins", ()):
+        load_file(plugin)
+    with job.claim(runs) as folder:
+        if job.is_done(runs):
+            return job.result(runs)
+        result = STAGES[job.kind](job, folder, runs, report, device)
+        job.finish(folder, result)
+        return result
+
+
+def prepare_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
+    """Raw text → cleaned, deduplicated, split, tokenized shards."""
+    corpus = CorpusConfig.parse(job.details["corpus"], "corpus")
+    tokenizer = TokenizerConfig.parse(job.details["tokenizer"], "tokenizer")
+    prepared = prepare(corpus, tokenizer, folder / CORPUS, runs / DOWNLOADS, report)
+    vocab_size = prepared.tokenizer.vocab_size
+    return {
+        "tokenizer": prepared.tokenizer.name,
+        "vocab_size": vocab_size,
+        "splits": {
+            name: {"documents": shards.num_documents, "tokens": shards.num_tokens, "bytes": shards.num_bytes}
+            for name, shards in prepared.shards.items()
+        },
+    }
+
+
+def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
+    """Shards → weights, metrics and the cost of getting them."""
+    specification = job.specification
+    prepared = PreparedCorpus.open(runs / "jobs" / job.details["prepare"] / CORPUS)
+    vocab_size = prepared.tokenizer.vocab_size
+    if vocab_size != specification["vocab_size"]:
+        raise LongspanError(
+            f"{job.title}: the tokenizer has {vocab_size} entries, the plan expected {specification['vocab_size']}"
+        )
+    training = TrainingConfig.parse(specification["training"], "training")
+    packing = PackingConfig.parse(specification["packing"], "packing")
+    model = LanguageModel(ModelConfig.parse(specification["model"], "model"), vocab_size, seed=training.seed)
+    special = prepared.tokenizer.special
+    batches: list[PackedBatches] = []
+
+    def make_batches() -> PackedBatches:
+        batches.append(
+            PackedBatches(
+                prepared.shards["train"],
+                packing,
+                context=training.context,
+                rows=training.rows,
+                special=special,
+                seed=training.seed,
+            )
+        )
+        return batches[-1]
+
+    result = train(
+        model,
+        training,
+        make_batches=make_batches,
+        validation=lambda: evaluation_batches(
+            prepared.shards["validation"], packing, context=training.context, rows=training.rows, special=special
+        ),
+        isolation=packing.isolation,
+        token_bytes=prepared.tokenizer.token_bytes,
+        directory=folder / TRAINING,
+        configuration={"job": job.key},
+        device=device,
+        report=report,
+        trackers=make_trackers(TrackingConfig.parse(job.details["tracking"], "tracking"), job.title),
+    )
+    weights = {
+        name: sha256_file(folder / TRAINING / "checkpoints" / name / "model.safetensors")
+        for name in ("best", "last")
+        if (folder / TRAINING / "checkpoints" / name / "model.safetensors").exists()
+    }
+    return {"training": result.to_json(), "packing": batches[-1].ledger(), "weights": weights}
+
+
+def load_engine(job: Job, runs: Path, device: str) -> tuple[NativeEngine, PreparedCorpus]:
+    """The trained subject of a probe job, ready to answer, and its corpus."""
+    specification = job.specification
+    prepared = PreparedCorpus.open(runs / "jobs" / job.details["prepare"] / CORPUS)
+    training = runs / "jobs" / job.details["train"] / TRAINING
+    packing = PackingConfig.parse(specification["packing"], "packing")
+    model = LanguageModel(
+        ModelConfig.parse(specification["model"], "model"), prepared.tokenizer.vocab_size, seed=specification["seed"]
+    )
+    weights = training / "checkpoints" / specification["weights"] / "model.safetensors"
+    load_weights(weights.parent, model)
+    fingerprint = digest(
+        [
+            sha256_file(weights),
+            prepared.tokenizer.fingerprint,
+            packing.isolation,
+            packing.markers,
+            specification["model"],
+        ]
+    )
+    engine = NativeEngine(
+        model,
+        prepared.tokenizer,
+        markers=packing.markers,
+        isolation=packing.isolation,
+        fingerprint=fingerprint,
+        device=device,
+    )
+    return engine, prepared
+
+
+def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
+    """A subject and a probe → records, appended batch by batch; known records are not asked again."""
+    specification = job.specification
+    name, label, seed = job.details["name"], job.details["subject"], specification["seed"]
+    probe = make_probe(name, specification["probe"])
+    engine, prepared = load_engine(job, runs, device)
+    data = ProbeData(
+        shards=prepared.shards["test"],
+        tokenizer=prepared.tokenizer,
+        context=specification["context"],
+        packing=PackingConfig.parse(specification["packing"], "packing"),
+        seed=ITEMS_SEED,
+    )
+    items = probe.items(data)
+    protocol = probe.protocol()
+    with RecordStore(folder / RECORDS) as store:
+        missing = [item for item in items if Record.make_key(name, protocol, item.id, engine.fingerprint) not in store]
+        done = len(items) - len(missing)
+        report(Progress(name, done, len(items), "items"))
+        for answers in probe.ask(engine, missing, data):
+            store.append(
+                [
+                    Record.make(
+                        probe=name,
+                        protocol=protocol,
+                        item=answer.item,
+                        subject=label,
+                        seed=seed,
+                        fingerprint=engine.fingerprint,
+                        answer=answer.content,
+                        seconds=answer.seconds,
+                    )
+                    for answer in answers
+                ]
+            )
+            done += len(answers)
+            report(Progress(name, done, len(items), "items"))
+    return {"items": len(items), "fingerprint": engine.fingerprint}
+
+
+STAGES: dict[str, Callable[[Job, Path, Path, Report, str], dict[str, Any]]] = {
+    "prepare": prepare_stage,
+    "train": train_stage,
+    "probe": probe_stage,
+}

@@ -1,0 +1,187 @@
+"""A study from raw text to a report, as a user runs it: in processes, killed and started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STUDY = """
+question: Does attention or Mamba-2 learn this faster?
+corpus: {source: synthetic, max_documents: 120, splits: {train: 0.6, validation: 0.2, test: 0.2}, dedup: null}
+tokenizer: {kind: byte_bpe, vocab_size: 320}
+model:
+  {width: 32, heads: 2, state: 8, mamba_head_dim: 16, mlp_width: 48, match: {non_embedding_parameters: AM}}
+training:
+  context: 64
+  batch_tokens: 256
+  tokens: 5_120
+  peak_lr: 3.0e-3
+  warmup: 3
+  evaluate_every: 10
+  checkpoint_every: 4
+  log_every: 5
+vary: {pattern: [AM, MM]}
+probes:
+  - perplexity
+  - position_curve
+  - suffix_identification: {contexts: [16, 32], suffix: 4, num_items: 20}
+"""
+
+
+def longspan(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longspan.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGSPAN_NO_REEXEC": "1"}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What must not depend on interruptions: weights, metrics without timings, answers."""
+    found = {}
+    for path in sorted((folder / "runs" / "jobs").rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "model.safetensors" or path.suffix == ".bin":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.name == "records.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = json.dumps(sorted((row["key"], json.dumps(row["answer"])) for row in rows))
+        elif path.name == "metrics.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            timed = {"seconds", "tokens_per_second"}
+            found[name] = json.dumps([{k: v for k, v in row.items() if k not in timed} for row in rows])
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "mini.yaml").write_text(STUDY)
+    return folder, longspan(folder, "run", "mini.yaml")
+
+
+def test_a_run_ends_with_a_table_an_answer_and_the_path_of_its_report(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, result = finished
+    assert "runs/mini/report.html" in result.stdout
+    assert "AM" in result.stdout
+    assert "MM" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+    page = (folder / "runs/mini/report.html").read_text()
+    assert "Does attention or Mamba-2 learn this faster?" in page
+    assert (folder / "runs/mini/report.md").is_file()
+    assert list((folder / "runs/mini/figures").glob("*.svg"))
+
+
+def test_the_plan_is_printed_before_anything_is_trained(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    lines = finished[1].stderr.splitlines()
+    table = next(i for i, line in enumerate(lines) if "1 × attention, 1 × mamba2" in line)
+    trained = next(i for i, line in enumerate(lines) if line.startswith("done: train"))
+    assert table < trained
+
+
+def test_running_again_does_nothing_and_gives_the_same(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    before = results(folder)
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "runs/jobs").rglob("done.json")}
+    again = longspan(folder, "run", "mini.yaml")
+    assert "9 of 9 jobs were done before" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs/jobs").rglob("done.json")} == stamps
+    assert results(folder) == before
+
+
+def test_only_what_an_override_changes_runs_again(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    changed = longspan(folder, "run", "mini.yaml", "probes.suffix_identification.num_items=10")
+    assert "7 of 9 jobs were done before" in changed.stderr
+
+
+def test_report_alone_rebuilds_the_page(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    page = folder / "runs/mini/report.html"
+    page.unlink()
+    outcome = json.loads(longspan(folder, "report", "mini.yaml", "--json").stdout)
+    assert page.is_file()
+    assert outcome["report"].endswith("runs/mini/report.html")
+
+
+def test_stages_stop_where_they_say(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    prepared = json.loads(longspan(tmp_path, "prepare", "mini.yaml", "--json").stdout)
+    assert [job["kind"] for job in prepared["jobs"]] == ["prepare"]
+    missing = longspan(tmp_path, "report", "mini.yaml", check=False)
+    assert missing.returncode == 2
+    assert "longspan run mini.yaml" in missing.stderr
+
+
+def test_ctrl_c_stops_in_order_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY.replace("tokens: 5_120", "tokens: 5_000_000"))
+    process = start(tmp_path)
+    wait_for(tmp_path, "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "run the same command again" in error
+
+
+def test_killed_at_any_instant_and_run_again_gives_the_same_bytes(
+    tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    kills = 0
+    # What to wait for before each kill: in the corpus, early and late in training, while asking.
+    for sign, delay in (("ledger.json", 0.0), ("metrics.jsonl", 0.1), ("last", 0.3), ("records.jsonl", 0.0)):
+        process = start(tmp_path)
+        wait_for(tmp_path, sign, process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    longspan(tmp_path, "run", "mini.yaml")
+    assert kills >= 2
+    assert results(tmp_path) == results(finished[0])
+
+
+def test_a_job_directory_of_another_configuration_is_refused(
+    tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    longspan(tmp_path, "prepare", "mini.yaml")
+    (job,) = (tmp_path / "runs/jobs").glob("prepare-*")
+    specification = json.loads((job / "job.json").read_text())
+    (job / "job.json").write_text(json.dumps({**specification, "key": "0" * 64}))
+    refused = longspan(tmp_path, "run", "mini.yaml", check=False)
+    assert refused.returncode == 2
+    assert "another configuration" in refused.stderr
+    assert str(job.name) in refused.stderr
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGSPAN_NO_REEXEC": "1"}
+    command = [sys.executable, "-m", "longspan.cli", "run", "mini.yaml"]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(folder: Path, name: str, process: subprocess.Popen[str]) -> None:
+    """Until a file of that name appears under the runs, or the process ends."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list((folder / "runs").rglob(name)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,142 @@
+"""Study files: overrides, variants, and errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longspan.foundation.errors import UserError
+from longspan.study.expand import expand
+from longspan.study.schema import load_study, resolve_key
+
+SMALL = """
+question: Does it unfold?
+corpus: {source: synthetic, max_documents: 50}
+tokenizer: {kind: byte_bpe, vocab_size: 300}
+model: {width: 32, heads: 2, state: 8, mamba_head_dim: 16, mlp_width: 64}
+training: {context: 32, batch_tokens: 128, tokens: 512, peak_lr: 1.0e-3}
+vary: {pattern: [AA, MM], seed: [0, 1]}
+probes: [perplexity]
+variants:
+  wide: {model: {width: 64}}
+  quiet: {probes: [], vary: {seed: [7]}}
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_a_study_is_the_product_of_what_varies(study_file: Path) -> None:
+    subjects = expand(load_study(str(study_file))).subjects
+    assert [(subject.label, subject.seed) for subject in subjects] == [("AA", 0), ("AA", 1), ("MM", 0), ("MM", 1)]
+    assert subjects[2].config.model.pattern == "MM"
+    assert subjects[3].config.training.seed == 1
+    assert subjects[0].factors == {"pattern": "AA"}
+
+
+def test_overrides_set_dotted_and_short_keys_and_lists_that_vary(study_file: Path) -> None:
+    study = load_study(
+        str(study_file), ["training.tokens=1e3", "width=48", "pattern=AM", "vary.isolation=[full, none]"]
+    )
+    subjects = expand(study).subjects
+    assert {subject.config.training.tokens for subject in subjects} == {1000}
+    assert {subject.config.model.width for subject in subjects} == {48}
+    assert {subject.label for subject in subjects} == {"AM · full", "AM · none"}
+
+
+def test_arms_that_are_the_same_run_are_listed_once(study_file: Path) -> None:
+    study = load_study(
+        str(study_file), ["vary.isolation=[full, attention, state, none]", "pattern=[AA, MM, AM]", "seed=0"]
+    )
+    expansion = expand(study)
+    labels = [subject.label for subject in expansion.subjects]
+    assert labels == [
+        "AA · full", "AA · state", "MM · full", "MM · attention",
+        "AM · full", "AM · attention", "AM · state", "AM · none",
+    ]  # fmt: skip
+    assert "AA · attention is the same run as AA · full and is listed once" in expansion.merged
+
+
+def test_variants_overlay_and_can_be_stacked(study_file: Path) -> None:
+    subjects = expand(load_study(str(study_file), ["variant=wide,quiet"])).subjects
+    assert {subject.config.model.width for subject in subjects} == {64}
+    assert {subject.seed for subject in subjects} == {7}
+    assert subjects[0].config.probes == {}
+
+
+def test_a_variant_can_be_what_varies(study_file: Path) -> None:
+    subjects = expand(load_study(str(study_file), ["vary.variant=['', wide]", "pattern=AA", "seed=0"])).subjects
+    assert [subject.config.model.width for subject in subjects] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("override", "given", "fix"),
+    [
+        ("training.tokns=5", "training.tokns", "did you mean `tokens`?"),
+        ("model.witdh=5", "model.witdh", "did you mean `width`?"),
+        ("isolaton=full", "isolaton", "did you mean `isolation`?"),
+        ("variant=wid", "'wid'", "did you mean `wide`?"),
+        ("tokens", "'tokens'", "put `=`"),
+    ],
+)
+def test_a_wrong_override_names_the_nearest_key(study_file: Path, override: str, given: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        expand(load_study(str(study_file), [override]))
+    assert given in caught.value.given
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [
+        ("trainin: {}", "training"),
+        ("models: {}", "model"),
+        ("probe: []", "probes"),
+    ],
+)
+def test_an_unknown_study_key_names_the_nearest(study_file: Path, line: str, nearest: str) -> None:
+    study_file.write_text(f"{SMALL}\n{line}\n")
+    with pytest.raises(UserError, match=f"did you mean `{nearest}`"):
+        load_study(str(study_file))
+
+
+def test_a_key_that_stands_twice_is_refused(study_file: Path) -> None:
+    study_file.write_text(f"{SMALL}\nquestion: Twice?\n")
+    with pytest.raises(UserError, match="stands twice"):
+        load_study(str(study_file))
+
+
+def test_an_unknown_probe_names_the_nearest(study_file: Path) -> None:
+    with pytest.raises(UserError, match="perplexity"):
+        expand(load_study(str(study_file), ["probes.perplexty={}"]))
+
+
+def test_a_wrong_value_names_its_path(study_file: Path) -> None:
+    with pytest.raises(UserError, match=r"packing\.isolation"):
+        expand(load_study(str(study_file), ["isolation=ful"]))
+
+
+def test_numbers_may_be_written_as_people_write_them(study_file: Path) -> None:
+    study = load_study(str(study_file), ["tokens=2e6", "peak_lr=4e-4", "batch_tokens=1_024"])
+    training = expand(study).subjects[0].config.training
+    assert (training.tokens, training.peak_lr, training.batch_tokens) == (2_000_000, 4e-4, 1024)
+
+
+def test_resolve_key_finds_the_section() -> None:
+    assert resolve_key("isolation") == ("packing", "isolation")
+    assert resolve_key("pattern") == ("model", "pattern")
+    assert resolve_key("seed") == ("training", "seed")
+    assert resolve_key("packing.method") == ("packing", "method")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wikitext-baseline", "wiki-leakage"])
+def test_every_shipped_study_and_variant_unfolds(name: str) -> None:
+    study = load_study(name)
+    assert expand(study).subjects
+    for variant in study.variants:
+        assert expand(load_study(name, [f"variant={variant}"])).subjects

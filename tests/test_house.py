@@ -1,0 +1,70 @@
+"""The house itself: imports go down the floors, the command answers without loading anything heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def longspan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longspan.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+def test_imports_go_down_the_floors() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['longspan', '--help']\n"
+        "from longspan.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'altair', 'tokenizers', 'rich'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in ("run", "prepare", "train", "probe", "report", "studies", "doctor"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "prepare", "train", "probe", "report"])
+def test_an_unknown_study_names_the_nearest_one(command: str, tmp_path: Path) -> None:
+    result = longspan(command, "quikstart", cwd=tmp_path)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 3
+    assert "quikstart" in lines[0]
+    assert "did you mean `quickstart`?" in lines[2]
+
+
+def test_wrong_use_exits_2() -> None:
+    assert longspan("fly").returncode == 2
+    assert longspan("run").returncode == 2
+
+
+def test_studies_as_json_is_one_object_on_stdout() -> None:
+    result = longspan("studies", "--json")
+    assert result.returncode == 0
+    names = {row["study"] for row in json.loads(result.stdout)["studies"]}
+    assert {"quickstart", "wikitext-baseline", "wiki-leakage"} <= names
+
+
+def test_doctor_says_what_each_missing_extra_would_bring() -> None:
+    result = longspan("doctor", "--json")
+    assert result.returncode == 0
+    findings = json.loads(result.stdout)["findings"]
+    topics = {row["topic"] for row in findings}
+    assert {"python", "torch", "cores", "device for jobs", "bf16", "extra hub", "extra wandb"} <= topics
+    missing = [row for row in findings if row["topic"].startswith("extra") and row["finding"] == "missing"]
+    assert all("pip install" in row["advice"] and "brings" in row["advice"] for row in missing)
