@@ -95,7 +95,7 @@ def owners(lengths: list[int]) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(setting=packings(), lengths=lengths_of_documents, num_batches=st.integers(1, 12))
 def test_the_ledger_balances_and_no_token_is_lost_silently(
     tmp_path_factory: pytest.TempPathFactory,
@@ -153,7 +153,7 @@ def test_the_ledger_balances_and_no_token_is_lost_silently(
         assert not [token for token, times in scored.items() if times > 1 and token != SPECIAL.boundary]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(setting=packings(), lengths=lengths_of_documents)
 def test_evaluation_scores_every_target_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, setting: tuple[PackingConfig, int, int], lengths: list[int]
