@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.report.charts import log_steps, spread
+from longspan.report.axes import log_steps, spread
 from longspan.report.findings import crossovers
 
 

@@ -144,6 +144,17 @@ def test_values_without_intervals_draw_and_are_marked(quickstart_report: ReportI
         assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
 
 
+def test_an_interval_that_says_nothing_does_not_flatten_the_others(quickstart_report: ReportInput) -> None:
+    section = quickstart_report.probes[2]
+    gains = [m for m in section.summary.measurements if m.metric == "long_range_gain"]
+    wild = replace(gains[0], low=-1.0, high=1.0)
+    summary = replace(section.summary, measurements=(wild, *gains[1:]))
+    laid_out = page.lay_out(replace(quickstart_report, probes=[replace(section, summary=summary)]))
+    figure = next(f for f in laid_out.figures if f.name.endswith("long-range-gain"))
+    line = next(layer for layer in figure.spec["layer"] if layer["mark"]["type"] == "line")
+    assert max(map(abs, line["encoding"]["y"]["scale"]["domain"])) < 0.9
+
+
 def test_the_terminal_table_has_the_best_subject_first(quickstart_report: ReportInput) -> None:
     table = summary_rows(quickstart_report)
     assert [name for name, _ in table.headings][:4] == ["subject", "mixers", "parameters", "Bits per byte"]

@@ -9,13 +9,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
 
 from longspan.report.arms import Arms
+from longspan.report.axes import (
+    Axis,
+    Row,
+    axis_of,
+    padded,
+    pixel,
+    robust_domain,
+    spread,
+    value_at,
+    x_channel,
+    x_domain,
+    y_channel,
+    y_domain,
+)
 from longspan.report.tables import Table
 
 INK, SOFT, LINE, GRID, ZONE, PAPER = (f"var(--{name})" for name in ("ink", "soft", "line", "grid", "zone", "paper"))
@@ -31,18 +45,6 @@ THEMES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 STATIC_WIDTH = 660
-TICKS = {
-    "signed": "datum.value === 0 ? '0' : format(datum.value, '+~r')",
-    "tokens": "datum.value >= 10000 ? (datum.value % 1024 == 0 ? format(datum.value / 1024, '~r') + 'k' : "
-    "format(datum.value, '~s')) : format(datum.value, ',~r')",
-    "bytes": "datum.value >= 1073741824 ? format(datum.value / 1073741824, ',~r') + ' GiB' : datum.value >= 1048576 ? "
-    "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? format(datum.value / 1024, '~r') + ' KiB' : "
-    "format(datum.value, '~r') + ' B'",
-}
-"""Ticks that a d3 format cannot write: it has no binary prefixes and calls zero `+0`."""
-_BINARY = ("tokens", "bytes")
-Row = dict[str, Any]
-Scale = Literal["log", "linear"]
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,6 @@ class Figure:
     panels: int = 1
     least: int = 118
     half: bool = False
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis.
-
-    Attributes:
-        title: empty where the figure's own title says it.
-        form: how ticks are written: a d3 format, or `tokens` (512, 4,096, 32k), `bytes` (KiB, MiB, GiB) or `signed`.
-        values: the ticks wanted; None leaves them to Vega.
-    """
-
-    title: str
-    scale: Scale = "linear"
-    form: str = ",~r"
-    zero: bool = False
-    values: tuple[float, ...] | None = None
 
 
 def config() -> dict[str, Any]:
@@ -142,11 +127,11 @@ def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | 
     panels = len({arms[r["subject"]].panel for r in rows})
     height = height if panels == 1 else 150
     rows = [_styled(row, arms) for row in rows]
-    domain_x, domain_y = _x_domain(rows, x), y_domain(rows, y, chance)
+    domain_x, domain_y = x_domain(rows, x), y_domain(rows, y, chance)
     labels = _end_labels(rows, arms, y, domain_y, height)
     values = [{"kind": "point", **row} for row in rows] + labels
-    encode_x = _x(x, domain_x)
-    encode_y = _y(y, domain_y, panels=panels)
+    encode_x = x_channel(x, domain_x)
+    encode_y = y_channel(y, domain_y, panels=panels)
     colour = alt.Color("c:N", scale=None, legend=None)
     dash = alt.StrokeDash(
         "d:N", scale=alt.Scale(domain=list(arms.dashes), range=[list(d) for d in arms.dashes.values()]), legend=None
@@ -184,9 +169,9 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
     zones = [row["zone"] for row in values if row.get("zone")]
     if reference is not None and zones:
         known += [reference - max(zones), reference + max(zones)]
-    low, high = _padded(min(known), max(known), 0.05)
+    low, high = padded(min(known), max(known), 0.05)
     encode_y = alt.Y("i:O", axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
-    scale, axis = alt.Scale(domain=[low, high], nice=False, zero=False), _axis(x, (low, high), grid=True, count=6)
+    scale, axis = alt.Scale(domain=[low, high], nice=False, zero=False), axis_of(x, (low, high), grid=True, count=6)
 
     def place(field: str) -> Any:
         return alt.X(field, scale=scale, axis=axis, title=x.title or None)
@@ -229,10 +214,10 @@ def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict
         rows: name, x, y, low, high, text, xtext, c (colour), front (bool).
     """
     values = [dict(row) for row in sorted(rows, key=lambda r: (r["x"], r["y"]))]
-    domain_x, domain_y = _x_domain(values, x, pad=0.1), y_domain(values, y, None)
+    domain_x, domain_y = x_domain(values, x, pad=0.1), y_domain(values, y, None)
     _spread_scatter(values, x, y, domain_x, domain_y, height)
-    encode_x = _x(x, domain_x)
-    encode_y = _y(y, domain_y)
+    encode_x = x_channel(x, domain_x)
+    encode_y = y_channel(y, domain_y)
     colour = alt.Color("c:N", scale=None, legend=None)
     base = alt.Chart().encode(x=encode_x)
     front = base.transform_filter("datum.front")
@@ -255,12 +240,12 @@ def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str
     Args:
         rows: pair, x, y, low, high, zone (half width), decided, text, n.
     """
-    domain_x, domain_y = _x_domain(rows, x), y_domain(rows, y, 0.0)
+    domain_x, domain_y = x_domain(rows, x), y_domain(rows, y, 0.0)
     reach = max(abs(domain_y[0]), abs(domain_y[1]))
     values = [{**row, "zone_low": -min(row["zone"], reach), "zone_high": min(row["zone"], reach)} for row in rows]
-    encode_x = _x(x, domain_x)
+    encode_x = x_channel(x, domain_x)
     scale = alt.Scale(domain=list(domain_y), nice=False, zero=False)
-    encode_y = alt.Y("y:Q", scale=scale, axis=_axis(y, domain_y), title=None)
+    encode_y = alt.Y("y:Q", scale=scale, axis=axis_of(y, domain_y), title=None)
     base = alt.Chart().encode(x=encode_x)
     tip = [alt.Tooltip("pair:N"), alt.Tooltip("x:Q", title=x.title, format=",~r"), alt.Tooltip("text:N"),
            alt.Tooltip("n:Q", title="n", format=",d")]  # fmt: skip
@@ -302,13 +287,13 @@ def training(
     everything = [_styled(row, arms) for row in (*rows, *checks)]
     panels = len({row["p"] for row in everything})
     height = 170 if not labelled or panels > 1 else 280
-    domain_x = _x_domain(everything, x)
-    domain_y = _robust_domain(everything, y, 0.97 if labelled else 0.995)
+    domain_x = x_domain(everything, x)
+    domain_y = robust_domain(everything, y, 0.97 if labelled else 0.995)
     ends = [{**row, "y": row.get("smooth", row["y"])} for row in everything if not row["check"]] or everything
     labels = _end_labels(ends, arms, y, domain_y, height) if labelled else []
     values = [{key: value for key, value in row.items() if value is not None} for row in everything] + labels
-    encode_x = _x(x, domain_x)
-    encode_y = _y(y, domain_y, panels=panels)
+    encode_x = x_channel(x, domain_x)
+    encode_y = y_channel(y, domain_y, panels=panels)
     colour = alt.Color("c:N", scale=None, legend=None)
     line = alt.Chart().transform_filter("datum.check === false").encode(x=encode_x, detail="s:N", color=colour)
     check = alt.Chart().transform_filter("datum.check === true").encode(x=encode_x, color=colour)
@@ -327,13 +312,6 @@ def training(
     ]
     width = width_of([row["text"] for row in labels]) if labelled else 8
     return finish(layers, values, panels, arms, height, width)
-
-
-def _robust_domain(rows: Sequence[Row], axis: Axis, share: float) -> tuple[float, float]:
-    """Room for the lower `share` of the values: the start of a run must not flatten the rest."""
-    values = sorted(row["y"] for row in rows)
-    cut = values[: max(1, math.ceil(share * len(values)))]
-    return y_domain([{"y": cut[0]}, {"y": cut[-1]}], axis, None)
 
 
 def finish(
@@ -391,71 +369,6 @@ def _fill() -> Any:
     return alt.Fill("c:N", scale=None, legend=None)
 
 
-def _scale(axis: Axis, domain: tuple[float, float]) -> Any:
-    if axis.scale == "linear":
-        return alt.Scale(domain=list(domain), nice=False, zero=False)
-    if domain[0] <= 0:
-        return alt.Scale(type="symlog", domain=list(domain), nice=False)
-    return alt.Scale(type="log", base=2 if axis.form in _BINARY else 10, domain=list(domain), nice=False)
-
-
-def _axis(axis: Axis, domain: tuple[float, float], *, grid: bool | None = None, count: int | None = None) -> Any:
-    settings: dict[str, Any] = {"labelExpr": TICKS[axis.form]} if axis.form in TICKS else {"format": axis.form}
-    if axis.values is not None:
-        settings["values"] = list(axis.values)
-    elif axis.scale == "log" and domain[0] > 0:
-        settings["values"] = log_steps(domain, 2 if axis.form in _BINARY else 10)
-    elif count is not None:
-        settings["tickCount"] = count
-    if grid is not None:
-        settings["grid"] = grid
-    return alt.Axis(**settings)
-
-
-def _x(axis: Axis, domain: tuple[float, float], *, grid: bool = False) -> Any:
-    return alt.X(
-        "x:Q", scale=_scale(axis, domain), axis=_axis(axis, domain, grid=grid, count=6), title=axis.title or None
-    )
-
-
-def _y(axis: Axis, domain: tuple[float, float], *, panels: int = 1) -> Any:
-    # Panels have their names where the title of the axis would stand.
-    title = axis.title if panels == 1 and axis.title else None
-    return alt.Y("y:Q", scale=_scale(axis, domain), axis=_axis(axis, domain), title=title)
-
-
-def _x_domain(rows: Sequence[Row], axis: Axis, pad: float = 0.0) -> tuple[float, float]:
-    low, high = min(row["x"] for row in rows), max(row["x"] for row in rows)
-    if axis.scale == "log" and low > 0:
-        if low == high:
-            return low / 2, high * 2
-        factor = (high / low) ** pad
-        return low / factor, high * factor * (factor if pad else 1)
-    if axis.zero:
-        return 0.0, _padded(0.0, high, pad)[1]
-    return _padded(low, high, pad)
-
-
-def y_domain(rows: Sequence[Row], axis: Axis, also: float | None) -> tuple[float, float]:
-    """Room for every value and interval; from zero where the axis says so."""
-    known = [row[key] for row in rows for key in ("y", "low", "high") if row.get(key) is not None]
-    known += [] if also is None else [also]
-    if axis.scale == "log":
-        positive = [value for value in known if value > 0]
-        low, high = min(positive), max(positive)
-        factor = (high / low) ** 0.06 if high > low else 2.0
-        return low / factor, high * factor
-    low, high = min(known), max(known)
-    if axis.zero and low >= 0:
-        return 0.0, _padded(0.0, high, 0.08)[1]
-    return _padded(low, high, 0.08)
-
-
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    room = (high - low) * share or (0.0 if share == 0 and high > low else abs(high) * 0.05 or 0.5)
-    return low - room, high + room
-
-
 def _end_labels(
     rows: Sequence[Row], arms: Arms, y: Axis, domain: tuple[float, float], height: int
 ) -> list[Row]:  # fmt: skip
@@ -468,10 +381,10 @@ def _end_labels(
     labels: list[Row] = []
     for panel in dict.fromkeys(key[0] for key in last):
         ends = sorted((row for key, row in last.items() if key[0] == panel), key=lambda r: r["y"])
-        places = spread([_pixel(row["y"], domain, y.scale, height) for row in ends], 13.5, height)
+        places = spread([pixel(row["y"], domain, y.scale, height) for row in ends], 13.5, height)
         for row, place in zip(ends, places, strict=True):
             shared = {"p": panel, "c": row["c"], "s": row["s"], "d": row["d"], "y": row["y"], "x": row["x"]}
-            at = _value(place, domain, y.scale, height)
+            at = value_at(place, domain, y.scale, height)
             labels.append({**shared, "kind": "label", "at": at, "text": arms[row["subject"]].short})
     return labels
 
@@ -487,27 +400,6 @@ def _label_layers(encode_y: Any, colour: Any) -> list[Any]:
     return [leader, text]
 
 
-def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
-    """Rising pixel places near `wanted` (rising) that are at least `gap` apart and, where they fit, within `height`."""
-    places = list(wanted)
-    clusters = [[place, 1.0] for place in places]
-    merged: list[list[float]] = []
-    for centre, size in clusters:
-        merged.append([centre, size])
-        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
-            c1, n1 = merged.pop()
-            c0, n0 = merged.pop()
-            merged.append([(c0 * n0 + c1 * n1) / (n0 + n1), n0 + n1])
-    out: list[float] = []
-    for centre, size in merged:
-        half = gap * (size - 1) / 2
-        centre = min(max(centre, half), max(half, height - half))
-        out += [centre - half + gap * i for i in range(int(size))]
-    for i in range(1, len(out)):
-        out[i] = max(out[i], out[i - 1] + gap)
-    return out
-
-
 def _spread_scatter(
     values: list[Row], x: Axis, y: Axis, domain_x: tuple[float, float], domain_y: tuple[float, float], height: int
 ) -> None:
@@ -517,7 +409,7 @@ def _spread_scatter(
         row["label_y"] = row["y"]
     named = [row for row in values if row["label"]]
     for row in named:
-        row["px"] = _pixel(row["x"], domain_x, x.scale, 620)
+        row["px"] = pixel(row["x"], domain_x, x.scale, 620)
     groups: list[list[Row]] = []
     for row in sorted(named, key=lambda r: float(r["px"])):
         if groups and row["px"] - groups[-1][-1]["px"] < 70:
@@ -526,50 +418,14 @@ def _spread_scatter(
             groups.append([row])
     for group in groups:
         group.sort(key=lambda r: float(r["y"]))
-        places = spread([_pixel(r["y"], domain_y, y.scale, height) for r in group], 14, height)
+        places = spread([pixel(r["y"], domain_y, y.scale, height) for r in group], 14, height)
         for member, place in zip(group, places, strict=True):
-            member["label_y"] = _value(place, domain_y, y.scale, height)
-
-
-def _pixel(value: float, domain: tuple[float, float], scale: Scale, height: float) -> float:
-    low, high = domain
-    if scale == "log" and low > 0:
-        return height * math.log(value / low) / math.log(high / low)
-    return height * (value - low) / (high - low)
-
-
-def _value(pixel: float, domain: tuple[float, float], scale: Scale, height: float) -> float:
-    low, high = domain
-    if scale == "log" and low > 0:
-        return low * math.exp(math.log(high / low) * pixel / height)
-    return low + (high - low) * pixel / height
+            member["label_y"] = value_at(place, domain_y, y.scale, height)
 
 
 def width_of(texts: Sequence[str]) -> int:
     """Room for the longest of some labels, in pixels."""
     return 16 + math.ceil(6.9 * max((len(text) for text in texts), default=0))
-
-
-def log_ticks(xs: Mapping[float, Any] | Sequence[float]) -> tuple[float, ...]:
-    """Ticks at the x values themselves, thinned to powers of two apart where there are many."""
-    values = sorted({x for x in xs if x > 0})
-    while len(values) > 9:
-        values = values[::2]
-    return tuple(values)
-
-
-def log_steps(domain: tuple[float, float], base: int, most: int = 5) -> list[float]:
-    """At most about `most` round ticks: powers of two, or 1-2-5 of powers of ten."""
-    low, high = domain
-    if base == 2:
-        powers = [2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-        return powers[:: max(1, math.ceil(len(powers) / most))] if len(powers) > 1 else [low, high]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
-        if len(ticks) <= most:
-            break
-    return ticks[:: max(1, math.ceil(len(ticks) / most))]
 
 
 def least_width(names: Sequence[str], x_title: str) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
 from longspan.records.observation import Comparison, Measurement, Metric
 from longspan.report import charts, findings, numbers, tables
 from longspan.report.arms import Arms
-from longspan.report.charts import Axis, Figure, Row
+from longspan.report.axes import Axis, Row, log_ticks
+from longspan.report.charts import Figure
 from longspan.report.data import ProbeSection, ReportInput, SubjectFacts
 from longspan.report.decision import difference_text, quantity, value_text
 from longspan.report.findings import Finding
@@ -55,14 +55,14 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         rows = [row for subject in report.subjects for row in _fact_rows(subject, name)]
         if len({row["x"] for row in rows}) < 2:
             continue
-        x = Axis("context (tokens)", "log", "tokens", values=charts.log_ticks([row["x"] for row in rows]))
+        x = Axis("context (tokens)", "log", "tokens", values=log_ticks([row["x"] for row in rows]))
         y = Axis("", "log", "bytes" if form == "bytes" else "~s")
         unique, shown = _one_per_colour(rows, arms)
         crossings = findings.crossovers(_exact_curves([{**r, "subject": shown[r["subject"]].short} for r in unique]))
         caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
         found.append(_figure(slug(name), title, caption + _mark(report), spec, tables.context_cost_table(report, name),
-                             shown, [r["subject"] for r in unique], half=True))  # fmt: skip
+                             shown, [r["subject"] for r in unique], x.title, half=True))  # fmt: skip
     for section in report.probes:
         if section.place == "cost":
             found += _measured_cost(report, section, arms)
@@ -111,10 +111,10 @@ def slug(text: str) -> str:
 
 
 def _figure(name: str, title: str, caption: str, spec: dict[str, object], table: tables.Table, arms: Arms,
-            drawn: Sequence[str], *, half: bool = False) -> Figure:  # fmt: skip
+            drawn: Sequence[str], x_title: str, *, half: bool = False) -> Figure:  # fmt: skip
     panels = len({arms[s].panel for s in drawn})
     width = charts.width_of([arms[s].short for s in drawn])
-    least = charts.least_width(arms.panels, "position in document (tokens)")
+    least = charts.least_width(arms.panels, x_title)
     return Figure(
         name, title, caption, spec, table, arms.columns if panels > 1 else 1, width, panels, least, half and panels == 1
     )
@@ -154,7 +154,7 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     found = [m for m in findings.points(section, metric.name) if m.subject in arms and m.x is not None]
     rows = [_point(metric, m) for m in found]
     percent = metric.kind in ("proportion", "difference")
-    x = Axis(_x_title(metric), section.x_scale, "tokens", values=charts.log_ticks([row["x"] for row in rows]))
+    x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
     y = Axis(metric.unit, form=".0%" if percent else ",~r", zero=metric.kind == "proportion")
     spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=report.context)
     better = "Lower" if metric.better == "lower" else "Higher"
@@ -163,12 +163,19 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     table = tables.metric_table(section, metric, arms.labels)
     drawn = [row["subject"] for row in rows]
     name = slug(f"{section.kind}-{metric.name}")
-    return _figure(name, metric.title, caption + _mark(report), spec, table, arms, drawn, half=half)
+    return _figure(name, metric.title, caption + _mark(report), spec, table, arms, drawn, x.title, half=half)
 
 
 def _point(metric: Metric, m: Measurement) -> Row:
     return {"subject": m.subject, "x": m.x, "y": m.value, "low": m.low, "high": m.high, "n": m.n,
-            "text": value_text(metric, m)}  # fmt: skip
+            "open": _says_nothing(metric, m.low, m.high), "text": value_text(metric, m)}  # fmt: skip
+
+
+def _says_nothing(metric: Metric, low: float | None, high: float | None) -> bool:
+    """Whether an interval holds every possible value: it is drawn, but does not stretch the axis."""
+    if metric.kind not in ("proportion", "difference") or low is None or high is None:
+        return False
+    return high - low >= (1.0 if metric.kind == "proportion" else 2.0) - 1e-9
 
 
 def _unit_title(metric: Metric) -> str:
@@ -237,14 +244,15 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
             found.append(_dot_figure(name, Finding(section, metric, points[0].x), arms))
             continue
         rows = [_point(metric, m) for m in points]
-        x = Axis(_x_title(metric), section.x_scale, "tokens", values=charts.log_ticks([row["x"] for row in rows]))
+        x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
         positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
         y = Axis(metric.unit, "log" if positive else "linear", "~s")
         caption = f"Measured. {'Lower' if metric.better == 'lower' else 'Higher'} is better. {BAND}"
         caption += _crossing_text(findings.crossovers(_exact_curves(rows))) if positive else ""
         spec = charts.lines(rows, arms, x, y)
         table = tables.metric_table(section, metric, arms.labels)
-        found.append(_figure(name, metric.title, caption, spec, table, arms, [r["subject"] for r in rows], half=True))
+        drawn = [row["subject"] for row in rows]
+        found.append(_figure(name, metric.title, caption, spec, table, arms, drawn, x.title, half=True))
     return found
 
 
@@ -369,11 +377,12 @@ def _difference_curves(
     rows: list[Row] = [
         {"pair": _pair(c), "x": c.x, "y": c.difference * factor, "n": c.n, "text": difference_text(metric, c),
          "low": None if c.low is None else c.low * factor, "high": None if c.high is None else c.high * factor,
-         "zone": c.mde * factor if c.mde else 0.0, "decided": c.decided}
+         "zone": c.mde * factor if c.mde else 0.0, "decided": c.decided,
+         "open": c.low is not None and c.high is not None and factor > 1 and c.high - c.low >= 2.0 - 1e-9}
         for c in compared if (c.a, c.b) in pairs and c.x is not None
     ]  # fmt: skip
     unit = "percentage points" if factor > 1 else _difference_unit(metric)
-    x = Axis(_x_title(metric), section.x_scale, "tokens", values=charts.log_ticks([row["x"] for row in rows]))
+    x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
     columns = min(3, len(pairs))
     least = charts.least_width([row["pair"] for row in rows], x.title)
     spec = charts.differences(rows, x, Axis(f"difference ({unit})", form="signed"), columns)
@@ -396,109 +405,3 @@ def _difference_curves(
         len(pairs),
         least,
     )
-
-
-def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
-    """Loss (smoothed over raw, with validation), learning rate, gradient norm, throughput."""
-    curves = [curve for curve in report.training if curve.subject in arms and (curve.rows or curve.validation)]
-    if not curves:
-        return []
-    found: list[Figure] = []
-    for key, title in (
-        ("loss", "Loss (nats per token)"),
-        ("lr", "Learning rate"),
-        ("grad_norm", "Gradient norm"),
-        ("tokens_per_second", "Throughput (tokens/s)"),
-    ):
-        scale: charts.Scale
-        rows = [row for curve in curves for row in _training_rows(curve.subject, curve.seed, curve.rows, key)]
-        checks = [
-            {**row, "check": True}
-            for curve in curves if key == "loss"
-            for row in _training_rows(curve.subject, curve.seed, curve.validation, key, smooth=False)
-        ]  # fmt: skip
-        if not rows and not checks:
-            continue
-        shown = arms if key == "loss" else arms.in_one_panel()
-        scale = "log" if key == "grad_norm" and all(r["y"] > 0 for r in rows) else "linear"
-        y = Axis("", scale, "~s" if key == "tokens_per_second" else ",~r", zero=key in ("lr", "tokens_per_second"))
-        labelled = key == "loss"
-        spec = charts.training(rows, checks, shown, Axis("tokens trained", form="~s", zero=True), y, labelled=labelled)
-        width = charts.width_of([shown[c.subject].short for c in curves]) if labelled else 8
-        panels = len({shown[c.subject].panel for c in curves})
-        columns = shown.columns if panels > 1 else 1
-        caption = {
-            "loss": "Thin: every logged step; thick: smoothed; points: full validation. The steep start is cut off, "
-            "and the axis does not start at zero.",
-            "lr": "Colours as in the loss chart.",
-            "grad_norm": "Before clipping, smoothed over raw; logarithmic axis.",
-            "tokens_per_second": "Every logged step and smoothed; evaluation and checkpoints excluded.",
-        }[key]
-        table = _training_table(report, key)
-        found.append(
-            Figure(f"training-{slug(key)}", title, caption, spec, table, columns, width, panels, half=key != "loss")
-        )
-    return found
-
-
-MOST_POINTS = 240
-
-
-def _training_rows(
-    subject: str, seed: int, lines: Sequence[dict[str, float | None]], key: str, *, smooth: bool = True
-) -> list[Row]:
-    known = [(line.get("tokens"), line.get(key)) for line in lines]
-    points = [(x, y) for x, y in known if x is not None and y is not None and math.isfinite(y)]
-    smoothed = _smoothed([y for _, y in points]) if smooth else [y for _, y in points]
-    every = max(1, math.ceil(len(points) / MOST_POINTS))
-    chosen = [i for i in range(len(points)) if i % every == 0 or i == len(points) - 1]
-    series = f"{subject} seed {seed}"
-    return [
-        {"subject": subject, "series": series, "x": points[i][0], "y": points[i][1], "smooth": smoothed[i],
-         "text": numbers.significant(points[i][1], 4), "check": False}
-        for i in chosen
-    ]  # fmt: skip
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """A centred running mean over about one twentieth of the run."""
-    half = max(1, len(values) // 40)
-    last = len(values) - 1
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    out = []
-    for i in range(len(values)):
-        # Symmetric at the steep start, so that it is not biased; the flat end may look back only.
-        back = min(half, i)
-        ahead = min(back, last - i)
-        out.append((sums[i + ahead + 1] - sums[i - back]) / (ahead + back + 1))
-    return out
-
-
-def _training_table(report: ReportInput, key: str) -> tables.Table:
-    rows, records, labels = [], [], []
-    for curve in report.training:
-        values = [v for line in curve.rows if (v := line.get(key)) is not None]
-        checks = [v for line in curve.validation if (v := line.get(key)) is not None]
-        if not values and not checks:
-            continue
-        shown = [values[0], values[-1], min(values), max(values)] if values else [math.nan] * 4
-        best = [f"{min(checks):.3f}"] if checks else [numbers.MISSING]
-        cells = [numbers.significant(v, 3) if math.isfinite(v) else numbers.MISSING for v in shown]
-        rows.append((curve.subject, str(curve.seed), *cells, *(best if key == "loss" else ())))
-        labels.append(curve.subject)
-        records += [{"subject": curve.subject, "seed": curve.seed, "kind": kind, "step": line.get("step"),
-                     "tokens": line.get("tokens"), key: line.get(key)}
-                    for kind, lines in (("train", curve.rows), ("validation", curve.validation)) for line in lines
-                    if line.get(key) is not None]  # fmt: skip
-    columns = (
-        "<subject",
-        "seed",
-        "first",
-        "last",
-        "lowest",
-        "highest",
-        *(("best validation",) if key == "loss" else ()),
-    )
-    return tables.Table(columns, tuple(rows), tuple(labels), tuple(records))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +14,21 @@ import vl_convert
 from markupsafe import Markup
 
 from longspan.foundation.files import atomic_directory, atomic_write
-from longspan.report import charts, figures, numbers, palette, tables
-from longspan.report.arms import Arms, arrange
+from longspan.report import charts, numbers, palette, tables
+from longspan.report.arms import Arms
 from longspan.report.charts import Figure
-from longspan.report.data import LedgerEntry, ProbeSection, ReportInput, to_json
-from longspan.report.decision import Decision, decide
-from longspan.report.tables import Table, markdown_text
+from longspan.report.content import VERDICTS, Content, lay_out, same, subject_notes, subjects_lead
+from longspan.report.data import ReportInput, to_json
+from longspan.report.markdown import markdown
+from longspan.report.tables import Table
 
 VEGA_LITE = "6.4"
 _EXPORTS = "window.vegaEmbed = vegaEmbed;"
-VERDICTS = {
-    "winner": "Decided",
-    "tie": "Tie",
-    "undecided": "Cannot be decided with this data",
-    "single": "One subject",
-    "nothing": "No results",
-}
 CONTENTS = (
     ("answer", "Answer"), ("subjects", "Subjects"), ("quality", "Quality against context"),
     ("cost", "Cost against context"), ("pareto", "Quality against cost"), ("comparisons", "Comparisons"),
     ("training", "Training"), ("inside", "Look inside"), ("ledger", "Ledger"), ("reproduce", "Reproduce"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class QualityPart:
-    """One probe of quality with its figures and the table of its single numbers."""
-
-    section: ProbeSection
-    figures: list[Figure]
-    table: Table | None
-    ties: bool
-
-
-@dataclass(frozen=True)
-class LedgerPart:
-    """A ledger entry with its table laid out."""
-
-    entry: LedgerEntry
-    table: Table | None
-
-
-@dataclass(frozen=True)
-class Content:
-    """Everything on the page, worked out once for HTML, Markdown and figure files."""
-
-    report: ReportInput
-    arms: Arms
-    decision: Decision
-    answer: list[Figure]
-    quality: list[QualityPart]
-    cost: list[Figure]
-    pareto: list[Figure]
-    comparisons: list[Figure]
-    training: list[Figure]
-    ledger: list[LedgerPart]
-
-    @property
-    def figures(self) -> list[Figure]:
-        """Every figure in reading order."""
-        quality = [figure for part in self.quality for figure in part.figures]
-        return [*self.answer, *quality, *self.cost, *self.pareto, *self.comparisons, *self.training]
 
 
 def write_report(report: ReportInput, folder: Path, *, files: bool = True) -> Path:
@@ -99,30 +52,6 @@ def write_report(report: ReportInput, folder: Path, *, files: bool = True) -> Pa
     with atomic_write(page) as file:
         file.write(html(content))
     return page
-
-
-def lay_out(report: ReportInput) -> Content:
-    """Decide, draw and tabulate."""
-    arms = arrange(report)
-    quality = []
-    for section in report.probes:
-        if section.place == "quality":
-            table = figures.scalar_table(section, arms)
-            ties = bool(table and any(name == "ties" for name, _ in table.headings))
-            quality.append(QualityPart(section, figures.quality_figures(report, section, arms), table, ties))
-    ledger = sorted(report.ledger, key=lambda entry: entry.level != "warning")
-    return Content(
-        report,
-        arms,
-        decide(report),
-        figures.answer_figure(report, arms),
-        quality,
-        figures.cost_figures(report, arms),
-        figures.pareto_figures(report, arms),
-        [f for section in report.probes for f in figures.comparison_figures(report, section, arms)],
-        figures.training_figures(report, arms),
-        [LedgerPart(entry, tables.ledger_table(entry.table) if entry.table else None) for entry in ledger],
-    )
 
 
 def _write_figure(figure: Figure, arms: Arms, folder: Path) -> None:
@@ -159,11 +88,11 @@ def html(content: Content) -> str:
         contents=CONTENTS,
         verdict_names=VERDICTS,
         facts=_facts(report),
-        subjects_lead=_subjects_lead(report),
+        subjects_lead=subjects_lead(report),
         subjects_table=tables.subjects_table(report),
         state_table=tables.state_table(report),
         training_table=tables.training_cost_table(report),
-        subject_notes=_subject_notes(report),
+        subject_notes=subject_notes(report),
         parts=_parts(report),
         part_key=[(name, shade) for name, shade in _PARTS],
         answer_figures=content.answer,
@@ -265,14 +194,8 @@ def _unbroken(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%").replace(" pp", "\u00a0pp")
 
 
-def _same(report: ReportInput, read: Callable[[Any], Any]) -> Any:
-    """The value all subjects share, None where they differ."""
-    values = {read(subject) for subject in report.subjects}
-    return values.pop() if len(values) == 1 else None
-
-
 def _facts(report: ReportInput) -> list[tuple[str, str]]:
-    tokens = _same(report, lambda s: s.tokens_trained)
+    tokens = same(report, lambda s: s.tokens_trained)
     seeds = {len(s.seeds) for s in report.subjects if s.seeds}
     found = [
         ("subjects", str(len(report.subjects))),
@@ -282,34 +205,10 @@ def _facts(report: ReportInput) -> list[tuple[str, str]]:
         ("tokenizer", report.tokenizer),
         (
             "device, precision",
-            ", ".join(filter(None, [_same(report, lambda s: s.device), _same(report, lambda s: s.dtype)])),
+            ", ".join(filter(None, [same(report, lambda s: s.device), same(report, lambda s: s.dtype)])),
         ),
     ]
     return [(name, value) for name, value in found if value]
-
-
-def _subjects_lead(report: ReportInput) -> str:
-    residuals = [abs(s.match_residual) for s in report.subjects if s.match_residual is not None]
-    text = f"{len(report.subjects)} subject{'s' if len(report.subjects) != 1 else ''}."
-    varied = [name for name in (report.subjects[0].factors if report.subjects else {})
-              if len({s.factors.get(name) for s in report.subjects}) > 1]  # fmt: skip
-    if varied:
-        text += f" The study varies {', '.join(name.rsplit('.', 1)[-1] for name in varied)}."
-    if residuals:
-        text += f" Sizes were matched; the worst match is off by {numbers.significant(100 * max(residuals), 2)} %."
-    return text
-
-
-def _subject_notes(report: ReportInput) -> list[str]:
-    weights = _same(report, lambda s: s.weights)
-    lines = []
-    if any(s.kind == "trained" for s in report.subjects) and weights:
-        which = "the lowest full-validation loss" if weights == "best" else "the end of training"
-        lines.append(f"Probes examined the weights from {which}.")
-    measured = list(dict.fromkeys(s.peak_memory_of for s in report.subjects if s.peak_memory_of))
-    if measured:
-        lines.append(f"Peak memory is {'; '.join(measured)}.")
-    return lines + [f"{s.label}: {s.notes}" for s in report.subjects if s.notes]
 
 
 _PARTS = (("embedding", "var(--line)"), ("mixers", "var(--ink)"), ("MLP", "var(--soft)"), ("rest", "var(--grid)"))
@@ -328,86 +227,3 @@ def _parts(report: ReportInput) -> list[dict[str, Any]]:
                   for (name, shade), size in zip(_PARTS, sizes, strict=True)]  # fmt: skip
         bars[s.letters, p] = {"label": s.label, "shares": shares, "total": numbers.scaled(p.total)}
     return list(bars.values())
-
-
-# --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def markdown(content: Content) -> str:
-    """The same report for a repository: figures as files, tables as text."""
-    report, decision = content.report, content.decision
-    out = [f"# {markdown_text(report.question)}", ""]
-    variant = f", {markdown_text(report.variant)}" if report.variant else ""
-    when = markdown_text(report.created)
-    out += [
-        f"Study **{markdown_text(report.study)}**{variant}, {when}. Interactive: [report.html](report.html)",
-        "",
-    ]
-    out += [f"**{VERDICTS[decision.verdict]}.** {markdown_text(decision.answer)}", ""]
-    out += [markdown_text(decision.certainty), ""] if decision.certainty else []
-    out += [*(f"- {markdown_text(line)}" for line in (*decision.also, *report.notes)), ""]
-    out += _markdown_figures(content.answer)
-    out += ["## Subjects", "", markdown_text(_subjects_lead(report)), ""]
-    for table in (tables.subjects_table(report), tables.state_table(report), tables.training_cost_table(report)):
-        out += [table.markdown(), ""] if len(table.columns) > 1 else []
-    out += [*(markdown_text(line) + "\n" for line in _subject_notes(report))]
-    out += ["## Quality against context", ""]
-    for part in content.quality:
-        out += [f"### {markdown_text(part.section.title)}", "", markdown_text(part.section.explanation), ""]
-        out += _markdown_figures(part.figures)
-        out += [part.table.markdown(), ""] if part.table else []
-        if not (part.figures or part.table):
-            out += [markdown_text(part.section.empty_because or "This probe has no results yet."), ""]
-    for title, found, empty in (
-        ("Cost against context", content.cost, "No cost is known at more than one context."),
-        ("Quality against cost", content.pareto, "There is nothing to weigh."),
-        ("Comparisons", content.comparisons, "There is nothing to compare."),
-        ("Training", content.training, "Nothing was trained."),
-    ):
-        out += [f"## {title}", "", *(_markdown_figures(found) or [empty, ""])]
-    out += ["## Look inside", "", f"{len(report.items):,} items: see [report.html](report.html#inside).", ""]
-    out += ["## Ledger", ""]
-    for entry in content.ledger:
-        mark = "**Warning**, " if entry.entry.level == "warning" else ""
-        out += [f"- {mark}{markdown_text(entry.entry.topic)}: {markdown_text(entry.entry.text)}"]
-        out += ["", *("  " + line for line in entry.table.markdown().splitlines()), ""] if entry.table else []
-    out += ["" if content.ledger else "Nothing was dropped, skipped or warned about.\n", "## Reproduce", ""]
-    out += [_fenced(report.reproduce.command, "sh"), ""]
-    for title in ("versions", "hardware", "git", "hashes"):
-        values: dict[str, str] = getattr(report.reproduce, title)
-        if values:
-            out += [
-                f"**{title.capitalize()}**: "
-                + ", ".join(f"{markdown_text(k)} {markdown_text(v)}" for k, v in values.items()),
-                "",
-            ]
-    out += [
-        "<details><summary>The resolved study</summary>",
-        "",
-        _fenced(report.reproduce.study_yaml, "yaml"),
-        "",
-        "</details>",
-        "",
-    ]
-    return "\n".join(out)
-
-
-def _markdown_figures(found: Sequence[Figure]) -> list[str]:
-    out = []
-    for f in found:
-        out += [f"**{markdown_text(f.title)}**", "", f"![{markdown_text(f.title)}](figures/{f.name}.svg)", ""]
-        out += [
-            f"{markdown_text(f.caption)} ([PNG](figures/{f.name}.png))",
-            "",
-            "<details><summary>Table</summary>",
-            "",
-        ]
-        out += [f.table.markdown(), "", "</details>", ""]
-    return out
-
-
-def _fenced(text: str, language: str) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -32,7 +32,7 @@
   const fitted = (chart, width) => {
     const spec = structuredClone(chart.spec);
     if (!spec.facet) { spec.width = Math.max(120, Math.floor(width) - 2); return spec; }
-    const axis = 52, gap = spec.spacing.column;
+    const axis = 64, gap = spec.spacing.column;
     const room = (n) => Math.floor((width - axis - chart.label - gap * (n - 1)) / n);
     const fits = [];
     for (let n = spec.columns; n > 1; n -= 1) if (room(n) >= chart.least) fits.push(n);
