@@ -57,7 +57,7 @@ def measure(subjects: list[Subject], rounds: int) -> None:
 
 
 def ratio(fast: list[float], slow: list[float]) -> float:
-    return statistics.median(b / a for a, b in zip(fast, slow, strict=True))
+    return round(statistics.median(b / a for a, b in zip(fast, slow, strict=True)), 3)
 
 
 def rows_of(subjects: list[Subject], threads: int) -> list[dict[str, Any]]:
@@ -70,10 +70,10 @@ def rows_of(subjects: list[Subject], threads: int) -> list[dict[str, Any]]:
             {
                 "subject": s.name,
                 "parameters": s.parameters,
-                "tokens_per_second": statistics.median(rates),
-                "lowest": rates[0],
-                "highest": rates[-1],
-                "cpu_share": sum(s.cpu) / sum(s.wall) / threads,
+                "tokens_per_second": round(statistics.median(rates), 1),
+                "lowest": round(rates[0], 1),
+                "highest": round(rates[-1], 1),
+                "cpu_share": round(sum(s.cpu) / sum(s.wall) / threads, 3),
                 "speedup": {name: ratio(s.wall, other.wall) for name, other in others.items()},
                 "speedup_cpu_time": {name: ratio(s.cpu, other.cpu) for name, other in others.items()},
             }
@@ -245,6 +245,10 @@ def inference_subjects(prompt: int, new_tokens: int) -> tuple[list[Subject], lis
 
 def one_setting(options: argparse.Namespace) -> dict[str, Any]:
     """Everything under the allocator settings this process was started with."""
+    from transformers.utils import logging
+
+    # It warns of missing CUDA kernels, which have no part in a comparison on CPU.
+    logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     tuned = os.environ.get("GLIBC_TUNABLES", "") == ALLOCATOR
     allocator = "tuned" if tuned else "default"

@@ -126,7 +126,7 @@ def kill_until_done(directory: Path, training: TrainingConfig, kills: int, chanc
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    chosen = settings(steps=40, checkpoint_every=3, evaluate_every=7, log_every=2)
+    chosen = settings(steps=30, checkpoint_every=3, evaluate_every=7, log_every=2)
     killed, straight = map(Path, sys.argv[1:])
     print(kill_until_done(killed, chosen, 6, random.Random(0)))
     kill_until_done(straight, chosen, 0, random.Random(0))

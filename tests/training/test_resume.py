@@ -140,6 +140,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(
     assert outcome(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_really_full_disk_is_said_and_the_run_goes_on_once_there_is_space(small: ModuleType, tmp_path: Path) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("this system lets nobody mount a small file system")

@@ -98,7 +98,9 @@ class WandbTracker:
     def start(self, directory: Path, configuration: Mapping[str, Any], step: int) -> None:
         """Start the run, or go on with it."""
         self._path = directory / "wandb.json"
-        known = read_json(self._path) if self._path.exists() else {"id": secrets.token_hex(4), "last": {}}
+        known: dict[str, Any] = {"id": secrets.token_hex(4), "last": {}}
+        if self._path.exists():
+            known = read_json(self._path)
         self._last = dict(known["last"])
         self._run = self._wandb.init(
             project=self._project,
