@@ -137,14 +137,3 @@ def test_what_cannot_be_honoured_is_refused(rules, words):
         attention(*leaves(2, 8), **rules)
     with pytest.raises(UserError, match="kv_heads"):
         attention(*leaves(2, 8, groups=3))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("alibi", [False, True])
-def test_flex_equals_the_reference_on_cuda(alibi, documents):
-    q, k, v = (z.detach().cuda().requires_grad_() for z in leaves(2, 300, groups=2, head_dim=16, dtype=torch.float32))
-    doc = documents(2, 300, 0.02, 0).cuda()
-    rules = {"alibi_slopes_H": torch.tensor([0.5, 0.25, 0.125, 0.0625]).cuda() if alibi else None, "q_doc_BT": doc}
-    mask = module.flex_block_mask(doc, time=300, keys=300)
-    got = with_gradients(q, k, v, **rules, backend="flex", block_mask=mask)
-    assert_same(got, with_gradients(q, k, v, **rules, backend="reference"), 2e-3)
