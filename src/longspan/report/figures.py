@@ -61,7 +61,7 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         crossings = findings.crossovers(_exact_curves([{**r, "subject": shown[r["subject"]].short} for r in unique]))
         caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
-        found.append(_figure(slug(name), title, caption + _mark(report), spec, tables.context_cost_table(report, name),
+        found.append(_figure(slug(name), title, caption + _mark(report, rows), spec, tables.context_cost_table(report, name),
                              shown, [r["subject"] for r in unique], x.title, half=True))  # fmt: skip
     for section in report.probes:
         if section.place == "cost":
@@ -163,7 +163,7 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     table = tables.metric_table(section, metric, arms.labels)
     drawn = [row["subject"] for row in rows]
     name = slug(f"{section.kind}-{metric.name}")
-    return _figure(name, metric.title, caption + _mark(report), spec, table, arms, drawn, x.title, half=half)
+    return _figure(name, metric.title, caption + _mark(report, rows), spec, table, arms, drawn, x.title, half=half)
 
 
 def _point(metric: Metric, m: Measurement) -> Row:
@@ -190,8 +190,10 @@ def _x_title(metric: Metric) -> str:
     )
 
 
-def _mark(report: ReportInput) -> str:
-    return f" The dotted line marks the training context ({numbers.count(report.context)})." if report.context else ""
+def _mark(report: ReportInput, rows: Sequence[Row]) -> str:
+    if report.context is None or not min(r["x"] for r in rows) < report.context < max(r["x"] for r in rows):
+        return ""
+    return f" The dotted line marks the training context ({numbers.count(report.context)})."
 
 
 def _fact_rows(subject: SubjectFacts, name: str) -> list[Row]:
