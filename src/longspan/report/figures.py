@@ -61,8 +61,9 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         crossings = findings.crossovers(_exact_curves([{**r, "subject": shown[r["subject"]].short} for r in unique]))
         caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
-        found.append(_figure(slug(name), title, caption + _mark(report, rows), spec, tables.context_cost_table(report, name),
-                             shown, [r["subject"] for r in unique], x.title, half=True))  # fmt: skip
+        table, drawn = tables.context_cost_table(report, name), [row["subject"] for row in unique]
+        caption += _mark(report, rows)
+        found.append(_figure(slug(name), title, caption, spec, table, shown, drawn, x.title, half=True))
     for section in report.probes:
         if section.place == "cost":
             found += _measured_cost(report, section, arms)
