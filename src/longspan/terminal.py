@@ -33,6 +33,8 @@ class _Shown:
     started: float = field(default_factory=time.monotonic)
     stage: str = ""
     stage_started: float = field(default_factory=time.monotonic)
+    done_before: float = 0.0
+    stages: set[str] = field(default_factory=set)
     last_line: float = 0.0
 
 
@@ -107,8 +109,11 @@ class Terminal:
         if progress.message:
             self.line(f"{job.title}: {progress.message}")
         if progress.stage != shown.stage:
-            shown.stage, shown.stage_started = progress.stage, time.monotonic()
-            shown.last_line = 0.0
+            # A stage may come back (train, validate, train): its rate counts from here.
+            shown.stage, shown.stage_started, shown.done_before = progress.stage, time.monotonic(), progress.done
+            if progress.stage not in shown.stages:
+                shown.stages.add(progress.stage)
+                shown.last_line = 0.0
         if self._bars is not None:
             self._show_bar(job, progress, shown)
         elif time.monotonic() - shown.last_line >= PLAIN_INTERVAL:
@@ -156,7 +161,8 @@ def _make_bars() -> Bars:
 
 def _rate(progress: Progress, shown: _Shown) -> float | None:
     seconds = time.monotonic() - shown.stage_started
-    return progress.done / seconds if seconds > 1 and progress.done else None
+    done = progress.done - shown.done_before
+    return done / seconds if seconds > 1 and done > 0 else None
 
 
 def _numbers(progress: Progress, shown: _Shown) -> str:

@@ -285,3 +285,15 @@ def test_the_minimum_detectable_effect_is_found_with_the_promised_power() -> Non
     answers = rng.normal(effect, sigma, (clusters, 1_000))
     boots = s.cluster_bootstrap(answers, np.ones_like(answers), seed=0, resamples=2_000)
     assert np.mean([boot.p < 0.05 for boot in boots]) == pytest.approx(0.8, abs=0.05)
+
+
+def test_an_interval_of_few_discordant_pairs_is_finite_and_covers() -> None:
+    generator = np.random.default_rng(0)
+    inside, draws = 0, 2000
+    for _ in range(draws):
+        changed = generator.random(60) < 0.04
+        signs = np.where(generator.random(60) < 0.75, 1.0, -1.0)
+        interval = s.few_discordant_interval(changed * signs)
+        assert interval.high - interval.low < 0.3
+        inside += interval.low <= 0.04 * 0.5 <= interval.high
+    assert inside / draws >= 0.94

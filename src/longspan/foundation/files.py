@@ -37,7 +37,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         folder = path if path.is_dir() else path.parent
         free = shutil.disk_usage(folder).free if folder.exists() else 0

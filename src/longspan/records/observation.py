@@ -219,7 +219,7 @@ def _measure(
     (boot,) = statistics.cluster_bootstrap(
         numerator_CS.mean(1, keepdims=True), denominator_CS.mean(1, keepdims=True), seed=seed, resamples=resamples
     )
-    low, high = _ends(metric, value, boot, spread)
+    low, high = _ends(metric, value, boot, spread, (numerator_CS / denominator_CS).mean(1))
     return measured(value, low, high)
 
 
@@ -227,10 +227,16 @@ def _too_few(clusters: int) -> str:
     return f"no interval: {clusters} documents, at least {statistics.FEWEST_CLUSTERS} are needed"
 
 
-def _ends(metric: Metric, value: float, boot: Bootstrap, spread: SeedSpread) -> tuple[float, float]:
+def _ends(
+    metric: Metric, value: float, boot: Bootstrap, spread: SeedSpread, by_cluster_C: Array
+) -> tuple[float, float]:
+    """Both ends; `by_cluster_C` holds every cluster's own value, for differences of shares that the bootstrap fails."""
     half = statistics.combined_half_width(boot, spread)
     if metric.kind == "ratio":
         return value - half, value + half
+    if not math.isfinite(half):
+        inner, extra = statistics.few_discordant_interval(by_cluster_C), spread.half_width()
+        return max(-1.0, inner.low - extra), min(1.0, inner.high + extra)
     if boot.error == 0:
         # All clusters agree: what n clusters that agree leave open, as for 0 of n.
         half = math.hypot(half, statistics.clopper_pearson(0, boot.clusters).high)
@@ -282,7 +288,9 @@ def _comparison(
         note = _too_few(clusters)
     else:
         spread = statistics.seed_spread(*(side.tolist() for side in ratios))
-        low, high = (end if math.isfinite(end) else None for end in _ends(metric, difference, boot, spread))
+        by_cluster = [(numerator / denominator).mean(1) for numerator, denominator in sides]
+        ends = _ends(metric, difference, boot, spread, by_cluster[0] - by_cluster[1])
+        low, high = (end if math.isfinite(end) else None for end in ends)
         p, method = statistics.combined_p(boot, spread), "paired cluster bootstrap"
         if spread.freedom > 0:
             method += " with Student's t over seeds"

@@ -256,6 +256,22 @@ def cluster_weights(clusters: int, resamples: int, seed: int) -> Iterator[Array]
         yield np.bincount(drawn.ravel(), minlength=count * clusters).reshape(count, clusters).astype(np.float64)
 
 
+def few_discordant_interval(difference_C: Array, confidence: float = 0.95) -> Interval:
+    """Interval of a mean of paired differences within [-1, 1] of which hardly any is not 0.
+
+    Resamples of so few often hold none at all, so the bootstrap cannot tell. Agresti and Min (2005): half a pair is
+    added to each of the four outcomes, then Wald's interval; a difference of a fraction counts as that fraction.
+
+    Args:
+        difference_C: one difference per cluster.
+    """
+    size = len(difference_C) + 2.0
+    up, down = float(difference_C.clip(min=0).sum()) + 0.5, float(-difference_C.clip(max=0).sum()) + 0.5
+    centre = (up - down) / size
+    half = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt(max(up + down - (up - down) ** 2 / size, 0)) / size
+    return Interval(max(-1.0, centre - half), min(1.0, centre + half))
+
+
 # --- seeds: a second level --------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,8 @@ def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
     """All that the report shows, from the records of finished jobs."""
     first = plan.subjects[0]
     prepared = {
-        planned.prepare.key: PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS) for planned in plan.subjects
+        planned.prepare.key: PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS, verify=False)
+        for planned in plan.subjects
     }
     sections, items = [], []
     for name in dict.fromkeys(name for planned in plan.subjects for name in planned.probes):
@@ -55,7 +56,8 @@ def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
         question=" ".join(plan.study.question.split()),
         created=max(_finished(job.folder(runs)) for job in plan.jobs_until("report")),
         subjects=[_subject(label, arm, runs) for label, arm in plan.arms().items()],
-        probes=_primary_first(sections, plan.study.primary),
+        probes=sections,
+        primary=plan.study.primary,
         training=[_curve(planned, runs) for planned in plan.subjects],
         ledger=ledger(plan, runs, prepared),
         items=items,
@@ -70,12 +72,6 @@ def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
             hashes=_hashes(plan, runs),
         ),
     )
-
-
-def _primary_first(sections: list[ProbeSection], primary: str) -> list[ProbeSection]:
-    """The probe that decides comes first; the report takes its answer from it."""
-    kind = primary.partition(".")[0]
-    return sorted(sections, key=lambda section: section.kind != kind)
 
 
 def _finished(folder: Path) -> str:
