@@ -55,11 +55,11 @@ def test_arms_that_are_the_same_run_are_listed_once(study_file: Path) -> None:
     )
     expansion = expand(study)
     labels = [subject.label for subject in expansion.subjects]
-    assert labels == [
-        "AA · full", "AA · state", "MM · full", "MM · attention",
-        "AM · full", "AM · attention", "AM · state", "AM · none",
-    ]  # fmt: skip
-    assert "AA · attention is the same run as AA · full and is listed once" in expansion.merged
+    assert labels == ["AA · full", "AA · none", "MM · full", "MM · none"] + [
+        f"AM · {isolation}" for isolation in ("full", "attention", "state", "none")
+    ]
+    assert [subject.config.packing.isolation for subject in expansion.subjects[:4]] == ["full", "none", "full", "none"]
+    assert any("AA has one kind of layer only" in note and "`attention` is `full`" in note for note in expansion.merged)
 
 
 def test_variants_overlay_and_can_be_stacked(study_file: Path) -> None:

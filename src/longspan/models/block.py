@@ -67,10 +67,14 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, segments: Segments, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         """Same contract as `Mixer.forward`, on the residual stream."""
         mixed, state = self.mixer(self.mixer_norm(x_BTD), segments, state)
-        x_BTD = x_BTD + F.dropout(mixed, self.dropout, self.training)
+        x_BTD = x_BTD + self._dropped(mixed)
         if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD = x_BTD + F.dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, self.training)
+            x_BTD = x_BTD + self._dropped(self.mlp(self.mlp_norm(x_BTD)))
         return x_BTD, state
+
+    def _dropped(self, branch_BTD: Tensor) -> Tensor:
+        # Without dropout even the call costs as much as a norm when one token is decoded.
+        return F.dropout(branch_BTD, self.dropout) if self.training and self.dropout else branch_BTD
 
     @torch.no_grad()
     def init_weights(

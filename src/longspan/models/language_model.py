@@ -154,10 +154,12 @@ class LanguageModel(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(segments.positions)
-        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        if self.training and self.config.dropout:
+            x_BTD = F.dropout(x_BTD, self.config.dropout)
         after = []
-        for i, block in enumerate(self.layers):
-            x_BTD, layer_state = block(x_BTD, segments, None if state is None else state.layers[i])
+        before = [None] * len(self.layers) if state is None else state.layers
+        for block, layer_before in zip(self.layers, before, strict=True):
+            x_BTD, layer_state = block(x_BTD, segments, layer_before)
             after.append(layer_state)
         hidden_BTD = self.norm(x_BTD)
         return hidden_BTD, None if state is None else ModelState(tuple(after), segments.past)

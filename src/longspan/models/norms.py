@@ -23,10 +23,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D), same shape and dtype."""
-        if _own_backward(x, self.weight):
-            y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        weight = self.weight
+        if not (_plain(x) and _plain(weight)):
+            return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * weight.to(x.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            y: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
             return y
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return _normalise(x, self.eps)[0].mul_(weight)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -39,11 +42,14 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
         """Both (..., D); statistics in fp32, result in the dtype of `z`."""
-        if y.dtype == z.dtype and _own_backward(y, z, self.weight):
-            out: Tensor = _GatedRMSNorm.apply(y, z, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        weight = self.weight
+        if not (_plain(y) and _plain(z) and _plain(weight)):
+            gated = y.float() * F.silu(z.float())
+            return F.rms_norm(gated, gated.shape[-1:], eps=self.eps).to(z.dtype) * weight.to(z.dtype)
+        if torch.is_grad_enabled() and (y.requires_grad or z.requires_grad or weight.requires_grad):
+            out: Tensor = _GatedRMSNorm.apply(y, z, weight, self.eps)  # type: ignore[no-untyped-call]
             return out
-        gated = y.float() * F.silu(z.float())
-        return F.rms_norm(gated, gated.shape[-1:], eps=self.eps).to(z.dtype) * self.weight.to(z.dtype)
+        return _normalise(F.silu(z).mul_(y), self.eps)[0].mul_(weight)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,14 +62,14 @@ class LayerNorm(nn.LayerNorm):
         self.bias.zero_()
 
 
-def _own_backward(*tensors: Tensor) -> bool:
-    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return fits and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_cpu
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) and 1 / rms(x)."""
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.addcmul(torch.full_like(norm, eps), norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
     return x * inverse, inverse
 
 

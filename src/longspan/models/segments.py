@@ -5,13 +5,14 @@ Legend: B rows, T tokens of this call, S cached and new keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops.rotary import Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]
 LONGEST_CONVOLUTION = 16
@@ -71,6 +72,14 @@ class Segments:
     keep_from: int
     past: Past
     max_position: int
+    _rotations: dict[tuple[int, float, torch.dtype], Rotation] = field(default_factory=dict, repr=False, compare=False)
+
+    def rotation(self, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
+        """Of `positions`; the layers that ask for the same share it."""
+        key = (head_dim, base, dtype)
+        if key not in self._rotations:
+            self._rotations[key] = Rotation.build(self.positions, head_dim, base, dtype)
+        return self._rotations[key]
 
     @classmethod
     def build(

@@ -72,7 +72,7 @@ def causal_conv(
     same_KBT1 = _same_document(docs, taps, x_BTD.dtype)
     if time == 1:
         y_BTD, tail = _step(x_BTD, taps_KD, bias_D, tail_BKD, same_KBT1)
-        y_BTD = F.silu(y_BTD) if activation else y_BTD
+        y_BTD = F.silu(y_BTD) if activation == "silu" else y_BTD
     else:
         silu = activation == "silu"
         y_BTD = _Conv.apply(x_BTD, taps_KD, bias_D, tail_BKD, same_KBT1, silu)  # type: ignore[no-untyped-call]

@@ -52,13 +52,13 @@ def ssd(
         y (B, T, H, P) in the dtype of x, and the state after the last token (B, H, P, N) in fp32 (fp64 for fp64 input).
 
     Raises:
-        UserError: shapes that do not fit, a chunk below 1 or an unknown backend.
+        UserError: shapes that do not fit, a chunk below 1, an unknown backend, or (T > 1, on CPU) a positive A.
     """
     _check(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, chunk, backend)
     arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, doc_BT, initial_state_BHPN, initial_doc_B)
-    if backend == "reference" or x_BTHP.shape[1] == 1:
+    if backend == "reference":
         return _reference(*arguments)
-    return ssd_chunked(*arguments, chunk)
+    return _step(*arguments) if x_BTHP.shape[1] == 1 else ssd_chunked(*arguments, chunk)
 
 
 def _check(
@@ -70,13 +70,47 @@ def _check(
         raise UserError(f"ssd backend {backend!r}", "'chunked' or 'reference'", "name one of the two")
     if chunk < 1 or time < 1:
         raise UserError(f"ssd over {time} tokens in chunks of {chunk}", "at least 1 of each", "raise it to 1 or more")
-    if not A_H.is_cuda and bool((A_H > 0).any()):
+    # One token is the decode step, where reading A would cost as much as using it.
+    if time > 1 and not A_H.is_cuda and bool((A_H > 0).any()):
         raise UserError(f"a decay rate A of {float(A_H.max()):g}", "0 or below", "pass -exp(A_log)")
     if heads % groups:
         raise UserError(f"{heads} heads in {groups} groups", "a number of groups that divides the heads", "use 1 group")
     if dt_BTH.shape != (batch, time, heads) or B_BTGN.shape != C_BTGN.shape or B_BTGN.shape[:2] != (batch, time):
         shapes = ", ".join(str(tuple(z.shape)) for z in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
         raise UserError(f"x, dt, B, C of shapes {shapes}", "(B,T,H,P), (B,T,H), (B,T,G,N), (B,T,G,N)", "align them")
+
+
+def _step(
+    x_B1HP: Tensor,
+    dt_B1H: Tensor,
+    A_H: Tensor,
+    B_B1GN: Tensor,
+    C_B1GN: Tensor,
+    D_H: Tensor,
+    doc_B1: Tensor | None,
+    state_BHPN: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token: the recurrence itself, in two passes over the state and one product that reads it."""
+    batch, _, heads, head_dim = x_B1HP.shape
+    groups, size = B_B1GN.shape[2:]
+    compute = torch.float64 if x_B1HP.dtype == torch.float64 else torch.float32
+    x_BHP, dt_BH = x_B1HP[:, 0].to(compute), dt_B1H[:, 0].to(compute)
+    B_BGN, C_BGN = B_B1GN[:, 0].to(compute), C_B1GN[:, 0].to(compute)
+    grouped = (batch, groups, heads // groups, head_dim)
+    driving = (x_BHP * dt_BH[..., None]).view(*grouped, 1)
+    B_BG11N = B_BGN[:, :, None, None]
+    if state_BHPN is None:
+        state = driving * B_BG11N
+    else:
+        before = state_BHPN.to(compute)
+        if doc_B1 is not None and initial_doc_B is not None:
+            before = before.masked_fill((doc_B1[:, 0] != initial_doc_B)[:, None, None, None], 0.0)
+        decayed = before * (dt_BH * A_H.to(compute)).exp_()[..., None, None]
+        state = decayed.view(*grouped, size).addcmul_(driving, B_BG11N)
+    read = torch.bmm(state.view(batch * groups, -1, size), C_BGN.reshape(-1, size, 1)).view(x_BHP.shape)
+    y_BHP = torch.addcmul(read, x_BHP, D_H.to(compute)[:, None])
+    return y_BHP[:, None].to(x_B1HP.dtype), state.view(batch, heads, head_dim, size)
 
 
 def _reference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from longspan.foundation.errors import UserError
@@ -56,28 +56,34 @@ class Expansion:
 def expand(study: Study) -> Expansion:
     """Unfold a study.
 
-    Arms whose isolation differs only in what none of their layers can leak are the same run: they are listed once and
-    the merge is said (for a pure attention model, `attention` isolation is `full` isolation).
+    Arms whose isolation differs only in what none of their layers can leak are the same run: they are listed once,
+    under the plainer name, and that is said (for a pure attention model, isolation `attention` is `full`).
 
     Raises:
         UserError: naming the offending key, for any combination that cannot be built.
     """
     subjects: dict[tuple[str, int], Subject] = {}
-    first_by_run: dict[str, str] = {}
-    merged: dict[str, str] = {}
+    given: dict[tuple[str, int], dict[str, str]] = {}
+    same: dict[str, set[str]] = {}
     for factors, seed, config in _combinations(study):
-        label = _label(factors) or config.model.pattern
-        run = _effective(config).model_dump_json()
-        if run in first_by_run and first_by_run[run] != label:
-            merged[label] = first_by_run[run]
-            continue
-        first_by_run[run] = label
+        told_apart = _effective(config)
+        isolation, named = told_apart.packing.isolation, config.packing.isolation
+        effective = {**factors, "isolation": isolation} if "isolation" in factors else factors
+        label = " · ".join(effective.values()) or config.model.pattern
+        if isolation != named:
+            same.setdefault(config.model.pattern, set()).add(f"`{named}` is `{isolation}`")
         if (label, seed) in subjects:
-            raise UserError(f"vary gives {label!r} with seed {seed} twice", "each combination once", "mend `vary:`")
-        subjects[label, seed] = Subject(label, factors, seed, config)
+            if given[label, seed] == factors:
+                raise UserError(f"vary gives {label!r} with seed {seed} twice", "each combination once", "mend `vary:`")
+            continue
+        given[label, seed] = factors
+        subjects[label, seed] = Subject(label, effective, seed, told_apart)
     return Expansion(
         list(subjects.values()),
-        [f"{left_out} is the same run as {kept} and is listed once" for left_out, kept in merged.items()],
+        [
+            f"{pattern} has one kind of layer only, so for it isolation {' and '.join(sorted(names))}: listed once"
+            for pattern, names in same.items()
+        ],
     )
 
 
@@ -111,10 +117,6 @@ def _shown(name: str, value: Any) -> str:
     return str(value)
 
 
-def _label(factors: dict[str, str]) -> str:
-    return " · ".join(factors.values())
-
-
 def _effective(config: SubjectConfig) -> SubjectConfig:
     """The configuration with the isolation that its layers can tell apart."""
     model = config.model
@@ -126,11 +128,6 @@ def _effective(config: SubjectConfig) -> SubjectConfig:
         isolation = {"state": "full", "attention": "none"}.get(isolation, isolation)  # type: ignore[assignment]
     packing = config.packing.model_copy(update={"isolation": isolation})
     return config.model_copy(update={"packing": packing})
-
-
-def effective(subject: Subject) -> Subject:
-    """The subject with the isolation that its layers can tell apart."""
-    return replace(subject, config=_effective(subject.config))
 
 
 def match_model(config: SubjectConfig, vocab_size: int) -> tuple[ModelConfig, Match | None]:

@@ -12,7 +12,7 @@ from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, tr
 from longspan.models.budget import Parameters, count_parameters, training_flops_per_token
 from longspan.models.config import ModelConfig
 from longspan.report.numbers import duration, relative, scaled
-from longspan.study.expand import Expansion, Match, Subject, effective, expand, match_model
+from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job
 from longspan.study.schema import Study
 from longspan.training.config import TrainingConfig
@@ -106,7 +106,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
         UserError: for any combination that cannot be built or matched.
     """
     expansion: Expansion = expand(study)
-    subjects = [_plan_subject(effective(subject), runs, study.plugins) for subject in expansion.subjects]
+    subjects = [_plan_subject(subject, runs, study.plugins) for subject in expansion.subjects]
     pending = sum(planned.training_flops for planned in subjects if not planned.train.is_done(runs))
     notes = list(expansion.merged)
     seconds = pending / (matmul_rate() * ASSUMED_EFFICIENCY) if pending else 0.0

@@ -147,8 +147,8 @@ def test_what_is_no_dump_is_refused_by_name(tmp_path: Path) -> None:
             read(tmp_path / name)
     with pytest.raises(DataError, match="nowhere"):
         read(tmp_path / "nowhere.bz2")
-    with pytest.raises(UserError, match="`path` together with `wiki`"):
-        WikipediaSource.parse({"source": "wikipedia", "path": "x", "wiki": "enwiki"}, "corpus.source")
+    with pytest.raises(UserError, match="`path` together with `date`"):
+        WikipediaSource.parse({"source": "wikipedia", "path": "x", "date": "20260101"}, "corpus.source")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ class WikipediaSource(SourceConfig):
 
     Attributes:
         path: a local `.xml.bz2` dump; None fetches one.
-        wiki: database name of the wiki to fetch, e.g. `enwiki`, `simplewiki`.
+        wiki: database name of the wiki to fetch, e.g. `enwiki`, `simplewiki`; beside `path`, what the local dump is of.
         date: `YYYYMMDD`, or `latest`, which is resolved once and then kept in the cache.
         file: which file of the dump, without wiki and date.
         mirror: the server.
@@ -46,7 +46,7 @@ class WikipediaSource(SourceConfig):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        fetch = {"wiki", "date", "file", "mirror"} & self.model_fields_set
+        fetch = {"date", "file", "mirror"} & self.model_fields_set
         if self.path is not None and fetch:
             raise UserError(
                 f"`path` together with `{min(fetch)}`", "a local dump or one to fetch", "remove one of them"

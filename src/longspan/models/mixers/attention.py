@@ -175,7 +175,8 @@ class Attention(Mixer):
         qkv = self.qkv_proj(x_BTD).view(rows, num_tokens, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.settings.positions == "rope":
-            qk = rotary(qk, segments.positions, base=self.settings.rope_base)
+            dtype = torch.float64 if qk.dtype == torch.float64 else torch.float32
+            qk = rotary(qk, segments.rotation(self.head_dim, self.settings.rope_base, dtype))
         q, k = qk.split([self.heads, self.kv_heads], dim=2)
         after: AttentionState | None = None
         if state is not None:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -94,6 +95,13 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def state_bytes(self, context: int, element_bytes: int) -> int:
         """Bytes of the state of one row after `context` tokens, for activations of `element_bytes`."""
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """For sums over time that autocast would round at every step."""
+    # Entering the context costs as much as a small matmul, so only where there is something to switch off.
+    active = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 _MIXERS: dict[str, type[Mixer]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
-from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
+from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
 from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops.causal_conv import causal_conv
@@ -120,26 +120,26 @@ class Mamba2(Mixer):
         """See `Mixer.forward`."""
         assert state is None or isinstance(state, Mamba2State)
         before = state or Mamba2State()
-        rows = x_BTD.shape[0]
+        rows, num_tokens, _ = x_BTD.shape
         settings, doc_BT = self.settings, segments.state_doc
-        z, xBC, dt = self.in_proj(x_BTD).split([self.inner, self.conv_width, self.heads], dim=-1)
+        z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         tail_doc = before.tail_doc
         if doc_BT is not None and before.tail is not None and tail_doc is None:
             assert segments.previous_doc is not None
             tail_doc = segments.previous_doc[:, None].expand(rows, settings.conv - 1)
         xBC, tail, tail_doc = causal_conv(
             xBC,
-            self.conv_weight.to(xBC.dtype),
-            self.conv_bias.to(xBC.dtype),
+            self.conv_weight,
+            self.conv_bias,
             doc_BT=doc_BT,
             tail_BKD=before.tail,
             tail_doc_BK=tail_doc if doc_BT is not None else None,
         )
-        x, B, C = torch.split(xBC, [self.inner, settings.state, settings.state], dim=-1)
+        x, B, C = xBC.split_with_sizes([self.inner, settings.state, settings.state], dim=-1)
         # The scan chooses its own precision: autocast would round its sums of decays.
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with without_autocast(x_BTD.device):
             y_BTHP, scan = ssd(
-                x.reshape(*x.shape[:2], self.heads, settings.mamba_head_dim),
+                x.reshape(rows, num_tokens, self.heads, settings.mamba_head_dim),
                 F.softplus(dt.float() + self.dt_bias.float()),
                 -torch.exp(self.A_log.float()),
                 B[:, :, None],

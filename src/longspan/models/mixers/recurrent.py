@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.foundation.config import Config
-from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
+from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
 from longspan.models.segments import Segments
 from longspan.ops.gru import gru
 
@@ -76,7 +76,7 @@ class GRU(Mixer):
         if self.in_proj is not None:
             x_BTD = self.in_proj(x_BTD)
         # The scan runs in the dtype of its weights: autocast would round the state at every step.
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with without_autocast(x_BTD.device):
             y_BTD, hidden_BD = gru(
                 x_BTD.to(self.weight_input.dtype),
                 self.weight_input,
