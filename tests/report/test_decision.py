@@ -23,7 +23,7 @@ def comparison(
 
 
 def report(
-    measurements: list[Measurement], comparisons: list[Comparison], seeds: tuple[int, ...] = (0,)
+    measurements: list[Measurement], comparisons: list[Comparison], seeds: tuple[int, ...] = (0, 1, 2)
 ) -> ReportInput:
     section = ProbeSection("perplexity", "Perplexity", "", (BPB,), Summary(tuple(measurements), tuple(comparisons), ()))
     subjects = [SubjectFacts(m.subject, m.subject, seeds=seeds) for m in measurements]
@@ -68,7 +68,7 @@ def test_leaders_that_tie_are_named_together_and_the_rest_behind_them() -> None:
 
 
 def test_one_seed_is_said_to_leave_training_luck_unmeasured() -> None:
-    one = decide(report([measurement("AA", 1.3)], []))
+    one = decide(report([measurement("AA", 1.3)], [], seeds=(0,)))
     assert "seed to seed is unmeasured" in one.certainty
     three = decide(report([measurement("AA", 1.3)], [], seeds=(0, 1, 2)))
     assert "3 seeds were trained per subject" in three.certainty
@@ -89,3 +89,13 @@ def test_the_clearest_main_effect_is_named(leakage_report: ReportInput) -> None:
     answer = decide(leakage_report).answer
     assert "the clearest factor is isolation: with full it is" in answer
     assert "lower than with none" in answer
+
+
+def test_one_seed_never_decides_between_architectures() -> None:
+    measured = [measurement("AA", 1.25), measurement("MM", 1.2)]
+    clear = [comparison("AA", "MM", 0.05, 0.006, 0.0002, None)]
+    one = decide(report(measured, clear, seeds=(0,)))
+    assert one.verdict == "provisional"
+    assert one.answer.startswith("In one training run each, MM has the lowest bits per byte")
+    assert "seed=[0,1,2]" in one.certainty
+    assert decide(report(measured, clear, seeds=(0, 1, 2))).verdict == "winner"

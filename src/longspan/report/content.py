@@ -16,6 +16,7 @@ from longspan.report.training_figures import training_figures
 
 VERDICTS = {
     "winner": "Decided",
+    "provisional": "Holds for these training runs; open for the architectures",
     "tie": "Tie",
     "undecided": "Cannot be decided with this data",
     "single": "One subject",

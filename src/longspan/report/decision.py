@@ -14,7 +14,7 @@ from longspan.report.findings import Finding
 NEGLIGIBLE = 0.01
 """A difference whose whole interval lies within this share of the best value is called a tie, not an open question."""
 
-Verdict = Literal["winner", "tie", "undecided", "single", "nothing"]
+Verdict = Literal["winner", "provisional", "tie", "undecided", "single", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ def decide(report: ReportInput) -> Decision:
     if finding is None:
         return Decision("nothing", "Nothing was measured, so there is no answer.", "No probe has results yet.")
     verdict, answer, doubt = _conclude(finding)
+    if verdict == "winner" and _one_seed(report):
+        # Documents decide between these weights; only further seeds decide between the architectures.
+        verdict, answer = "provisional", f"In one training run each, {answer}"
     groups = findings.tie_groups(finding)
     answer = " ".join([answer, *_effect_sentences(finding)])
     also = [sentence for section in report.probes if (sentence := _also(section, finding))]
@@ -226,15 +229,20 @@ def _seeds(report: ReportInput, finding: Finding) -> str:
     trained = [s for s in report.subjects if s.kind == "trained"]
     if not trained:
         return ""
-    seeds = {s.label: len(s.seeds) for s in trained}
-    if max(seeds.values()) <= 1:
+    if _one_seed(report):
         return (
             "One seed was trained per subject, so the variation from seed to seed is unmeasured: the intervals say how "
-            "the result would change with other documents, not with another training run."
+            "the result would change with other documents, not with another training run. Deciding between the "
+            "architectures takes at least 3 seeds: seed=[0,1,2]."
         )
-    counts = sorted(set(seeds.values()))
+    counts = sorted({len(s.seeds) for s in trained})
     text = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{text} seeds were trained per subject."
+
+
+def _one_seed(report: ReportInput) -> bool:
+    seeds = [len(s.seeds) for s in report.subjects if s.kind == "trained"]
+    return bool(seeds) and max(seeds) <= 1
 
 
 def _reach(comparison: Comparison) -> float:
