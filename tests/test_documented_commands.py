@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -251,18 +250,7 @@ def test_the_documentation_shows_commands() -> None:
     assert any(command.is_study for command in COMMANDS)
 
 
-LOCAL_DUMP = pytest.mark.xfail(
-    reason="a local dump is refused when its job reads the source back: every field counts as given", strict=False
-)
-
-
-def marked(command: Command) -> Any:
-    """A parameter, with what is known not to work yet."""
-    dump = "from-dump.yaml" in command.words or any(word.endswith(".xml.bz2") for word in command.words)
-    return pytest.param(command, marks=[LOCAL_DUMP] if dump else [])
-
-
-@pytest.mark.parametrize("command", [marked(c) for c in COMMANDS if c.words[0] == "longspan"], ids=str)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0] == "longspan"], ids=str)
 def test_documented_command_works(
     command: Command, at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longspan.foundation.errors import UserError
-from longspan.ops.rotary import rotary
+from longspan.ops.rotary import Rotation, rotary
 
 
 def test_scores_depend_on_distance_only():
@@ -14,7 +14,7 @@ def test_scores_depend_on_distance_only():
     q, k = (torch.randn(1, 1, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
 
     def score(query_at, key_at):
-        turned = [rotary(x, torch.tensor([[at]]), base=100.0) for x, at in ((q, query_at), (k, key_at))]
+        turned = [rotary(x, Rotation.build(torch.tensor([[at]]), 8, 100.0, torch.float64)) for x, at in ((q, query_at), (k, key_at))]
         return (turned[0] * turned[1]).sum(-1)
 
     assert torch.allclose(score(3, 1), score(1003, 1001), atol=1e-10)
@@ -24,7 +24,7 @@ def test_scores_depend_on_distance_only():
 def test_position_zero_changes_nothing_and_norms_are_kept():
     x = torch.randn(2, 5, 3, 6, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(5).expand(2, -1)
-    turned = rotary(x, positions, base=10000.0)
+    turned = rotary(x, Rotation.build(positions, 6, 10000.0))
     assert torch.equal(turned[:, 0], x[:, 0])
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
 
@@ -32,15 +32,15 @@ def test_position_zero_changes_nothing_and_norms_are_kept():
 def test_first_pair_turns_by_one_radian_per_token():
     x = torch.zeros(1, 1, 1, 4)
     x[..., 0] = 1.0
-    turned = rotary(x, torch.tensor([[1]]), base=10000.0)[0, 0, 0]
+    turned = rotary(x, Rotation.build(torch.tensor([[1]]), 4, 10000.0))[0, 0, 0]
     assert torch.allclose(turned, torch.tensor([torch.cos(torch.tensor(1.0)), 0.0, torch.sin(torch.tensor(1.0)), 0.0]))
 
 
 def test_one_row_of_positions_serves_every_row_and_the_dtype_stays():
     x = torch.randn(3, 4, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    shared = rotary(x, torch.arange(4)[None], base=500.0)
+    shared = rotary(x, Rotation.build(torch.arange(4)[None], 8, 500.0))
     assert shared.dtype == torch.bfloat16
-    assert torch.equal(shared, rotary(x, torch.arange(4).expand(3, -1), base=500.0))
+    assert torch.equal(shared, rotary(x, Rotation.build(torch.arange(4).expand(3, -1), 8, 500.0)))
 
 
 def test_pairs_turn_as_complex_numbers():
@@ -49,7 +49,7 @@ def test_pairs_turn_as_complex_numbers():
     angles = positions[:, None].double() * 500.0 ** (-torch.arange(4).double() / 4)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    assert torch.allclose(rotary(x, positions[None], base=500.0), expected, atol=1e-12)
+    assert torch.allclose(rotary(x, Rotation.build(positions[None], 8, 500.0, torch.float64)), expected, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -62,9 +62,9 @@ def test_it_is_what_transformers_llama_computes():
     positions = torch.arange(3, 10).expand(2, -1)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, positions)
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    assert torch.allclose(rotary(q, positions, base=10000.0), expected.transpose(1, 2), atol=1e-6)
+    assert torch.allclose(rotary(q, Rotation.build(positions, 16, 10000.0)), expected.transpose(1, 2), atol=1e-6)
 
 
 def test_an_odd_head_dim_is_refused():
     with pytest.raises(UserError, match="head_dim 5"):
-        rotary(torch.zeros(1, 1, 1, 5), torch.zeros(1, 1), base=10.0)
+        Rotation.build(torch.zeros(1, 1), 5, 10.0)

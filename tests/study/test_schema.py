@@ -8,6 +8,7 @@ import pytest
 
 from longspan.foundation.errors import UserError
 from longspan.study.expand import expand
+from longspan.study.plan import make_plan
 from longspan.study.schema import load_study, resolve_key
 
 SMALL = """
@@ -125,6 +126,37 @@ def test_numbers_may_be_written_as_people_write_them(study_file: Path) -> None:
     study = load_study(str(study_file), ["tokens=2e6", "peak_lr=4e-4", "batch_tokens=1_024"])
     training = expand(study).subjects[0].config.training
     assert (training.tokens, training.peak_lr, training.batch_tokens) == (2_000_000, 4e-4, 1024)
+
+
+def test_a_varied_setting_is_overridden_under_any_of_its_names(study_file: Path) -> None:
+    subjects = expand(load_study(str(study_file), ["model.pattern=AM", "training.seed=[3]"])).subjects
+    assert [(subject.label, subject.seed) for subject in subjects] == [("AM", 3)]
+
+
+def test_another_source_keeps_the_path_given_beside_it_in_any_order(study_file: Path) -> None:
+    for overrides in (["corpus.path=x.txt", "corpus.source=text"], ["source=text", "path=x.txt"]):
+        study = load_study(str(study_file), overrides)
+        assert (study.base["corpus"]["source"], study.base["corpus"]["path"]) == ("text", "x.txt")
+
+
+def test_probes_can_be_replaced_as_a_list(study_file: Path) -> None:
+    study = load_study(str(study_file), ["probes=[perplexity, position_curve: {length: 64}]"])
+    assert list(expand(study).subjects[0].config.probes) == ["perplexity", "position_curve"]
+
+
+def test_a_primary_metric_that_nothing_measures_is_refused(study_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean `perplexity\.perplexity`"):
+        make_plan(load_study(str(study_file), ["primary=perplexity.perplexty"]), tmp_path / "runs")
+
+
+def test_a_plugin_is_part_of_what_a_job_is(study_file: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    study_file.write_text(f"{SMALL}plugins: [mine.py]\n")
+    keys = []
+    for code in ("A = 1\n", "A = 2\n"):
+        plugin.write_text(code)
+        keys.append(make_plan(load_study(str(study_file)), tmp_path / "runs").subjects[0].train.key)
+    assert keys[0] != keys[1]
 
 
 def test_resolve_key_finds_the_section() -> None:

@@ -6,14 +6,14 @@ import json
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from longspan.corpus.dedup import DedupConfig, Deduplicator
 from longspan.corpus.document import SPLITS, Document, assign_split, check_ratios, check_split
-from longspan.corpus.sources import AnySource, SourceConfig
+from longspan.corpus.sources import SOURCES, AnySource
 from longspan.corpus.spool import Part, SpoolWriter
 from longspan.corpus.tokenizer import is_utf8
 from longspan.foundation.config import Config
@@ -22,7 +22,6 @@ from longspan.foundation.files import atomic_directory, read_json, write_json
 from longspan.foundation.progress import Progress, Report
 
 _EXAMPLES = 20
-_SOURCES: tuple[type[SourceConfig], ...] = get_args(get_args(AnySource)[0])
 _NO_DEDUP = DedupConfig(exact=False, near=False)
 _SUMMARY = "documents.json"
 _KEEP = "keep.npy"
@@ -77,7 +76,7 @@ class CorpusConfig(Config):
             return data
         name = data["source"]
         fields = next(
-            (set(kind.model_fields) for kind in _SOURCES if kind.model_fields["source"].default == name), set()
+            (set(kind.model_fields) for kind in SOURCES if kind.model_fields["source"].default == name), set()
         )
         beside = {key: value for key, value in data.items() if key in fields - set(cls.model_fields)}
         rest = {key: value for key, value in data.items() if key not in beside}
@@ -212,9 +211,11 @@ def _refuse_empty(config: CorpusConfig, text_bytes: Mapping[str, int], facts: di
             )
         else:
             fix = f"use more documents, raise `splits.{split}`, or lower `min_chars`"
+        named = {name: count for name, count in seen["given_splits"].items() if name != "None"}
+        given = f" ({json.dumps(named)} as given by the source)" if named else ""
         raise DataError(
             f"the split `{split}` is empty: of {seen['documents']} documents"
-            f" ({json.dumps(seen['given_splits'])} as given by the source) none is left for it; dropped: {lost}",
+            f"{given} none is left for it; dropped: {lost}",
             "at least one document in each split whose share is not 0",
             fix,
         )

@@ -19,6 +19,8 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        # Python numbers become tensors at every use, which shows in decoding; beside the parameters, never on `meta`.
+        self._eps = torch.tensor(eps, dtype=torch.float32, device="cpu")
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,9 +29,9 @@ class RMSNorm(nn.Module):
         if not (_plain(x) and _plain(weight)):
             return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * weight.to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            y: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
+            y: Tensor = _RMSNorm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
             return y
-        return _normalise(x, self.eps)[0].mul_(weight)
+        return _normalise(x, self._eps)[0].mul_(weight)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -47,9 +49,9 @@ class GatedRMSNorm(RMSNorm):
             gated = y.float() * F.silu(z.float())
             return F.rms_norm(gated, gated.shape[-1:], eps=self.eps).to(z.dtype) * weight.to(z.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or z.requires_grad or weight.requires_grad):
-            out: Tensor = _GatedRMSNorm.apply(y, z, weight, self.eps)  # type: ignore[no-untyped-call]
+            out: Tensor = _GatedRMSNorm.apply(y, z, weight, self._eps)  # type: ignore[no-untyped-call]
             return out
-        return _normalise(F.silu(z).mul_(y), self.eps)[0].mul_(weight)
+        return _normalise(F.silu(z).mul_(y), self._eps)[0].mul_(weight)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,10 +68,10 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_cpu
 
 
-def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normalise(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """x / rms(x) and 1 / rms(x)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse = torch.addcmul(torch.full_like(norm, eps), norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
+    inverse = torch.addcmul(eps, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
     return x * inverse, inverse
 
 
@@ -83,7 +85,7 @@ def _backward(gradient: Tensor, normed: Tensor, inverse: Tensor, weight: Tensor)
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         normed, inverse = _normalise(x, eps)
         ctx.save_for_backward(x, inverse, weight)
         return normed.mul_(weight)
@@ -98,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         normed, inverse = _normalise(F.silu(z).mul_(y), eps)
         ctx.save_for_backward(y, z, inverse, weight)
         return normed.mul_(weight)

@@ -71,8 +71,11 @@ def causal_conv(
         docs = torch.cat((before, doc_BT), dim=1)
     same_KBT1 = _same_document(docs, taps, x_BTD.dtype)
     if time == 1:
-        y_BTD, tail = _step(x_BTD, taps_KD, bias_D, tail_BKD, same_KBT1)
-        y_BTD = F.silu(y_BTD) if activation == "silu" else y_BTD
+        # Reversed: `same` counts back from the token, the tail forward to it.
+        seen_BKD = tail_BKD if same_KBT1 is None else tail_BKD * same_KBT1[:, :, 0].flip(0).transpose(0, 1)
+        y_BD, _ = causal_conv_step(x_BTD[:, 0], taps_KD.T, bias_D, seen_BKD)
+        y_BTD = (F.silu(y_BD) if activation == "silu" else y_BD)[:, None]
+        tail = torch.cat((tail_BKD, x_BTD), dim=1)[:, 1:]
     else:
         silu = activation == "silu"
         y_BTD = _Conv.apply(x_BTD, taps_KD, bias_D, tail_BKD, same_KBT1, silu)  # type: ignore[no-untyped-call]
@@ -91,16 +94,14 @@ def _same_document(docs: Tensor | None, taps: int, dtype: torch.dtype) -> Tensor
     return same.to(dtype)[..., None]
 
 
-def _step(
-    x_B1D: Tensor, taps_KD: Tensor, bias_D: Tensor, tail_BKD: Tensor, same_KB11: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One token: the window is so small that one product beats K shifted ones."""
-    window_BKD = torch.cat((tail_BKD, x_B1D), dim=1)
-    terms = window_BKD * taps_KD
-    if same_KB11 is not None:
-        same_BK = same_KB11[..., 0, 0].flip(0).T
-        terms = terms * F.pad(same_BK, (0, 1), value=1.0)[..., None]
-    return terms.sum(1, keepdim=True) + bias_D, window_BKD[:, 1:]
+def causal_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor, tail_BKD: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of `causal_conv`, before the activation: the window is so small that one product beats K shifted ones.
+
+    Returns:
+        y (B, D), and the tail for the next token (B, K-1, D).
+    """
+    window_BKD = torch.cat((tail_BKD, x_BD.unsqueeze(1)), dim=1)
+    return (window_BKD * weight_DK.T).sum(1).add_(bias_D), window_BKD[:, 1:]
 
 
 class _Tile(NamedTuple):

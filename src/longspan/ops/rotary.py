@@ -54,6 +54,8 @@ def rotary(x_BTHP: Tensor, rotation: Rotation) -> Tensor:
     Returns:
         The rotated tensor, (B, T, H, P), in the dtype of `x_BTHP`.
     """
+    if not (torch.is_grad_enabled() and x_BTHP.requires_grad):
+        return _turn(x_BTHP, *rotation, 1.0)
     y: Tensor = _Rotary.apply(x_BTHP, *rotation)  # type: ignore[no-untyped-call]
     return y
 

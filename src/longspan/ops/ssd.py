@@ -80,6 +80,24 @@ def _check(
         raise UserError(f"x, dt, B, C of shapes {shapes}", "(B,T,H,P), (B,T,H), (B,T,G,N), (B,T,G,N)", "align them")
 
 
+def ssd_step(
+    x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_H: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of `ssd`, all in fp32 (or all in fp64): two passes over the state, and one product that reads it.
+
+    Returns:
+        y (B, H, P) and the state after the token; `state_BHPN` is left as it was.
+    """
+    batch, groups, size = B_BGN.shape
+    driving_BHP = x_BHP * dt_BH.unsqueeze(-1)
+    decayed = state_BHPN * torch.exp(dt_BH * A_H).unsqueeze(-1).unsqueeze(-1)
+    state_bRN = decayed.view(batch * groups, -1, size)
+    rows = state_bRN.shape[1]
+    state_bRN.addcmul_(driving_BHP.view(-1, rows, 1), B_BGN.reshape(-1, 1, size))
+    read = torch.bmm(state_bRN, C_BGN.reshape(-1, size, 1)).view(x_BHP.shape)
+    return torch.addcmul(read, x_BHP, D_H.unsqueeze(-1)), decayed
+
+
 def _step(
     x_B1HP: Tensor,
     dt_B1H: Tensor,
@@ -91,26 +109,14 @@ def _step(
     state_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: the recurrence itself, in two passes over the state and one product that reads it."""
-    batch, _, heads, head_dim = x_B1HP.shape
-    groups, size = B_B1GN.shape[2:]
     compute = torch.float64 if x_B1HP.dtype == torch.float64 else torch.float32
-    x_BHP, dt_BH = x_B1HP[:, 0].to(compute), dt_B1H[:, 0].to(compute)
-    B_BGN, C_BGN = B_B1GN[:, 0].to(compute), C_B1GN[:, 0].to(compute)
-    grouped = (batch, groups, heads // groups, head_dim)
-    driving = (x_BHP * dt_BH[..., None]).view(*grouped, 1)
-    B_BG11N = B_BGN[:, :, None, None]
+    x, dt, B, C = (z[:, 0].to(compute) for z in (x_B1HP, dt_B1H, B_B1GN, C_B1GN))
     if state_BHPN is None:
-        state = driving * B_BG11N
-    else:
-        before = state_BHPN.to(compute)
-        if doc_B1 is not None and initial_doc_B is not None:
-            before = before.masked_fill((doc_B1[:, 0] != initial_doc_B)[:, None, None, None], 0.0)
-        decayed = before * (dt_BH * A_H.to(compute)).exp_()[..., None, None]
-        state = decayed.view(*grouped, size).addcmul_(driving, B_BG11N)
-    read = torch.bmm(state.view(batch * groups, -1, size), C_BGN.reshape(-1, size, 1)).view(x_BHP.shape)
-    y_BHP = torch.addcmul(read, x_BHP, D_H.to(compute)[:, None])
-    return y_BHP[:, None].to(x_B1HP.dtype), state.view(batch, heads, head_dim, size)
+        state_BHPN = x.new_zeros(*x.shape, B.shape[-1])
+    elif doc_B1 is not None and initial_doc_B is not None:
+        state_BHPN = state_BHPN.masked_fill((doc_B1[:, 0] != initial_doc_B)[:, None, None, None], 0.0)
+    y, state = ssd_step(x, dt, A_H.to(compute), B, C, D_H.to(compute), state_BHPN.to(compute))
+    return y[:, None].to(x_B1HP.dtype), state
 
 
 def _reference(

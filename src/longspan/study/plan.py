@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
+from longspan.foundation.config import unknown_key
+from longspan.foundation.errors import UserError
+from longspan.foundation.files import sha256_file
 from longspan.models.budget import Parameters, count_parameters, training_flops_per_token
 from longspan.models.config import ModelConfig
 from longspan.report.numbers import duration, relative, scaled
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job
-from longspan.study.schema import Study
+from longspan.study.schema import DEFAULT_PRIMARY, Study
 from longspan.training.config import TrainingConfig
 
 ASSUMED_EFFICIENCY = 0.35
@@ -106,6 +109,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
         UserError: for any combination that cannot be built or matched.
     """
     expansion: Expansion = expand(study)
+    _check_primary(study, expansion)
     subjects = [_plan_subject(subject, runs, study.plugins) for subject in expansion.subjects]
     pending = sum(planned.training_flops for planned in subjects if not planned.train.is_done(runs))
     notes = list(expansion.merged)
@@ -115,6 +119,19 @@ def make_plan(study: Study, runs: Path) -> Plan:
             f"training needs {scaled(pending, 'FLOP')}, about {duration(seconds)} on this machine; probes come on top"
         )
     return Plan(study, subjects, notes, seconds)
+
+
+def _check_primary(study: Study, expansion: Expansion) -> None:
+    """Refuse a primary metric that no probe of the study measures (where it has probes at all)."""
+    metrics = {
+        f"{name}.{metric.name}"
+        for subject in expansion.subjects[:1]
+        for name, probe in subject.config.make_probes().items()
+        for metric in probe.metrics
+    }
+    if metrics and study.primary not in metrics and study.primary != DEFAULT_PRIMARY:
+        error = unknown_key(f"primary: {study.primary}", study.primary, metrics)
+        raise UserError(f"primary = {study.primary!r}", error.allowed, error.fix)
 
 
 def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...]) -> PlannedSubject:
@@ -129,13 +146,16 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...]) -> Pla
         # Where the inputs lie is not part of what they are.
         details={
             "plugins": list(plugins),
-            "corpus": config.corpus.model_dump(mode="json"),
-            "tokenizer": config.tokenizer.model_dump(mode="json"),
+            # As written: settings that exclude each other are told apart by what was given.
+            "corpus": config.corpus.model_dump(mode="json", exclude_unset=True),
+            "tokenizer": config.tokenizer.model_dump(mode="json", exclude_unset=True),
         },
     )
     vocab_size = prepare.result(runs)["vocab_size"] if prepare.is_done(runs) else _vocab_size(config.tokenizer)
     model, match = match_model(config, vocab_size)
     packing = config.packing.model_dump(mode="json")
+    # A user's own mixer or probe is part of what a job computes; studies without one keep their keys.
+    code = {"plugins": [sha256_file(Path(plugin)) for plugin in plugins]} if plugins else {}
     who = f"{subject.label} seed {subject.seed}"
     places = {"prepare": prepare.folder(runs).name, "plugins": list(plugins)}
     train = Job(
@@ -146,6 +166,7 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...]) -> Pla
             "vocab_size": vocab_size,
             "packing": packing,
             "training": config.training.model_dump(mode="json"),
+            **code,
         },
         needs=(prepare.key,),
         details={**places, "tracking": config.tracking.model_dump(mode="json")},
@@ -156,6 +177,7 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...]) -> Pla
         "seed": subject.seed,
         "weights": config.weights,
         "context": config.training.context,
+        **code,
     }
     probes = {
         name: Job(

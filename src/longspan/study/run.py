@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from longspan.corpus.prepare import PreparedCorpus
 from longspan.foundation.errors import UserError
+from longspan.foundation.files import digest
 from longspan.foundation.progress import Progress
+from longspan.probes.base import make_probe
 from longspan.study.environment import devices
 from longspan.study.executors.local import LocalExecutor
 from longspan.study.jobs import Job
@@ -17,6 +20,7 @@ from longspan.study.plan import Plan as Plan
 from longspan.study.plan import make_plan
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
+from longspan.study.stages import CORPUS, probe_data
 
 Stage = Literal["prepare", "train", "probe", "report"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "probe", "report")
@@ -70,11 +74,34 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     done_before = [job for job in jobs if job.is_done(runs)]
     if done_before:
         terminal.line(f"{len(done_before)} of {len(jobs)} jobs were done before")
-    executor.run(jobs, runs, terminal.observe, lambda job, result: terminal.finished(job, headline(job, result)))
+
+    def finished(job: Job, result: dict[str, Any]) -> None:
+        terminal.finished(job, headline(job, result))
+
+    executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
+    if until in ("probe", "report"):
+        check_items(plan, runs)
+    executor.run(jobs, runs, terminal.observe, finished)
     seconds = time.monotonic() - started
     if until != "report":
         return _stage_outcome(jobs, runs, seconds)
     return _write_report(plan, runs, folder, name, seconds)
+
+
+def check_items(plan: Plan, runs: Path) -> None:
+    """Draw every probe's items before anything is trained, so that a test split that cannot serve is refused now.
+
+    Raises:
+        UserError: too few or too short documents, with the numbers and what to do.
+    """
+    asked = set()
+    for planned in plan.subjects:
+        for job in planned.probes.values():
+            question = digest([planned.prepare.key, job.specification["probe"], job.specification["context"]])
+            if question not in asked and not job.is_done(runs):
+                asked.add(question)
+                prepared = PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS, verify=False)
+                make_probe(job.specification["name"], job.specification["probe"]).items(probe_data(job, prepared))
 
 
 def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:

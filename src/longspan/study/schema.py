@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
+from longspan.corpus.sources import SOURCES
 from longspan.corpus.tokenizer import TokenizerConfig
 from longspan.foundation.config import Config, unknown_key
 from longspan.foundation.errors import UserError
@@ -136,20 +137,21 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     base = {key: raw[key] for key in SubjectConfig.model_fields if key in raw}
     vary = dict(raw.get("vary") or {})
     apply_variant(chosen, variants, base, vary)
-    for key, value in changes:
+    varied = {resolve_key(key): key for key in vary if key != "variant"}
+    # Another source takes the settings of the one before it away, so it comes first wherever it was written.
+    for key, value in sorted(changes, key=lambda change: change[0] not in ("source", "corpus.source")):
         if key == "variant":
-            continue
-        if key.startswith("vary."):
-            vary[key.removeprefix("vary.")] = value if isinstance(value, list) else [value]
-            continue
-        if key in vary:
-            vary[key] = value if isinstance(value, list) else [value]
             continue
         if key in ("question", "study", "primary"):
             raw[key] = value
-            continue
-        path_of = resolve_key(key)
-        if path_of == ("corpus", "source"):
+        elif key == "probes":
+            base["probes"] = _named_probes(value)
+        elif key.startswith("vary."):
+            name = key.removeprefix("vary.")
+            vary[varied.get(resolve_key(name), name) if name != "variant" else name] = _listed(value)
+        elif (path_of := resolve_key(key)) in varied:
+            vary[varied[path_of]] = _listed(value)
+        elif path_of == ("corpus", "source"):
             base["corpus"] = _with_source(base.get("corpus") or {}, value)
         else:
             set_path(base, path_of, value)
@@ -210,6 +212,8 @@ def resolve_key(key: str) -> tuple[str, ...]:
                 raise unknown_key(key, parts[1], fields)
         return parts
     sections = [name for name, model in SECTIONS.items() if parts[0] in _fields(model)]
+    if not sections and parts[0] in _source_keys():
+        sections = ["corpus"]
     if len(sections) == 1:
         return (sections[0], *parts)
     if sections:
@@ -238,10 +242,19 @@ def _fields(model: type[BaseModel]) -> list[str]:
     return list(model.model_fields)
 
 
+def _source_keys() -> set[str]:
+    """Settings of the sources: they stand beside the source's name in the corpus section."""
+    return {name for source in SOURCES for name in _fields(source)}
+
+
 def _overlay(below: Any, above: Any) -> Any:
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         return copy.deepcopy(above)
     return {**below, **{key: _overlay(below.get(key), value) for key, value in above.items()}}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _with_source(corpus: Mapping[str, Any], source: Any) -> dict[str, Any]:

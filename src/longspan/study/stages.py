@@ -10,7 +10,7 @@ from longspan.corpus.packing import PackedBatches, PackingConfig, evaluation_bat
 from longspan.corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from longspan.corpus.tokenizer import TokenizerConfig
 from longspan.engines.native import NativeEngine
-from longspan.foundation.errors import LongspanError
+from longspan.foundation.errors import DataError, LongspanError
 from longspan.foundation.files import digest, sha256_file
 from longspan.foundation.plugins import load_file
 from longspan.foundation.progress import Progress, Report
@@ -143,19 +143,26 @@ def load_engine(job: Job, runs: Path, device: str) -> tuple[NativeEngine, Prepar
     return engine, prepared
 
 
+def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
+    """What the items of a probe job are drawn from."""
+    if "test" not in prepared.shards:
+        raise DataError("the corpus has no test split", "a test split for the probes", "raise corpus.splits.test")
+    return ProbeData(
+        shards=prepared.shards["test"],
+        tokenizer=prepared.tokenizer,
+        context=job.specification["context"],
+        packing=PackingConfig.parse(job.specification["packing"], "packing"),
+        seed=ITEMS_SEED,
+    )
+
+
 def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
     """A subject and a probe → records, appended batch by batch; known records are not asked again."""
     specification = job.specification
     name, label, seed = job.details["name"], job.details["subject"], specification["seed"]
     probe = make_probe(name, specification["probe"])
     engine, prepared = load_engine(job, runs, device)
-    data = ProbeData(
-        shards=prepared.shards["test"],
-        tokenizer=prepared.tokenizer,
-        context=specification["context"],
-        packing=PackingConfig.parse(specification["packing"], "packing"),
-        seed=ITEMS_SEED,
-    )
+    data = probe_data(job, prepared)
     items = probe.items(data)
     protocol = probe.protocol()
     with RecordStore(folder / RECORDS) as store:

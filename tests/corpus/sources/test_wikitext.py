@@ -104,7 +104,7 @@ def test_rows_of_the_hub_become_the_same_articles(
     source = hub(
         local_wikitext,
         config="wikitext-2-raw-v1",
-        splits={"test": "test", "validation": "validation"},
+        hub_splits={"test": "test", "validation": "validation"},
         articles="wikitext",
         streaming=streaming,
     )
@@ -133,6 +133,6 @@ def test_what_cannot_be_loaded_is_refused_by_name(local_wikitext: Path, tmp_path
     with pytest.raises(DataError, match=r"wikitext \(wikitext-3\) cannot be loaded"):
         list(hub(local_wikitext, config="wikitext-3").documents(tmp_path / "cache"))
     with pytest.raises(DataError, match="cannot be loaded"):
-        list(hub(local_wikitext, config="wikitext-2-raw-v1", splits="train").documents(tmp_path / "cache"))
+        list(hub(local_wikitext, config="wikitext-2-raw-v1", hub_splits="train").documents(tmp_path / "cache"))
     with pytest.raises(DataError, match="nobody/nothing cannot be loaded"):
         list(hub(Path("nobody/nothing")).documents(tmp_path / "cache"))

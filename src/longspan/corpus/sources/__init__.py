@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -21,7 +21,11 @@ AnySource = Annotated[
 ]
 """Any source; the field `source` says which."""
 
+SOURCES: tuple[type[SourceConfig], ...] = get_args(get_args(AnySource)[0])
+"""Every source."""
+
 __all__ = [
+    "SOURCES",
     "AnySource",
     "HuggingFaceSource",
     "JsonlSource",

@@ -26,7 +26,7 @@ class HuggingFaceSource(SourceConfig):
         config: the dataset's configuration (subset), e.g. `wikitext-2-raw-v1`.
         revision: branch, tag or commit; None is the main branch, fixed to its commit at first use.
         text_column, id_column, title_column: columns; without `id_column` the id is made from the text.
-        splits: the dataset's split for each of ours, e.g. `{train: train, test: test}`; or one split's name, whose
+        hub_splits: the dataset's split for each of ours, e.g. `{train: train, test: test}`; or one split's name, whose
             documents the hash split divides.
         streaming: read rows as they come; otherwise the dataset is downloaded and prepared first.
         articles: `wikitext` joins WikiText's rows (lines) into articles, equal to those of the source `wikitext`.
@@ -39,7 +39,7 @@ class HuggingFaceSource(SourceConfig):
     text_column: str = "text"
     id_column: str | None = None
     title_column: str | None = None
-    splits: str | dict[Split, str] = "train"
+    hub_splits: str | dict[Split, str] = "train"
     streaming: bool = True
     articles: Literal["wikitext"] | None = None
 
@@ -77,9 +77,9 @@ class HuggingFaceSource(SourceConfig):
         return {"dataset": self.dataset, "commit": self._commit(cache)}
 
     def _wanted(self) -> list[tuple[str | None, str]]:
-        if isinstance(self.splits, str):
-            return [(None, self.splits)]
-        named = {str(split): name for split, name in self.splits.items()}
+        if isinstance(self.hub_splits, str):
+            return [(None, self.hub_splits)]
+        named = {str(split): name for split, name in self.hub_splits.items()}
         return [(split, named[split]) for split in SPLITS if split in named]
 
     def _local(self) -> bool:
@@ -107,7 +107,7 @@ class HuggingFaceSource(SourceConfig):
         return DataError(
             f"the dataset {name} cannot be loaded: {cause}",
             "an existing dataset, configuration and split on a reachable hub, or a local folder",
-            "check `dataset`, `config`, `splits` and `revision` in corpus.source, and the network",
+            "check `dataset`, `config`, `hub_splits` and `revision` of the corpus, and the network",
         )
 
     def _rows(

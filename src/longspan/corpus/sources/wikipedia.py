@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from longspan.corpus.cleaning import VERSION, CleaningConfig
 from longspan.corpus.document import Document
@@ -36,7 +36,7 @@ class WikipediaSource(SourceConfig):
     source: Literal["wikipedia"] = "wikipedia"
     path: Path | None = None
     wiki: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")] = "enwiki"
-    date: Annotated[str, StringConstraints(pattern=r"^(\d{8}|latest)$")] = "latest"
+    date: Annotated[str, BeforeValidator(str), StringConstraints(pattern=r"^(\d{8}|latest)$")] = "latest"
     file: str = "pages-articles-multistream.xml.bz2"
     mirror: str = "https://dumps.wikimedia.org"
     cleaning: CleaningConfig = CleaningConfig()

@@ -18,8 +18,8 @@ from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
 from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
-from longspan.ops.causal_conv import causal_conv
-from longspan.ops.ssd import ssd
+from longspan.ops.causal_conv import causal_conv, causal_conv_step
+from longspan.ops.ssd import ssd, ssd_step
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -122,6 +122,8 @@ class Mamba2(Mixer):
         before = state or Mamba2State()
         rows, num_tokens, _ = x_BTD.shape
         settings, doc_BT = self.settings, segments.state_doc
+        if num_tokens == 1 and doc_BT is None and before.scan is not None:
+            return self._step(x_BTD, before)
         z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         tail_doc = before.tail_doc
         if doc_BT is not None and before.tail is not None and tail_doc is None:
@@ -155,6 +157,27 @@ class Mamba2(Mixer):
             return y_BTD, None
         # Copies: a view would keep the inputs of the whole call alive.
         return y_BTD, Mamba2State(tail.clone(), None if tail_doc is None else tail_doc.clone(), scan)
+
+    def _step(self, x_B1D: Tensor, before: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """One more token of the open document: decoding, where every call into torch counts."""
+        assert before.tail is not None and before.scan is not None
+        size = self.settings.state
+        z, xBC, dt = self.in_proj(x_B1D[:, 0]).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
+        conv_weight, conv_bias = self.conv_weight.to(xBC.dtype), self.conv_bias.to(xBC.dtype)
+        xBC, tail = causal_conv_step(xBC, conv_weight, conv_bias, before.tail.to(xBC.dtype))
+        x, B, C = F.silu(xBC).float().split_with_sizes([self.inner, size, size], dim=-1)
+        with without_autocast(x_B1D.device):
+            y_BHP, scan = ssd_step(
+                x.view(-1, self.heads, self.settings.mamba_head_dim),
+                F.softplus(dt.float() + self.dt_bias.float()),
+                torch.exp(self.A_log.float()).neg_(),
+                B.unsqueeze(1),
+                C.unsqueeze(1),
+                self.D.float(),
+                before.scan,
+            )
+        y_BD = self.out_proj(self.norm(y_BHP.flatten(1).to(z.dtype), z))
+        return y_BD.unsqueeze(1), Mamba2State(tail, None, scan)
 
     def flops(self, context: int) -> float:
         """Projections, convolution, and the causal half of the chunked scan (facts: QNG + QHP + 4HPN)."""
