@@ -14,7 +14,10 @@ def test_scores_depend_on_distance_only():
     q, k = (torch.randn(1, 1, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
 
     def score(query_at, key_at):
-        turned = [rotary(x, Rotation.build(torch.tensor([[at]]), 8, 100.0, torch.float64)) for x, at in ((q, query_at), (k, key_at))]
+        turned = [
+            rotary(x, Rotation.build(torch.tensor([[at]]), 8, 100.0, torch.float64))
+            for x, at in ((q, query_at), (k, key_at))
+        ]
         return (turned[0] * turned[1]).sum(-1)
 
     assert torch.allclose(score(3, 1), score(1003, 1001), atol=1e-10)

@@ -160,7 +160,8 @@ class Mamba2(Mixer):
 
     def _step(self, x_B1D: Tensor, before: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One more token of the open document: decoding, where every call into torch counts."""
-        assert before.tail is not None and before.scan is not None
+        assert before.tail is not None
+        assert before.scan is not None
         size = self.settings.state
         z, xBC, dt = self.in_proj(x_B1D[:, 0]).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         conv_weight, conv_bias = self.conv_weight.to(xBC.dtype), self.conv_bias.to(xBC.dtype)
