@@ -51,7 +51,7 @@ TINY_PROBES = {
     "perplexity": {"max_documents": 8, "max_tokens": 64},
     "perplexity_as_trained": {"kind": "perplexity", "mode": "as_trained", "max_documents": 8},
     "position_curve": {"length": 64, "max_documents": 8, "min_documents": 2},
-    "suffix_identification": {"contexts": [16], "suffix": 4, "num_items": 8, "min_documents": 2, "pool": 8},
+    "suffix_identification": {"contexts": [16], "suffix": 4, "num_items": 8, "min_documents": 2, "bins": 2},
     "efficiency": {"contexts": [16], "repeats": 3, "warm_ups": 0, "new_tokens": 2},
     "repetition": {"lengths": [16, 32], "max_documents": 8},
 }

@@ -68,3 +68,10 @@ def test_doctor_says_what_each_missing_extra_would_bring() -> None:
     assert {"python", "torch", "cores", "device for jobs", "bf16", "extra hub", "extra wandb"} <= topics
     missing = [row for row in findings if row["topic"].startswith("extra") and row["finding"] == "missing"]
     assert all("pip install" in row["advice"] and "brings" in row["advice"] for row in missing)
+
+
+def test_tables_show_square_brackets() -> None:
+    result = longspan("doctor")
+    assert "extra quickstart" in result.stdout
+    missing = [line for line in result.stdout.splitlines() if "missing" in line]
+    assert all("longspan[" in line for line in missing)

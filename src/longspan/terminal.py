@@ -204,6 +204,7 @@ def print_table(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
@@ -216,7 +217,8 @@ def print_table(
         )
     cells = [[str(cell) for cell in row] for row in rows]
     for row in cells:
-        table.add_row(*row)
+        # As text: square brackets in a cell are not markup.
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

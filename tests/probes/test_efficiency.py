@@ -25,7 +25,6 @@ def test_rates_are_prompt_tokens_over_time_and_further_tokens_over_theirs(
     assert values["prefill_rate", 16.0].value == pytest.approx(1_000)
     assert values["first_token", 64.0].value == pytest.approx(64)
     assert values["output_token", 64.0].value == pytest.approx(100)
-    assert values["state_bytes", 64.0].value == 640
     assert values["prefill_rate", 16.0].n == 3
     assert summary.comparisons == ()
 

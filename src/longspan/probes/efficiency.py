@@ -22,7 +22,7 @@ class Efficiency(Probe):
 
     Time to first token is from sending the prompt to the first token; prefill rate is prompt tokens over that time;
     time per output token leaves out the first. Medians with quartiles over `repeats`, after `warm_ups` that are not
-    counted. State bytes are computed from the configuration.
+    counted. Records also hold the state bytes of a sequence.
 
     Attributes:
         contexts: prompt lengths; None: 1/2, 1, 2, 4 and 8 times the training context.
@@ -33,8 +33,8 @@ class Efficiency(Probe):
 
     title: ClassVar[str] = "Cost against context"
     explanation: ClassVar[str] = (
-        "What one request costs at growing context: prefill rate, time to the first token, time per further token, and "
-        "the bytes of state that a sequence holds. Medians with quartiles over repeats on this machine."
+        "What one request costs at growing context: prefill rate, time to the first token, time per further token. "
+        "Medians with quartiles over repeats on this machine."
     )
     requires: ClassVar[frozenset[str]] = frozenset({"generate"})
     place: ClassVar[Literal["quality", "cost"]] = "cost"
@@ -51,7 +51,6 @@ class Efficiency(Probe):
             Metric("prefill_rate", "Prefill", "tok/s", "median", "higher", x_name="context", compare=False),
             Metric("first_token", "Time to first token", "ms", "median", "lower", x_name="context", compare=False),
             Metric("output_token", "Time per output token", "ms", "median", "lower", x_name="context", compare=False),
-            Metric("state_bytes", "State of one sequence", "B", "exact", "lower", x_name="context", compare=False),
         )
 
     def items(self, data: ProbeData) -> list[Item]:
@@ -96,9 +95,6 @@ class Efficiency(Probe):
             ):
                 item = f"{record.item}:{run}"
                 yield Observation(record.subject, record.seed, item, item, metric, x, numerator, denominator)
-        if "state_bytes" in record.answer:
-            size = float(record.answer["state_bytes"])
-            yield self.observation(record, "state_bytes", size, 1.0, cluster=record.item, x=x)
 
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The size of the request."""

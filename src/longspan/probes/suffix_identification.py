@@ -19,6 +19,12 @@ from longspan.records.store import Record
 BASE_CONTEXT = 64
 """The context that long-range gain is measured against."""
 
+SPANS_FOR_EDGES = 2_000
+"""Random spans from which the edges of the bins are read."""
+
+TRIES_PER_CANDIDATE = 40
+"""Random spans tried for each wrong candidate and bin before the corpus counts as too uniform."""
+
 SAME_SCORE = 1e-6
 """Scores closer than this share of their size are equal: float32 sums of equal terms differ by rounding."""
 
@@ -28,9 +34,10 @@ class SuffixIdentification(Probe):
     """Which of `candidates` spans continues the text? The likeliest is the answer; chance is 1 / candidates.
 
     Documents, target positions and candidates are the same at every context and for every subject; only the number of
-    tokens before the target changes. Wrong candidates come from other documents and are those of a random pool whose
-    unigram NLL is nearest to the truth's, so that plain word frequency does not give it away. All candidates have the
-    same number of tokens.
+    tokens before the target changes. Wrong candidates come from other documents and from the same of `bins` equally
+    filled bins of unigram NLL as the truth, so that plain word frequency neither gives it away nor hides it (the spans
+    nearest to the truth would lie on both sides of it, and a subject that knows word frequencies alone would score
+    below chance). All candidates have the same number of tokens.
 
     Attributes:
         contexts: tokens before the target; None: 64 and its doublings up to twice the training context, as far as
@@ -39,7 +46,7 @@ class SuffixIdentification(Probe):
         candidates: the true one and so many less one wrong ones.
         num_items: questions, spread evenly over the documents; fewer where their targets would overlap.
         min_documents: fewest documents.
-        pool: random spans among which the wrong candidates are picked.
+        bins: bins of unigram NLL; 1 leaves word frequency unmatched.
         score: compare `sum` of NLL, or NLL `per_token`; the same here, since candidates are equally long. Records hold
             sums and lengths, so either can be read from them.
     """
@@ -57,7 +64,7 @@ class SuffixIdentification(Probe):
     candidates: int = Field(4, ge=2, le=64)
     num_items: int = Field(200, ge=1)
     min_documents: int = Field(5, ge=2)
-    pool: int = Field(64, ge=2)
+    bins: int = Field(16, ge=1, le=64)
     score: Literal["sum", "per_token"] = "sum"
 
     @property
@@ -78,6 +85,7 @@ class SuffixIdentification(Probe):
             raise self._too_few(data, reach, len(documents))
         generator = numpy_generator(data.seed, "suffix_identification", self.suffix, self.candidates, *contexts)
         surprise_V = unigram_nll(data)
+        edges = self._edges(data, surprise_V, generator)
         lasts = data.shards.lengths[documents] - self.suffix
         # Targets of one document never overlap: one per slot of `suffix` tokens.
         slots = ((lasts - reach) // self.suffix + 1).tolist()
@@ -87,7 +95,7 @@ class SuffixIdentification(Probe):
             for number, slot in enumerate(chosen.tolist()):
                 position = reach + slot * self.suffix
                 truth = data.shards.document(document)[position : position + self.suffix]
-                wrong = self._distractors(data, document, truth, surprise_V, generator)
+                wrong = self._distractors(data, document, truth, surprise_V, edges, generator)
                 details = {
                     "position": position,
                     "contexts": list(contexts),
@@ -171,36 +179,53 @@ class SuffixIdentification(Probe):
             found.append(found[-1] * 2)
         return tuple(found)
 
+    def _edges(
+        self, data: ProbeData, surprise_V: NDArray[np.float64], generator: np.random.Generator
+    ) -> NDArray[np.float64]:
+        """Inner edges of the bins: quantiles of the unigram NLL of random spans."""
+        long_enough = np.flatnonzero(data.shards.lengths >= self.suffix)
+        sums = [surprise_V[self._span(data, long_enough, generator)[2]].sum() for _ in range(SPANS_FOR_EDGES)]
+        edges: NDArray[np.float64] = np.quantile(sums, np.arange(1, self.bins) / self.bins)
+        return edges
+
+    def _span(
+        self, data: ProbeData, documents: NDArray[np.int64], generator: np.random.Generator
+    ) -> tuple[int, int, NDArray[Any]]:
+        document = int(generator.choice(documents))
+        start = int(generator.integers(int(data.shards.lengths[document]) - self.suffix + 1))
+        return document, start, data.shards.document(document)[start : start + self.suffix]
+
     def _distractors(
         self,
         data: ProbeData,
         document: int,
         truth: NDArray[Any],
         surprise_V: NDArray[np.float64],
+        edges: NDArray[np.float64],
         generator: np.random.Generator,
     ) -> list[tuple[int, int]]:
-        """(document, start) of the wrong candidates: the pool's nearest in unigram NLL, none equal to another."""
+        """(document, start) of the wrong candidates: random spans of the truth's bin, none equal to another."""
         others = np.flatnonzero(data.shards.lengths >= self.suffix)
         others = others[others != document]
-        target = surprise_V[truth].sum()
+        wanted = np.searchsorted(edges, surprise_V[truth].sum())
         seen = {truth.tobytes()}
-        drawn: list[tuple[float, int, int]] = []
-        for _ in range(20 * self.pool):
-            if len(drawn) == max(self.pool, self.candidates - 1):
-                break
-            other = int(generator.choice(others))
-            start = int(generator.integers(int(data.shards.lengths[other]) - self.suffix + 1))
-            span = data.shards.document(other)[start : start + self.suffix]
-            if span.tobytes() not in seen:
+        drawn: list[tuple[int, int]] = []
+        tries = TRIES_PER_CANDIDATE * self.bins * self.candidates
+        for _ in range(tries if len(others) else 0):
+            if len(drawn) == self.candidates - 1:
+                return drawn
+            other, start, span = self._span(data, others, generator)
+            if np.searchsorted(edges, surprise_V[span].sum()) == wanted and span.tobytes() not in seen:
                 seen.add(span.tobytes())
-                drawn.append((abs(float(surprise_V[span].sum() - target)), other, start))
-        if len(drawn) < self.candidates - 1:
-            raise UserError(
-                f"{len(drawn)} different spans of {self.suffix} tokens outside document {data.shards.ids[document]}",
-                f"at least {self.candidates - 1}, one for each wrong candidate",
-                "use more varied text, fewer `candidates`, or another `suffix`",
-            )
-        return [(other, start) for _, other, start in sorted(drawn)[: self.candidates - 1]]
+                drawn.append((other, start))
+        if len(drawn) == self.candidates - 1:
+            return drawn
+        raise UserError(
+            f"{len(drawn)} different spans of {self.suffix} tokens outside document {data.shards.ids[document]} are as "
+            "common as the truth",
+            f"at least {self.candidates - 1}, one for each wrong candidate",
+            "use more varied text, fewer `candidates` or `bins`, or another `suffix`",
+        )
 
     def _too_few(self, data: ProbeData, reach: int, found: int) -> UserError:
         lengths = np.sort(data.shards.lengths)[::-1]

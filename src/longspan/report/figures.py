@@ -15,6 +15,7 @@ from longspan.report.decision import difference_text, quantity, value_text
 from longspan.report.findings import Finding
 
 BAND = "Bands are 95 % intervals."
+QUARTILES = "Medians over repeats; bands are their quartiles."
 MOST_PAIRS = 15
 MOST_CURVES = 6
 
@@ -250,7 +251,7 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
         x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
         positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
         y = Axis(metric.unit, "log" if positive else "linear", "~s")
-        caption = f"Measured. {'Lower' if metric.better == 'lower' else 'Higher'} is better. {BAND}"
+        caption = f"Measured. {'Lower' if metric.better == 'lower' else 'Higher'} is better. {QUARTILES}"
         caption += _crossing_text(findings.crossovers(_exact_curves(rows))) if positive else ""
         spec = charts.lines(rows, arms, x, y)
         table = tables.metric_table(section, metric, arms.labels)
