@@ -96,7 +96,10 @@ class Packing(NamedTuple):
 
     @staticmethod
     def build(doc_BT: Tensor | None, batch: int, time: int, device: torch.device) -> Packing:
-        """Finds the documents; every row is one without `doc_BT`."""
+        """Finds the documents; every row is one without `doc_BT`.
+
+        On CUDA the host waits here, once per layer: the lengths of the documents decide how many steps it launches.
+        """
         if doc_BT is None:
             first_N = torch.arange(batch, device=device) * time
         else:

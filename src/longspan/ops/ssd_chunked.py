@@ -76,6 +76,11 @@ def ssd_chunked(
     return (y_BTHP[:, :time] if padding else y_BTHP).to(x_BTHP.dtype), state
 
 
+# A compiler would unroll every tile of a loop that is fast as it stands. This is the mark that `torch.compiler.disable`
+# leaves; the decorator itself imports the compiler, seconds at every start.
+ssd_chunked._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 def _cut(values_BT: Tensor, size: int, padding: int) -> Tensor:
     """(B, T, ...) -> (B, C, q, ...)."""
     if padding:
@@ -111,9 +116,11 @@ def _scan_tile(
     carry_rch11 = decays.carry_ch.view(rows, -1, heads, 1, 1)
     if states_rchpn is None:
         states_rchpn = torch.empty_like(gained_rchpn)
-    for c in range(chunks // rows):
-        states_rchpn[:, c] = state_rhpn
-        state_rhpn = torch.addcmul(gained_rchpn[:, c], carry_rch11[:, c], state_rhpn)
+    last = chunks // rows - 1
+    states_rchpn[:, 0] = state_rhpn
+    for c in range(last):
+        torch.addcmul(gained_rchpn[:, c], carry_rch11[:, c], states_rchpn[:, c], out=states_rchpn[:, c + 1])
+    state_rhpn = torch.addcmul(gained_rchpn[:, last], carry_rch11[:, last], states_rchpn[:, last])
 
     scores = torch.bmm(C, B.transpose(1, 2)).mul_(boundaries.mask)
     mixing = decays.between().mul_(scores[:, None])
@@ -170,9 +177,10 @@ def _backward_tile(
     dstates_rchpn = torch.bmm(read.transpose(1, 2), C).view(rows, -1, heads, head_dim, state)
     carry_rch11 = decays.carry_ch.view(rows, -1, heads, 1, 1)
     dgained_rchpn = torch.empty_like(dstates_rchpn)
-    for c in reversed(range(chunks // rows)):
-        dgained_rchpn[:, c] = dafter_rhpn
-        dafter_rhpn = torch.addcmul(dstates_rchpn[:, c], carry_rch11[:, c], dafter_rhpn)
+    dgained_rchpn[:, -1] = dafter_rhpn
+    for c in reversed(range(1, chunks // rows)):
+        torch.addcmul(dstates_rchpn[:, c], carry_rch11[:, c], dgained_rchpn[:, c], out=dgained_rchpn[:, c - 1])
+    dbefore_rhpn = torch.addcmul(dstates_rchpn[:, 0], carry_rch11[:, 0], dgained_rchpn[:, 0])
     dend_rch = torch.empty_like(carry_rch11[..., 0, 0])
     dend_rch[:, :-1] = _dot(dgained_rchpn[:, :-1].flatten(3), states_rchpn[:, 1:].flatten(3))
     dend_rch[:, -1] = _dot(dgained_rchpn[:, -1].flatten(2), after_rhpn.flatten(2))
@@ -198,7 +206,7 @@ def _backward_tile(
     dsteps[:, -1] += dend_rch.view(chunks, heads)
     dlog = torch.matmul(boundaries.mask.transpose(-1, -2), dsteps)
     dx.mul_(dt[..., None]).addcmul_(dy, D[:, None])
-    return Gradients(dx, ddt.addcmul_(dlog, A), (dlog * dt).sum((0, 1)), dB, dC, dskip.sum((0, 1)), dafter_rhpn)
+    return Gradients(dx, ddt.addcmul_(dlog, A), (dlog * dt).sum((0, 1)), dB, dC, dskip.sum((0, 1)), dbefore_rhpn)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,20 @@
+"""`torch.compile` takes a model with Mamba-2 and changes nothing: the scan stays as it is written."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_loss_has_the_same_value_and_gradients(tiny, tokens):
+    model, batch = tiny("M"), tokens(2, 21)
+    parameters = list(model.parameters())
+    results = []
+    for loss in (model.loss, torch.compile(model.loss, dynamic=False)):
+        nll, _ = loss(batch, batch)
+        results.append((nll, torch.autograd.grad(nll, parameters)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
