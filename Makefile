@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.lock)
+UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
 
 .PHONY: quickstart test test-slow check format lock bench clean
 
@@ -10,7 +11,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/longspan run quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"
@@ -40,7 +41,7 @@ $(VENV)/.torch: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Longspan needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(shell grep '^uv==' requirements.lock || echo uv)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(UV)"
 	touch $@
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml
