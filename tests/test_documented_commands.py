@@ -207,9 +207,13 @@ def shrunk(command: Command) -> list[str]:
     expand(study)
     corpus = study.base["corpus"]
     extra: list[str] = []
+    words = list(command.words[1:])
     if corpus["source"] in WRITERS and "path" in corpus:
         provide(corpus["source"], corpus["path"])
     elif corpus["source"] in ("huggingface", "wikipedia"):
+        # What the command says of the network source was checked above; it has no meaning for the one in its place.
+        keys = tuple(f"corpus.{name}=" for source in SOURCES for name in source.model_fields)
+        words = [word for word in words if not word.startswith(keys)]
         extra += ["corpus.source=synthetic", "corpus.num_documents=30", "corpus.min_words=80", "corpus.max_words=200"]
     elif corpus["source"] == "sotu":
         extra.append("corpus.max_documents=16")
@@ -224,7 +228,7 @@ def shrunk(command: Command) -> list[str]:
         tiny = TINY_PROBES[probe]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key not in settings]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key in settings]
-    return [*command.words[1:], *re.split(r" (?=[a-z_.]+=)", TINY), *extra]
+    return [*words, *re.split(r" (?=[a-z_.]+=)", TINY), *extra]
 
 
 def write_no_page(report: ReportInput, folder: Path) -> Path:

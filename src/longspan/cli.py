@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,7 +118,7 @@ def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, unt
     from longspan.study.run import run_study
     from longspan.terminal import Terminal
 
-    with Terminal(quiet=json) as terminal:
+    with Terminal() as terminal:
         outcome = run_study(study, overrides or [], runs, until=until, terminal=terminal)
     _print_outcome(outcome, json)
 
@@ -149,7 +150,7 @@ def main() -> None:
         app(standalone_mode=False)
     except LongspanError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -159,7 +160,7 @@ def main() -> None:
         sys.exit(exit_.exit_code)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         if type(error).__module__.startswith(("typer", "click")) and hasattr(error, "format_message"):
             print(f"error: {error.format_message()}\n  fix: see `longspan --help`", file=sys.stderr)
             sys.exit(2)

@@ -184,6 +184,35 @@ def start(folder: Path) -> subprocess.Popen[str]:
 def wait_for(folder: Path, name: str, process: subprocess.Popen[str]) -> None:
     """Until a file of that name appears under the runs, or the process ends."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and not list((folder / "runs").rglob(name)):
+    while process.poll() is None and not appeared(folder / "runs", name):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_killed_between_the_result_and_the_marker_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512")
+    (marker,) = (tmp_path / "runs/jobs").glob("train-*/done.json")
+    before = json.loads(marker.read_text())["result"]
+    marker.unlink()
+    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512")
+    assert json.loads(marker.read_text())["result"] == before
+
+
+def test_probes_of_other_weights_are_asked_again(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    command = ("probe", "mini.yaml", "pattern=AM", "tokens=512", "probes=[perplexity]")
+    longspan(tmp_path, *command)
+    (marker,) = (tmp_path / "runs/jobs").glob("train-*/done.json")
+    done = json.loads(marker.read_text())
+    done["result"]["weights"]["best"] = "0" * 64
+    marker.write_text(json.dumps(done))
+    assert "asked again" in longspan(tmp_path, *command).stderr
+
+
+def appeared(folder: Path, name: str) -> bool:
+    try:
+        return any(folder.rglob(name))
+    except FileNotFoundError:
+        # A folder went away while it was listed.
+        return False

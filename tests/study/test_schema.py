@@ -145,8 +145,8 @@ def test_probes_can_be_replaced_as_a_list(study_file: Path) -> None:
 
 
 def test_a_primary_metric_that_nothing_measures_is_refused(study_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"did you mean `perplexity\.perplexity`"):
-        make_plan(load_study(str(study_file), ["primary=perplexity.perplexty"]), tmp_path / "runs")
+    with pytest.raises(UserError, match=r"did you mean `perplexity\.bits_per_byte`"):
+        make_plan(load_study(str(study_file), ["primary=perplexity.bits_per_bite"]), tmp_path / "runs")
 
 
 def test_a_plugin_is_part_of_what_a_job_is(study_file: Path, tmp_path: Path) -> None:

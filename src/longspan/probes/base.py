@@ -45,7 +45,9 @@ class ProbeData:
     Attributes:
         shards: the test split.
         tokenizer: that made the shards.
-        context: training context of the study.
+        context: training context of the study, the longest where it varies; items may depend on it.
+        trained_context: the training context of the subject that is asked, None where it is `context`; items never
+            depend on it.
         packing: how the subject that is asked was trained; items never depend on it.
         seed: of the items, the same for every subject.
     """
@@ -55,6 +57,7 @@ class ProbeData:
     context: int
     packing: PackingConfig = field(default_factory=PackingConfig)
     seed: int = 0
+    trained_context: int | None = None
 
 
 @dataclass(frozen=True)

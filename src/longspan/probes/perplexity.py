@@ -135,7 +135,8 @@ class Perplexity(Probe):
         # The first token is not scored for any subject, whatever its training loss held.
         packing = data.packing.model_copy(update={"loss_crosses_boundary": False})
         special = data.tokenizer.special
-        for batch in evaluation_batches(data.shards, packing, context=data.context, rows=ROWS, special=special):
+        context = data.trained_context or data.context
+        for batch in evaluation_batches(data.shards, packing, context=context, rows=ROWS, special=special):
             scored_BT = (batch.targets != IGNORE) & (batch.tokens != special.boundary)
             rows = np.flatnonzero(scored_BT.any(axis=1))
             if not len(rows):

@@ -220,8 +220,8 @@ def _measure(
         numerator_CS.mean(1, keepdims=True), denominator_CS.mean(1, keepdims=True), seed=seed, resamples=resamples
     )
     low, high = _ends(metric, value, boot, spread, (numerator_CS / denominator_CS).mean(1))
-    if metric.kind == "ratio" and (numerator_CS >= 0).all():
-        # What no document can fall below, the mean over documents cannot either.
+    if metric.kind == "ratio" and metric.better == "lower" and (numerator_CS >= 0).all():
+        # A loss cannot be negative; a gain that happens to be positive everywhere can.
         low = max(low, 0.0)
     return measured(value, low, high)
 

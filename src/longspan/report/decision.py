@@ -92,7 +92,7 @@ def _conclude(finding: Finding) -> tuple[Verdict, str, str]:
     groups = findings.tie_groups(finding)
     if len(groups) > 1 and len(groups[0]) == 1:
         return "winner", _winner(finding, ranked), ""
-    if len(groups) > 1:
+    if len(groups) > 1 and findings.leads(finding, groups[0]):
         others = groups[0][1:]
         text = (
             f"{_names(groups[0])} lead on {what} ({best.subject}: {shown}) and cannot be told apart; "

@@ -96,6 +96,13 @@ def tie_groups(finding: Finding) -> list[list[str]]:
     return groups
 
 
+def leads(finding: Finding, group: list[str]) -> bool:
+    """Whether no two of a group differ and each of them differs from every subject outside it."""
+    outside = [subject for subject in measured(finding) if subject not in group]
+    told_apart = [decided(between(finding, a, b)) for i, a in enumerate(group) for b in group[i + 1 :]]
+    return not any(told_apart) and all(decided(between(finding, a, b)) for a in group for b in outside)
+
+
 def main_finding(section: ProbeSection) -> Finding | None:
     """The section's first metric that has values: as a whole, else at its largest x."""
     for metric in section.metrics:

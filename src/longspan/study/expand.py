@@ -124,7 +124,8 @@ def _effective(config: SubjectConfig) -> SubjectConfig:
     isolation = config.packing.isolation
     if kinds == {"attention"}:
         isolation = {"attention": "full", "state": "none"}.get(isolation, isolation)  # type: ignore[assignment]
-    elif kinds == {"state"}:
+    elif kinds == {"state"} and model.positions != "learned":
+        # Learned positions start again with each document where attention is isolated, and every layer sees them.
         isolation = {"state": "full", "attention": "none"}.get(isolation, isolation)  # type: ignore[assignment]
     packing = config.packing.model_copy(update={"isolation": isolation})
     return config.model_copy(update={"packing": packing})

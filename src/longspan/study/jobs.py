@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from longspan.foundation.errors import LongspanError, UserError
 from longspan.foundation.files import digest, disk_errors, read_json, write_json
+from longspan.study.environment import git_state, hardware, versions
 
 Kind = Literal["prepare", "train", "probe"]
 SPECIFICATION = "job.json"
@@ -114,4 +115,5 @@ class Job:
     def finish(self, folder: Path, result: dict[str, Any]) -> None:
         """Write the completion marker: the job counts as done from here on."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_json(folder / DONE, {"finished": stamp, "result": result})
+        made_by = {"versions": versions(), "hardware": hardware(), "git": git_state()}
+        write_json(folder / DONE, {"finished": stamp, "environment": made_by, "result": result})

@@ -110,7 +110,9 @@ def make_plan(study: Study, runs: Path) -> Plan:
     """
     expansion: Expansion = expand(study)
     _check_primary(study, expansion)
-    subjects = [_plan_subject(subject, runs, study.plugins) for subject in expansion.subjects]
+    # Items must be the same for every subject, whatever context it was trained at.
+    context = max(subject.config.training.context for subject in expansion.subjects)
+    subjects = [_plan_subject(subject, runs, study.plugins, context) for subject in expansion.subjects]
     pending = sum(planned.training_flops for planned in subjects if not planned.train.is_done(runs))
     notes = list(expansion.merged)
     seconds = pending / (matmul_rate() * ASSUMED_EFFICIENCY) if pending else 0.0
@@ -122,19 +124,21 @@ def make_plan(study: Study, runs: Path) -> Plan:
 
 
 def _check_primary(study: Study, expansion: Expansion) -> None:
-    """Refuse a primary metric that no probe of the study measures (where it has probes at all)."""
+    """Refuse a primary metric that no probe of quality measures and compares (where the study has probes at all)."""
     metrics = {
         f"{name}.{metric.name}"
         for subject in expansion.subjects[:1]
         for name, probe in subject.config.make_probes().items()
+        if probe.place == "quality"
         for metric in probe.metrics
+        if metric.compare
     }
     if metrics and study.primary not in metrics and study.primary != DEFAULT_PRIMARY:
         error = unknown_key(f"primary: {study.primary}", study.primary, metrics)
         raise UserError(f"primary = {study.primary!r}", error.allowed, error.fix)
 
 
-def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...]) -> PlannedSubject:
+def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], context: int) -> PlannedSubject:
     config = subject.config
     prepare = Job(
         "prepare",
@@ -176,18 +180,26 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...]) -> Pla
         "packing": packing,
         "seed": subject.seed,
         "weights": config.weights,
-        "context": config.training.context,
+        "context": context,
+        "trained_context": config.training.context,
         **code,
     }
     probes = {
         name: Job(
             "probe",
             f"{name} {who}",
-            {**shared, "probe": settings, "name": name},
+            # How answers are read is no part of what is asked.
+            {**shared, "probe": probe.protocol(), "name": name},
             needs=(train.key,),
-            details={**places, "train": train.folder(runs).name, "name": name, "subject": subject.label},
+            details={
+                **places,
+                "train": train.folder(runs).name,
+                "name": name,
+                "subject": subject.label,
+                "settings": probe.model_dump(mode="json"),
+            },
         )
-        for name, settings in config.probes.items()
+        for name, probe in config.make_probes().items()
     }
     return PlannedSubject(subject, model, vocab_size, match, prepare, train, probes)
 

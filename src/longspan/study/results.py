@@ -24,7 +24,6 @@ from longspan.report.data import (
     SubjectFacts,
     TrainingCurve,
 )
-from longspan.study import environment
 from longspan.study.jobs import DONE
 from longspan.study.ledger import ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
@@ -61,17 +60,26 @@ def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
         training=[_curve(planned, runs) for planned in plan.subjects],
         ledger=ledger(plan, runs, prepared),
         items=items,
+        notes=_notes(plan, runs),
         context=first.subject.config.training.context,
         tokenizer=", ".join(dict.fromkeys(corpus.tokenizer.name for corpus in prepared.values())),
         reproduce=Reproduce(
             command=command,
             study_yaml=resolved_yaml(plan.study),
-            versions=environment.versions(),
-            hardware=environment.hardware(),
-            git=environment.git_state(),
+            **_made_by(plan, runs),
             hashes=_hashes(plan, runs),
         ),
     )
+
+
+def _made_by(plan: Plan, runs: Path) -> dict[str, dict[str, str]]:
+    """Versions, hardware and git state of the jobs that made the numbers; several values where jobs differ."""
+    made: dict[str, dict[str, dict[str, None]]] = {}
+    for job in plan.jobs_until("report"):
+        for section, facts in read_json(job.folder(runs) / DONE)["environment"].items():
+            for key, value in facts.items():
+                made.setdefault(section, {}).setdefault(key, {})[value] = None
+    return {section: {key: " / ".join(values) for key, values in facts.items()} for section, facts in made.items()}
 
 
 def _finished(folder: Path) -> str:
@@ -83,6 +91,8 @@ def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFa
     results = [planned.train.result(runs)["training"] for planned in arm]
     rates = [result["tokens_per_second"] for result in results if result["tokens_per_second"]]
     counted = first.parameters
+    # Early stopping may have ended a run before its budget.
+    tokens = statistics.mean(result["tokens"] for result in results)
     embedding = counted.embedding + counted.head
     return SubjectFacts(
         label=label,
@@ -90,8 +100,8 @@ def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFa
         mixers=first.mixers,
         factors=first.subject.factors,
         parameters=ParameterFacts(counted.total, embedding, counted.non_embedding, counted.mixers, counted.mlp),
-        training_flops=first.training_flops,
-        tokens_trained=trained_tokens(first.subject.config.training),
+        training_flops=first.training_flops * tokens / trained_tokens(first.subject.config.training),
+        tokens_trained=round(tokens),
         tokens_per_second=statistics.median(rates) if rates else None,
         peak_memory_bytes=max(result["peak_memory_bytes"] for result in results),
         peak_memory_of=results[0]["peak_memory_of"],
@@ -136,7 +146,11 @@ def _probe(
         if name not in planned.probes:
             continue
         probe = planned.subject.config.make_probes()[name]
+        asked = planned.probes[name].result(runs)["fingerprint"]
         for record in RecordStore(planned.probes[name].folder(runs) / RECORDS):
+            if record.fingerprint != asked:
+                # Of weights that were trained again since.
+                continue
             # The record keeps the label it was asked under; here the arm may have another name.
             record = record.model_copy(update={"subject": planned.subject.label, "seed": planned.subject.seed})
             observations += probe.observe(record)
@@ -170,7 +184,8 @@ def _items(
     first = next(planned for planned in plan.subjects if name in planned.probes)
     config = first.subject.config
     corpus = prepared[first.prepare.key]
-    data = ProbeData(corpus.shards["test"], corpus.tokenizer, config.training.context, config.packing, ITEMS_SEED)
+    context = first.probes[name].specification["context"]
+    data = ProbeData(corpus.shards["test"], corpus.tokenizer, context, config.packing, ITEMS_SEED)
     items = {item.id: item for item in probe.items(data)}
     metric = probe.metrics[0]
     rows = []
@@ -205,6 +220,11 @@ def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, reco
         score=last.numerator / last.denominator,
         scored=title,
     )
+
+
+def _notes(plan: Plan, runs: Path) -> list[str]:
+    dtypes = {planned.train.result(runs)["training"]["dtype"] for planned in plan.subjects}
+    return [f"Trained in {', '.join(sorted(dtypes))}; the probes ran in fp32."] if dtypes != {"fp32"} else []
 
 
 def _hashes(plan: Plan, runs: Path) -> dict[str, str]:

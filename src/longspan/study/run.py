@@ -15,7 +15,7 @@ from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
 from longspan.study.environment import devices
 from longspan.study.executors.local import LocalExecutor
-from longspan.study.jobs import Job
+from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan as Plan
 from longspan.study.plan import make_plan
 from longspan.study.run_folder import claim_study_folder, study_folder
@@ -81,6 +81,9 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
     if until in ("probe", "report"):
         check_items(plan, runs)
+        executor.run(plan.jobs_until("train"), runs, terminal.observe, finished)
+        for text in forget_stale_probes(plan, runs):
+            terminal.line(text)
     executor.run(jobs, runs, terminal.observe, finished)
     seconds = time.monotonic() - started
     if until != "report":
@@ -97,11 +100,27 @@ def check_items(plan: Plan, runs: Path) -> None:
     asked = set()
     for planned in plan.subjects:
         for job in planned.probes.values():
-            question = digest([planned.prepare.key, job.specification["probe"], job.specification["context"]])
+            question = digest([planned.prepare.key, job.details["settings"], job.specification["context"]])
             if question not in asked and not job.is_done(runs):
                 asked.add(question)
                 prepared = PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS, verify=False)
-                make_probe(job.specification["name"], job.specification["probe"]).items(probe_data(job, prepared))
+                make_probe(job.specification["name"], job.details["settings"]).items(probe_data(job, prepared))
+
+
+def forget_stale_probes(plan: Plan, runs: Path) -> list[str]:
+    """Take the completion marker from probe jobs that asked other weights than those that are there now.
+
+    Returns:
+        A line for each, for the terminal.
+    """
+    lines = []
+    for planned in plan.subjects:
+        weights = planned.train.result(runs)["weights"].get(planned.subject.config.weights)
+        for job in planned.probes.values():
+            if job.is_done(runs) and job.result(runs)["weights"] != weights:
+                (job.folder(runs) / DONE).unlink()
+                lines.append(f"{job.title} asked other weights than those of {planned.train.title} now: asked again")
+    return lines
 
 
 def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:

@@ -19,7 +19,7 @@ def study_folder(study: Study, runs: Path) -> Path:
     parts = [study.name, *re.findall(r"[\w.-]+", study.variant)]
     changes = [text for text in study.overrides if not text.startswith("variant=")]
     if changes:
-        parts.append(digest(sorted(changes))[:8])
+        parts.append(digest(changes)[:8])
     return runs / "-".join(parts)
 
 

@@ -19,7 +19,7 @@ from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
 from longspan.records.store import Record, RecordStore
 from longspan.study.jobs import DOWNLOADS, Job
-from longspan.training.checkpoint import load_weights
+from longspan.training.checkpoint import load_weights, read_state
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
 from longspan.training.trackers import TrackingConfig, make_trackers
@@ -104,6 +104,9 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
         report=report,
         trackers=make_trackers(TrackingConfig.parse(job.details["tracking"], "tracking"), job.title),
     )
+    if not batches:
+        # A process before this one wrote everything but the completion marker.
+        make_batches().load_state_dict(read_state(folder / TRAINING / "checkpoints" / "last")["state"]["data"])
     weights = {
         name: sha256_file(folder / TRAINING / "checkpoints" / name / "model.safetensors")
         for name in ("best", "last")
@@ -143,6 +146,12 @@ def load_engine(job: Job, runs: Path, device: str) -> tuple[NativeEngine, Prepar
     return engine, prepared
 
 
+def weights_of(job: Job, runs: Path) -> str:
+    """sha256 of the weights that a probe job asks."""
+    folder = runs / "jobs" / job.details["train"] / TRAINING / "checkpoints" / job.specification["weights"]
+    return sha256_file(folder / "model.safetensors")
+
+
 def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
     """What the items of a probe job are drawn from."""
     if "test" not in prepared.shards:
@@ -151,6 +160,7 @@ def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
         shards=prepared.shards["test"],
         tokenizer=prepared.tokenizer,
         context=job.specification["context"],
+        trained_context=job.specification["trained_context"],
         packing=PackingConfig.parse(job.specification["packing"], "packing"),
         seed=ITEMS_SEED,
     )
@@ -160,7 +170,7 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     """A subject and a probe → records, appended batch by batch; known records are not asked again."""
     specification = job.specification
     name, label, seed = job.details["name"], job.details["subject"], specification["seed"]
-    probe = make_probe(name, specification["probe"])
+    probe = make_probe(name, job.details["settings"])
     engine, prepared = load_engine(job, runs, device)
     data = probe_data(job, prepared)
     items = probe.items(data)
@@ -187,7 +197,7 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
             )
             done += len(answers)
             report(Progress(name, done, len(items), "items"))
-    return {"items": len(items), "fingerprint": engine.fingerprint}
+    return {"items": len(items), "fingerprint": engine.fingerprint, "weights": weights_of(job, runs)}
 
 
 STAGES: dict[str, Callable[[Job, Path, Path, Report, str], dict[str, Any]]] = {
