@@ -22,7 +22,14 @@ from pydantic import BaseModel
 from longspan import cli
 from longspan.corpus.dedup import DedupConfig
 from longspan.corpus.prepare import SplitConfig
-from longspan.corpus.sources import HuggingFaceSource, JsonlSource, SyntheticSource, TextSource, WikipediaSource
+from longspan.corpus.sources import (
+    SOURCES,
+    HuggingFaceSource,
+    JsonlSource,
+    SyntheticSource,
+    TextSource,
+    WikipediaSource,
+)
 from longspan.foundation.plugins import load_file
 from longspan.models import budget
 from longspan.models.budget import MatchConfig

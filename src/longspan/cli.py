@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="longspan",
     help="At this context length and this budget: attention, a state-space model, or a hybrid?",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -145,6 +144,8 @@ def _tune_allocator() -> None:
 
 def main() -> None:
     """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped, can be resumed)."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=False)

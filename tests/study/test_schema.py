@@ -9,6 +9,7 @@ import pytest
 from longspan.foundation.errors import UserError
 from longspan.study.expand import expand
 from longspan.study.plan import make_plan
+from longspan.study.run_folder import claim_study_folder
 from longspan.study.schema import load_study, resolve_key
 
 SMALL = """
@@ -172,3 +173,14 @@ def test_every_shipped_study_and_variant_unfolds(name: str) -> None:
     assert expand(study).subjects
     for variant in study.variants:
         assert expand(load_study(name, [f"variant={variant}"])).subjects
+
+
+def test_an_overlap_of_the_whole_context_is_refused_before_anything_runs(study_file: Path) -> None:
+    with pytest.raises(UserError, match=r"overlap = 32"):
+        expand(load_study(str(study_file), ["overlap=32"]))
+
+
+def test_runs_that_are_a_file_are_refused(study_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        claim_study_folder(load_study(str(study_file)), tmp_path / "taken" / "small")

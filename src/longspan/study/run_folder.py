@@ -30,6 +30,14 @@ def claim_study_folder(study: Study, folder: Path) -> None:
         UserError: the folder holds something else.
     """
     path = folder / RESOLVED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"{folder} cannot be made: {error.strerror}",
+            "a folder that can be written",
+            "choose another one with --runs",
+        ) from None
     if path.exists():
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("study") != study.name:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
@@ -56,6 +56,13 @@ class SubjectConfig(Config):
     @classmethod
     def _probes_exist(cls, probes: dict[str, Any]) -> dict[str, Any]:
         return {name: make_probe(name, settings).model_dump(mode="json") for name, settings in probes.items()}
+
+    @model_validator(mode="after")
+    def _rows_advance(self) -> Self:
+        overlap, context = self.packing.overlap, self.training.context
+        if overlap >= context:
+            raise UserError(f"packing.overlap = {overlap}", f"less than the context ({context})", "lower the overlap")
+        return self
 
     def make_probes(self) -> dict[str, Probe]:
         """name in the study → probe."""

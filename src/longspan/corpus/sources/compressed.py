@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -46,20 +45,23 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         DataError: damaged, truncated or not UTF-8, by name and line.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, line_number = "", 0
-    try:
-        for chunk in read_chunks(path):
-            *lines, rest = (rest + decoder.decode(chunk)).split("\n")
-            line_number += len(lines)
-            for line in lines:
-                yield line + "\n"
-        rest += decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        where = f"{path}, after line {line_number}"
-        raise DataError(f"{where}: not UTF-8", "text in UTF-8", "convert the file") from None
+    rest, line_number = b"", 0
+
+    def decoded(line: bytes) -> str:
+        try:
+            return line.decode()
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{line_number}: not UTF-8", "text in UTF-8", "convert the file") from None
+
+    for chunk in read_chunks(path):
+        # The byte of a line feed is part of no other character in UTF-8.
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            line_number += 1
+            yield decoded(line) + "\n"
     if rest:
-        yield rest
+        line_number += 1
+        yield decoded(rest)
 
 
 def _zstandard_chunks(file: BinaryIO) -> Iterator[bytes]:
