@@ -31,6 +31,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_step_cpu.py
 	$(BIN)/python benchmarks/suffix_identification.py
 	$(BIN)/python benchmarks/corpus_preparation.py
+	$(BIN)/python benchmarks/wikipedia_extraction.py
 
 lock: $(VENV)/.torch
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras --no-header --no-annotate \
