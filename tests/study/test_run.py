@@ -191,17 +191,17 @@ def wait_for(folder: Path, name: str, process: subprocess.Popen[str]) -> None:
 
 def test_killed_between_the_result_and_the_marker_goes_on(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
-    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512")
+    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1")
     (marker,) = (tmp_path / "runs/jobs").glob("train-*/done.json")
     before = json.loads(marker.read_text())["result"]
     marker.unlink()
-    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512")
+    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1")
     assert json.loads(marker.read_text())["result"] == before
 
 
 def test_probes_of_other_weights_are_asked_again(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
-    command = ("probe", "mini.yaml", "pattern=AM", "tokens=512", "probes=[perplexity]")
+    command = ("probe", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1", "probes=[perplexity]")
     longspan(tmp_path, *command)
     (marker,) = (tmp_path / "runs/jobs").glob("train-*/done.json")
     done = json.loads(marker.read_text())
