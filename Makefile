@@ -33,9 +33,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/corpus_preparation.py
 	$(BIN)/python benchmarks/wikipedia_extraction.py
 
+# PyTorch is upgraded by hand, in the lock file: every other package follows it.
 lock: $(VENV)/.torch
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras --no-header --no-annotate \
-		--upgrade pyproject.toml -o requirements.lock
+	echo "$(TORCH)" | $(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras --no-header --no-annotate \
+		--upgrade -c - pyproject.toml -o requirements.lock
 
 # PyTorch comes first and through pip, so that no other package chooses its build.
 $(VENV)/.torch: requirements.lock
