@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.ops.compiling import never_compiled
 from longspan.ops.ssd_tiles import Boundaries, Decays, Tile, tiles
 
 
@@ -42,6 +43,7 @@ class Inputs(NamedTuple):
         )
 
 
+@never_compiled
 def ssd_chunked(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -74,11 +76,6 @@ def ssd_chunked(
         y, state = _scan(inputs, state, boundaries, None)
     y_BTHP = y.flatten(1, 2)
     return (y_BTHP[:, :time] if padding else y_BTHP).to(x_BTHP.dtype), state
-
-
-# A compiler would unroll every tile of a loop that is fast as it stands. This is the mark that `torch.compiler.disable`
-# leaves; the decorator itself imports the compiler, seconds at every start.
-ssd_chunked._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _cut(values_BT: Tensor, size: int, padding: int) -> Tensor:
