@@ -181,6 +181,10 @@ def test_the_meta_device_allocates_nothing():
         ({"mixers": {"A": {"head": 2}}}, "unknown key `mixers.A.head`"),
         ({"mixers": {"B": {"positions": "nope"}}}, "mixers.B has no mixer"),
         ({"mixers": {"B": {"mixer": "attentive"}}}, "mixers.B.mixer = 'attentive'"),
+        ({"mixers": {"[AM]": {"heads": 2}}}, "mixers.[AM]"),
+        ({"mixers": {"AM": {"mixer": "attention"}}}, "mixers.AM"),
+        ({"pattern": "[AM]", "heads": 5}, "heads = 5"),
+        ({"embedding_multiplier": 0}, "model.embedding_multiplier = 0"),
         ({"mixers": {"A": {"positions": "learned"}}}, "mixers.A.positions = 'learned'"),
         ({"widht": 3}, "unknown key `model.widht`"),
         ({"dropout": 1.0}, "model.dropout = 1.0"),
@@ -205,6 +209,23 @@ def test_letters_may_be_bound_to_other_settings(tokens):
     assert config.describe_mixers() == "2 attention, 1 mamba2"
     assert ModelConfig.parse(config.model_dump(mode="json"), "model") == config
     model(tokens(1, 5))
+
+
+def test_the_embedding_multiplier_scales_what_enters_the_layers_and_not_the_tied_head(tokens):
+    plain, scaled = build("AM"), build("AM", embedding_multiplier=3.0)
+    assert torch.equal(plain.embedding.weight, scaled.embedding.weight)
+    batch = tokens(1, 12)
+    with torch.no_grad():
+        expected = scaled(batch)[0]
+        plain.embedding.weight.mul_(3.0)
+        entered = plain(batch)[0]
+        state, steps = scaled.initial_state(), []
+        for part in batch.split(1, 1):
+            hidden, state = scaled(part, None, state)
+            steps.append(hidden)
+    torch.testing.assert_close(entered, expected)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=0)
+    assert torch.equal(scaled.logits(expected), expected @ build("AM").embedding.weight.T)
 
 
 def test_wrong_shapes_are_refused(tokens):

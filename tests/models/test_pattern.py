@@ -6,7 +6,7 @@ import pytest
 
 from longspan.foundation.errors import UserError
 from longspan.models.config import ModelConfig
-from longspan.models.pattern import parse_pattern
+from longspan.models.pattern import letters_of, parse_pattern
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,20 @@ from longspan.models.pattern import parse_pattern
         ("A(M)3", "AMMM"),
         ("(A(MG)2)1M", "AMGMGM"),
         ("M12", "M" * 12),
+        ("[AM]", "[AM]"),
+        ("[AM]3", "[AM][AM][AM]"),
+        ("([AM]M)2", "[AM]M[AM]M"),
+        ("A[AAM]2[MG]", "A[AAM][AAM][MG]"),
     ],
 )
 def test_patterns_expand(pattern, layers):
     assert "".join(parse_pattern(pattern)) == layers
+
+
+def test_a_group_is_one_layer():
+    assert parse_pattern("M([AM]G)2[GGA]") == ["M", "[AM]", "G", "[AM]", "G", "[GGA]"]
+    assert letters_of("[GGA]") == "GGA"
+    assert letters_of("G") == "G"
 
 
 @pytest.mark.parametrize(
@@ -33,11 +43,25 @@ def test_patterns_expand(pattern, layers):
         ("(AM", 0, "never closed"),
         ("A(M(G)", 1, "never closed"),
         ("AM)2", 2, "never opened"),
-        ("4A", 0, "repeats the letter"),
+        ("4A", 0, "repeats the layer"),
         ("A()", 1, "hold no layer"),
         ("AM0", 2, "cannot repeat 0"),
         ("A99999", 1, "cannot repeat 99999"),
-        ("A[AM]", 1, "not supported yet"),
+        ("A[AM", 1, "never closed"),
+        ("(A[MG)", 5, "`[` is still open"),
+        ("AM]", 2, "never opened"),
+        ("(AM]", 3, "never opened"),
+        ("A[]", 1, "hold no mixer"),
+        ("A[M]2", 1, "none at its side"),
+        ("[A2M]", 2, "no number inside"),
+        ("[2AM]", 1, "no number inside"),
+        ("[A(MG)]", 2, "no brackets inside"),
+        ("[A[MG]]", 2, "no brackets inside"),
+        ("[A,M]", 2, "',' has no meaning"),
+        ("[AZ]", 2, "no mixer has the letter `Z`"),
+        ("[AM]0", 4, "cannot repeat 0"),
+        ("(A64)65", 5, "this makes 4,160 layers"),
+        ("A4096M", 5, "more than 4,096 layers here"),
         ("A M", 1, "no meaning"),
         ("AÄ", 1, "no meaning"),
         ("AZ", 1, "no mixer has the letter `Z`"),
@@ -52,7 +76,7 @@ def test_bad_patterns_point_at_the_character(pattern, at, word):
     assert caret.index("^") - 4 == at
 
 
-@pytest.mark.parametrize("pattern", ["", "(A4096)4096", "A4096A"])
+@pytest.mark.parametrize("pattern", ["", "((((A4096)4096)4096)4096)4096", "A" * 5000])
 def test_empty_and_endless_patterns_are_refused(pattern):
     with pytest.raises(UserError):
         parse_pattern(pattern)
@@ -61,3 +85,8 @@ def test_empty_and_endless_patterns_are_refused(pattern):
 def test_the_model_names_the_caret_too():
     with pytest.raises(UserError, match=r"model: pattern 'AQ': no mixer has the letter `Q`"):
         ModelConfig.parse({"pattern": "AQ", "width": 16, "heads": 2}, "model")
+
+
+def test_the_pattern_written_out_reads_as_the_same_layers():
+    layers = parse_pattern("([AM]M2)3(A[GM])2")
+    assert parse_pattern("".join(layers)) == layers

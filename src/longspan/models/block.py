@@ -52,7 +52,7 @@ def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 
 
 class Block(nn.Module):
-    """A pre-norm layer with the mixer that `letter` stands for."""
+    """A pre-norm layer with the mixer that a letter, or a group such as `[AM]`, stands for."""
 
     def __init__(self, config: ModelConfig, letter: str) -> None:
         super().__init__()

@@ -10,7 +10,8 @@ from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers import Mixer, registered
 from longspan.models.mixers.attention import Positions
-from longspan.models.pattern import parse_pattern
+from longspan.models.mixers.parallel import ParallelSettings, side_by_side
+from longspan.models.pattern import letters_of, parse_pattern
 
 
 class ModelConfig(Config):
@@ -19,7 +20,7 @@ class ModelConfig(Config):
     Settings of mixers that the pattern does not use have no effect, so that a study can vary the pattern alone.
 
     Attributes:
-        pattern: the layer string, see `parse_pattern`.
+        pattern: the layer string, see `parse_pattern`; `[AM]` is one layer with two mixers, see `Parallel`.
         width: D, the residual stream.
         heads, kv_heads, positions, rope_base, attention_bias: attention, see `AttentionSettings`.
         max_positions: rows of the learned position table; required with `positions: learned`.
@@ -30,6 +31,8 @@ class ModelConfig(Config):
         norm: `rmsnorm` or `layernorm`, before every mixer and MLP and before the head.
         norm_eps: one epsilon for all norms, the gated norm of Mamba-2 included.
         tied: the head is the token embedding.
+        embedding_multiplier: scales the token embeddings where they enter the first layer, not the tied head; 1 leaves
+            them as they are, some models take the square root of the width.
         dropout: probability after the embedding and on every residual branch in training; drawn from torch's own
             generator of the device.
         init: `scaled`: each mixer's own, MLPs kaiming-uniform, weights that write into the residual stream divided by
@@ -58,18 +61,21 @@ class ModelConfig(Config):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-5, gt=0)
     tied: bool = True
+    embedding_multiplier: float = Field(1.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     init: Literal["scaled", "normal"] = "scaled"
     mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.layers()
-        for letter in dict.fromkeys(self.layers()):
-            mixer, settings = self.mixer(letter)
-            mixer.check(self.width, settings)
         for letter in self.mixers:
+            if len(letter) != 1 or not (letter.isascii() and letter.isalpha()):
+                fix = "settings go to the letters one by one, also to those in `[..]`"
+                raise UserError(f"mixers.{letter}", "one ASCII letter", fix)
             self.mixer(letter)
+        for layer in dict.fromkeys(self.layers()):
+            mixer, settings = self.mixer(layer)
+            mixer.check(self.width, settings)
         if self.positions == "learned" and self.max_positions is None:
             raise UserError(
                 "learned positions without `max_positions`", "a number of positions", "set it to the context"
@@ -77,15 +83,24 @@ class ModelConfig(Config):
         return self
 
     def layers(self) -> list[str]:
-        """The letter of every layer."""
+        """What mixes in every layer: a letter or a group such as `[AM]`."""
         return parse_pattern(self.pattern, {*registered(), *self.mixers})
 
-    def mixer(self, letter: str) -> tuple[type[Mixer], Config]:
-        """The mixer class behind a letter and its settings: those under `mixers`, else this config's, else its own.
+    def mixer(self, layer: str) -> tuple[type[Mixer], Config]:
+        """The mixer class behind a layer and its settings: those under `mixers`, else this config's, else its own.
+
+        Args:
+            layer: a letter, or a group such as `[AM]`, whose letters are bound one by one.
 
         Raises:
             UserError: an unknown setting or mixer name.
         """
+        if len(layer) == 1:
+            return self._mixer_of(layer)
+        mixers, settings = zip(*map(self._mixer_of, letters_of(layer)), strict=True)
+        return side_by_side(mixers), ParallelSettings(branches=settings, norm_eps=self.norm_eps)
+
+    def _mixer_of(self, letter: str) -> tuple[type[Mixer], Config]:
         given = dict(self.mixers.get(letter, {}))
         known = registered()
         if "mixer" in given:
@@ -116,6 +131,6 @@ class ModelConfig(Config):
         return 4 * self.width if self.mlp == "gelu" else max(8, 8 * round(self.width / 3))
 
     def describe_mixers(self) -> str:
-        """The true mixers in the order of the layers, e.g. `2 attention, 2 mamba2`."""
-        names = [self.mixer(letter)[0].name for letter in self.layers()]
+        """The true mixers in the order of the layers, e.g. `2 attention, 2 mamba2, 1 [attention+mamba2]`."""
+        names = [self.mixer(layer)[0].name for layer in self.layers()]
         return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))

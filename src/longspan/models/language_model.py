@@ -152,6 +152,8 @@ class LanguageModel(nn.Module):
         """
         segments = self.segments(tokens_BT, doc_id_BT, state, isolation)
         x_BTD = self.embedding(tokens_BT)
+        if self.config.embedding_multiplier != 1.0:
+            x_BTD = x_BTD * self.config.embedding_multiplier
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(segments.positions)
         if self.training and self.config.dropout:

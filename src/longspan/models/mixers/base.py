@@ -50,7 +50,8 @@ class Mixer(nn.Module, ABC):
         Settings: its frozen configuration; a field takes the model's setting of the same name as default.
         no_decay: parameters without weight decay, beside those with one dimension (biases, norms), which never have it.
         fp32: parameters that stay in fp32 whatever the compute dtype.
-        isolated_as: which isolation reaches it: `attention` or `state` (see `Segments`).
+        isolated_as: which isolation reaches it: `attention` or `state` (see `Segments`); `both` where a layer holds
+            mixers of either kind.
         residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
     """
 
@@ -58,7 +59,7 @@ class Mixer(nn.Module, ABC):
     Settings: ClassVar[type[Config]] = Config
     no_decay: ClassVar[frozenset[str]] = frozenset()
     fp32: ClassVar[frozenset[str]] = frozenset()
-    isolated_as: ClassVar[Literal["attention", "state"]] = "state"
+    isolated_as: ClassVar[Literal["attention", "state", "both"]] = "state"
     residual_outputs: tuple[str, ...] = ("out_proj.weight",)
 
     @classmethod
@@ -95,6 +96,15 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def state_bytes(self, context: int, element_bytes: int) -> int:
         """Bytes of the state of one row after `context` tokens, for activations of `element_bytes`."""
+
+    def decode_bytes(self, context: int, element_bytes: int) -> int:
+        """Bytes of the state of one row that are read and written to decode the token after `context` tokens.
+
+        All of it is read; then a cache (`isolated_as` is `attention`) gains the entry of one token, and any other
+        state is written anew.
+        """
+        held = self.state_bytes(context, element_bytes)
+        return held + (self.state_bytes(1, element_bytes) if self.isolated_as == "attention" else held)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
