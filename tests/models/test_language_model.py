@@ -181,6 +181,7 @@ def test_the_meta_device_allocates_nothing():
         ({"mixers": {"A": {"head": 2}}}, "unknown key `mixers.A.head`"),
         ({"mixers": {"B": {"positions": "nope"}}}, "mixers.B has no mixer"),
         ({"mixers": {"B": {"mixer": "attentive"}}}, "mixers.B.mixer = 'attentive'"),
+        ({"pattern": ["AM"]}, "model.pattern: the list"),
         ({"mixers": {"[AM]": {"heads": 2}}}, "mixers.[AM]"),
         ({"mixers": {"AM": {"mixer": "attention"}}}, "mixers.AM"),
         ({"pattern": "[AM]", "heads": 5}, "heads = 5"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
@@ -65,6 +65,13 @@ class ModelConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     init: Literal["scaled", "normal"] = "scaled"
     mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, pattern: object) -> object:
+        if isinstance(pattern, list):
+            raise UserError(f"the list {pattern}", "text, e.g. `AAMM`", 'quote a pattern that begins with `[`: "[AM]4"')
+        return pattern
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -299,9 +299,10 @@ def _split_override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), yaml.load(value, Loader=StudyLoader)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"override {text!r}: {_first_line(error)}", "a YAML value after `=`", "quote it for the shell"
-        ) from None
+        fix = (
+            f"""quote it for YAML and the shell: '{key}="{value}"'""" if value[:1] in "[{" else "quote it for the shell"
+        )
+        raise UserError(f"override {text!r}: {_first_line(error)}", "a YAML value after `=`", fix) from None
 
 
 class StudyLoader(yaml.SafeLoader):
