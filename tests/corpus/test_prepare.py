@@ -72,6 +72,19 @@ def test_documents_become_tokens_in_the_split_of_their_hash(tmp_path: Path, json
     assert not (tmp_path / "out" / "work").exists()
 
 
+def test_documents_are_cut_where_asked_and_the_ledger_says_so(tmp_path: Path, jsonl: Path) -> None:
+    prepared = run(config(jsonl, max_chars=50), tmp_path / "out")
+    texts = {row["id"]: row["text"] for row in rows()}
+    for shards in prepared.shards.values():
+        for index, doc_id in enumerate(shards.ids):
+            assert prepared.tokenizer.decode(shards.document(index)) == texts[doc_id][:50]
+    lost = [len(text) - 50 for text in texts.values() if len(text) > 50]
+    assert prepared.ledger["cut"] == {"documents": len(lost), "characters": sum(lost)}
+    assert lost
+    with pytest.raises(UserError, match=r"max_chars = 10"):
+        config(jsonl, max_chars=10)
+
+
 def test_the_ledger_accounts_for_every_document(tmp_path: Path) -> None:
     docs = rows()
     docs.append({"id": "short", "title": "", "text": "   too short     \n\n\n          "})

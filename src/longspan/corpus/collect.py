@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ class CorpusConfig(Config):
         given_splits: `honour` what the source says, or `ignore` it and split everything by hash.
         carve: splits that the source does not give, to be taken out of its train documents by hash, at their share.
         min_chars: drop documents with fewer characters (white space around the text not counted).
+        max_chars: cut documents after as many characters; the ledger says how many were cut. None keeps them whole.
         dedup: which duplicates go; across splits test stays before validation before train. None lets all stay,
             except documents that come twice under one id.
     """
@@ -67,6 +69,7 @@ class CorpusConfig(Config):
     given_splits: Literal["honour", "ignore"] = "honour"
     carve: tuple[Literal["validation", "test"], ...] = ()
     min_chars: int = Field(default=200, ge=1)
+    max_chars: int | None = Field(default=None, ge=1)
     dedup: DedupConfig | None = DedupConfig()
 
     @model_validator(mode="before")
@@ -81,6 +84,12 @@ class CorpusConfig(Config):
         beside = {key: value for key, value in data.items() if key in fields - set(cls.model_fields)}
         rest = {key: value for key, value in data.items() if key not in beside}
         return {**rest, "source": {"source": name, **beside}}
+
+    @model_validator(mode="after")
+    def _keep_something(self) -> CorpusConfig:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise UserError(f"max_chars = {self.max_chars}", f"at least min_chars = {self.min_chars}", "raise it")
+        return self
 
     @model_validator(mode="after")
     def _carve_something(self) -> CorpusConfig:
@@ -148,6 +157,7 @@ def collect(config: CorpusConfig, folder: Path, cache: Path, part_bytes: int, re
     dropped = _Dropped()
     seen: dict[str, int] = {"documents": 0, "characters": 0}
     given: dict[str, int] = {}
+    cut = {"documents": 0, "characters": 0}
     sizes, ranks = array("q"), array("b")
     with atomic_directory(folder) as partial:
         with (
@@ -167,6 +177,10 @@ def collect(config: CorpusConfig, folder: Path, cache: Path, part_bytes: int, re
                     dropped.add(reason, document.id)
                     continue
                 split = config.split_of(document)
+                if config.max_chars is not None and len(document.text) > config.max_chars:
+                    cut["documents"] += 1
+                    cut["characters"] += len(document.text) - config.max_chars
+                    document = replace(document, text=document.text[: config.max_chars])
                 num_bytes = len(document.text.encode())
                 dedup.add(document, split)
                 spool.add(split, len(sizes), document, num_bytes)
@@ -185,7 +199,12 @@ def collect(config: CorpusConfig, folder: Path, cache: Path, part_bytes: int, re
                 "examples": [gone.dropped for gone in duplicates.examples if gone.reason == reason],
             }
         by_split = {split: int(size) for split, size in zip(SPLITS, text_bytes, strict=True)}
-        facts = {"seen": {**seen, "given_splits": given}, "dropped": dropped.by_reason, "dedup": duplicates.report()}
+        facts = {
+            "seen": {**seen, "given_splits": given},
+            "cut": cut,
+            "dropped": dropped.by_reason,
+            "dedup": duplicates.report(),
+        }
         _refuse_empty(config, by_split, facts)
         write_json(partial / _SUMMARY, {"parts": spool.num_parts, "text_bytes": by_split, "facts": facts})
     return Collected(folder)

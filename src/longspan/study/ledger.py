@@ -34,6 +34,9 @@ def corpus_entries(facts: dict[str, Any]) -> list[LedgerEntry]:
     ]
     seen = facts["seen"].get("documents", facts["dedup"]["documents"])
     entries.append(LedgerEntry("info", "corpus", f"{seen:,} documents seen; what was dropped, and why:", dropped))
+    if facts["cut"]["documents"]:
+        text = f"{facts['cut']['documents']:,} documents cut, {facts['cut']['characters']:,} characters left out."
+        entries.append(LedgerEntry("info", "corpus", text))
     dedup = facts["dedup"]
     if examples := dedup["examples"]:
         removed, across = dedup["documents"] - dedup["kept"], _total(dedup["across_splits"])
