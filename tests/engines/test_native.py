@@ -87,6 +87,43 @@ def test_score_equals_computing_the_prefix_for_every_continuation(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+def test_greedy_is_said_of_what_greedy_decoding_writes(
+    pattern: str, tiny_model: MakeModel, tiny_engine: MakeEngine
+) -> None:
+    prefixes = [*draw(3, 20), *draw(2, 7, seed=1), *draw(1, 1, seed=2)]
+    for batch_tokens in (8_192, 13):
+        engine = tiny_engine(tiny_model(pattern), batch_tokens=batch_tokens)
+        written = engine.generate(prefixes, Sampling(max_new_tokens=5, stop_at_boundary=False))
+        choices = []
+        for i, right in enumerate(g.tokens for g in written):
+            wrong = right.copy()
+            wrong[-1] = (wrong[-1] + 1) % 250
+            # Some alone, some several: the two ways through the model.
+            choices.append([right] if i % 2 else [wrong, right, right[:2], wrong[-1:]])
+        plain = engine.score_many(prefixes, choices)
+        for i, scored in enumerate(engine.score_greedy(prefixes, choices)):
+            assert [s.greedy for s in scored] == ([True] if i % 2 else [False, True, True, wrong_is_right(choices[i])])
+            for s, nll in zip(scored, plain[i], strict=True):
+                np.testing.assert_allclose(s.nll, nll, atol=2e-5)
+
+
+def wrong_is_right(choices: list[np.ndarray]) -> bool:
+    return bool(choices[3][0] == choices[1][0])
+
+
+def test_many_continuations_of_a_long_prefix_go_through_in_parts(
+    tiny_model: MakeModel, tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(tiny_model("AM"))
+    prefixes, choices = draw(2, 30), [draw(7, 4), draw(3, 6)]
+    whole = engine.score_many(prefixes, choices)
+    monkeypatch.setattr("longspan.engines.native.COPIED_TOKENS", 100)
+    for some, parts in zip(whole, engine.score_many(prefixes, choices), strict=True):
+        for one, part in zip(some, parts, strict=True):
+            np.testing.assert_allclose(part, one, atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_greedy_generation_with_the_cache_equals_recomputing_everything(
     pattern: str, tiny_model: MakeModel, tiny_engine: MakeEngine, tokenizer: Tokenizer
 ) -> None:
@@ -119,6 +156,57 @@ def test_sampling_is_reproducible_and_top_p_keeps_the_likely(tiny_model: MakeMod
     assert [g.tokens.tolist() for g in engine.generate(prompts, narrow)] == [
         g.tokens.tolist() for g in engine.generate(prompts, greedy)
     ]
+
+
+def test_top_k_keeps_the_likeliest(tiny_model: MakeModel, tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine(tiny_model())
+    prompts = draw(2, 10)
+    hot = Sampling(max_new_tokens=40, temperature=50.0, stop_at_boundary=False)
+    greedy = Sampling(max_new_tokens=40, stop_at_boundary=False)
+    one = hot.model_copy(update={"top_k": 1})
+    assert tokens_of(engine, prompts, one) == tokens_of(engine, prompts, greedy)
+    three = hot.model_copy(update={"top_k": 3})
+    for prompt, written in zip(prompts, tokens_of(engine, prompts, three), strict=True):
+        ranks = []
+        for i, token in enumerate(written):
+            with torch.no_grad():
+                hidden, _ = engine._model(torch.tensor([*prompt, *written[:i]])[None])
+                logits = engine._model.logits(hidden[0, -1])
+            ranks.append(int((logits > logits[token]).sum()))
+        assert set(ranks) == {0, 1, 2}
+    everything = hot.model_copy(update={"top_k": 10_000})
+    assert tokens_of(engine, prompts, everything) == tokens_of(engine, prompts, hot)
+
+
+def tokens_of(engine: NativeEngine, prompts: list[np.ndarray], sampling: Sampling) -> list[list[int]]:
+    return [g.tokens.tolist() for g in engine.generate(prompts, sampling)]
+
+
+def test_text_can_be_watched_and_broken_off(tiny_model: MakeModel, tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine(tiny_model())
+    (prompt,) = draw(1, 10)
+    sampling = Sampling(max_new_tokens=30, stop_at_boundary=False)
+    (whole,) = engine.generate([prompt], sampling)
+    watched = engine.continue_text(prompt, sampling)
+    assert "".join(watched) == whole.text == watched.result().text
+    assert watched.result().finish_reason == "length"
+    broken = engine.continue_text(prompt, sampling)
+    text = "".join(next(broken) for _ in range(12))
+    assert broken.result().finish_reason == "interrupted"
+    assert broken.result().tokens.tolist() == whole.tokens[:12].tolist()
+    assert whole.text.startswith(text)
+
+
+def test_generation_ends_before_a_stop_string(tiny_model: MakeModel, tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine(tiny_model())
+    (prompt,) = draw(1, 10)
+    sampling = Sampling(max_new_tokens=60, temperature=1.0, stop_at_boundary=False)
+    (free,) = engine.generate([prompt], sampling)
+    stop = free.text[len(free.text) // 2 :][:2]
+    (stopped,) = engine.generate([prompt], sampling.model_copy(update={"stop": ("never this", stop)}))
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert len(stopped.tokens) < 60
 
 
 def test_generation_stops_at_a_boundary_and_at_the_context_limit(

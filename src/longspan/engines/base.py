@@ -19,6 +19,7 @@ Tokens = NDArray[Any]
 """Integer ids (T,), of any integer dtype."""
 
 Capability = Literal["nll", "score", "generate"]
+FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 
 class UnusableAnswer(DataError):
@@ -31,16 +32,33 @@ class Sampling(Config):
     Attributes:
         max_new_tokens: at most so many.
         temperature: 0 is greedy.
-        top_p: keep the smallest set of tokens with this much probability.
+        top_k: keep so many of the likeliest tokens; None: all.
+        top_p: of those, keep the smallest set with this much probability.
+        stop: end before the first of these strings.
         stop_at_boundary: end where the subject begins another document; off for timing.
         seed: of the draws; each prompt has a stream of its own.
     """
 
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.0, ge=0.0)
+    top_k: int | None = Field(None, ge=1)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
+    stop: tuple[str, ...] = ()
     stop_at_boundary: bool = True
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a subject thinks of one continuation.
+
+    Attributes:
+        nll: float64 (n,), nats per token.
+        greedy: whether greedy decoding would have written exactly this.
+    """
+
+    nll: NDArray[np.float64]
+    greedy: bool
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,9 @@ class Generation:
 
     Attributes:
         tokens: int64 (n,), without the prompt and without a boundary token that ended it.
-        text: the same decoded.
-        finish_reason: `stop` (boundary), `length` (max_new_tokens) or `context` (the subject's context limit).
+        text: the same decoded, up to a stop string.
+        finish_reason: `stop` (boundary or stop string), `length` (max_new_tokens), `context` (the subject's context
+            limit) or `interrupted` (asked for before the end).
         prompt_tokens: length of the prompt.
         first_token_seconds: from sending the prompt to the first token.
         decode_seconds: for all tokens after the first.
@@ -59,7 +78,7 @@ class Generation:
 
     tokens: NDArray[np.int64]
     text: str
-    finish_reason: Literal["stop", "length", "context"]
+    finish_reason: FinishReason
     prompt_tokens: int
     first_token_seconds: float
     decode_seconds: float

@@ -1,4 +1,4 @@
-"""Generation from a Longspan model with a state cache: one prompt, timed as one request.
+"""Generation from a Longspan model with a state cache: one prompt, timed as one request, text handed out as it comes.
 
 Legend: B rows, T tokens, V vocabulary.
 """
@@ -6,68 +6,101 @@ Legend: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from typing import Literal
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.engines.base import Engine, Generation, Sampling, require_finite
+from longspan.engines.base import Engine, FinishReason, Generation, Sampling, require_finite
+from longspan.engines.text_stream import TextStream
 from longspan.foundation.randomness import torch_generator
 from longspan.models.language_model import LanguageModel
 
 
-def generate(
-    engine: Engine, model: LanguageModel, prompt_BT: Tensor, sampling: Sampling, *, index: int, chunk: int
-) -> Generation:
-    """Continue one prompt.
+class Continuation(Iterator[str]):
+    """A prompt being continued: iterate for the text, in whole characters, as soon as each is certain.
 
-    Args:
-        engine: whose tokenizer, name and context limit apply.
-        model: in evaluation mode, on the device of the prompt.
-        prompt_BT: int64 (1, T), T >= 1.
-        sampling: how.
-        index: of the prompt among its fellows: each draws from a stream of its own.
-        chunk: prompt tokens per forward pass.
-
-    Raises:
-        UnusableAnswer: NaN or infinite logits.
+    The prompt goes through once, in chunks; then each token goes through alone with the state of all before it.
     """
-    generator = torch_generator(sampling.seed, "generate", index)
-    _synchronise(prompt_BT.device)
-    began = time.perf_counter()
-    state = model.initial_state()
-    for part_BT in torch.split(prompt_BT, chunk, dim=1):
-        logits_BV, state = model.next_logits(part_BT, state)
-    written: list[int] = []
-    reason: Literal["stop", "length", "context"] = "length"
-    first_token = began
-    while True:
-        token = _pick(engine, logits_BV[0], sampling, generator)
-        if not written:
-            # Picking waits for the device, so this is when the first token is really there.
-            first_token = time.perf_counter()
-        if sampling.stop_at_boundary and token == engine.tokenizer.special.boundary:
-            reason = "stop"
-            break
-        written.append(token)
-        if len(written) == sampling.max_new_tokens:
-            break
-        if engine.context_limit is not None and state.length >= engine.context_limit:
-            reason = "context"
-            break
-        logits_BV, state = model.next_logits(torch.tensor([[token]], device=prompt_BT.device), state)
-    ended = time.perf_counter()
-    tokens = np.array(written, dtype=np.int64)
-    return Generation(
-        tokens=tokens,
-        text=engine.tokenizer.decode(tokens),
-        finish_reason=reason,
-        prompt_tokens=prompt_BT.shape[1],
-        first_token_seconds=first_token - began,
-        decode_seconds=ended - first_token,
-        state_bytes=state.bytes(),
-    )
+
+    def __init__(
+        self, engine: Engine, model: LanguageModel, prompt_BT: Tensor, sampling: Sampling, *, index: int, chunk: int
+    ) -> None:
+        """Nothing runs before the first `next`.
+
+        Args:
+            engine: whose tokenizer, name and context limit apply.
+            model: in evaluation mode, on the device of the prompt.
+            prompt_BT: int64 (1, T), T >= 1.
+            sampling: how.
+            index: of the prompt among its fellows: each draws from a stream of its own.
+            chunk: prompt tokens per forward pass.
+        """
+        self._engine, self._model, self._sampling = engine, model, sampling
+        self._prompt_BT, self._chunk = prompt_BT, chunk
+        self._generator = torch_generator(sampling.seed, "generate", index)
+        self._stream = TextStream(engine.tokenizer, sampling.stop)
+        self._state = model.initial_state()
+        self._written: list[int] = []
+        self._reason: FinishReason | None = None
+        self._first_token_seconds = self._decode_seconds = 0.0
+
+    def __next__(self) -> str:
+        """The text that the next token makes certain; may be empty.
+
+        Raises:
+            UnusableAnswer: NaN or infinite logits.
+        """
+        if self._reason is not None:
+            raise StopIteration
+        token = self._step()
+        if self._sampling.stop_at_boundary and token == self._engine.tokenizer.special.boundary:
+            self._reason = "stop"
+            return self._stream.flush()
+        self._written.append(token)
+        text = self._stream.push(token)
+        limit = self._engine.context_limit
+        if self._stream.stopped:
+            self._reason = "stop"
+        elif len(self._written) == self._sampling.max_new_tokens:
+            self._reason = "length"
+        elif limit is not None and self._state.length >= limit:
+            self._reason = "context"
+        return text if self._reason is None else text + self._stream.flush()
+
+    def result(self) -> Generation:
+        """All that was written: at the end, or so far (then without the text of an unfinished character)."""
+        return Generation(
+            tokens=np.array(self._written, dtype=np.int64),
+            text=self._stream.text,
+            finish_reason=self._reason or "interrupted",
+            prompt_tokens=self._prompt_BT.shape[1],
+            first_token_seconds=self._first_token_seconds,
+            decode_seconds=self._decode_seconds,
+            state_bytes=self._state.bytes(),
+        )
+
+    @torch.inference_mode()
+    def _step(self) -> int:
+        first = self._state.length == 0
+        if first:
+            _synchronise(self._prompt_BT.device)
+        began = time.perf_counter()
+        if first:
+            for part_BT in torch.split(self._prompt_BT, self._chunk, dim=1):
+                logits_BV, self._state = self._model.next_logits(part_BT, self._state)
+        else:
+            last_BT = torch.tensor([self._written[-1:]], device=self._prompt_BT.device)
+            logits_BV, self._state = self._model.next_logits(last_BT, self._state)
+        # Picking waits for the device, so the token is really there when the clock is read.
+        token = _pick(self._engine, logits_BV[0], self._sampling, self._generator)
+        seconds = time.perf_counter() - began
+        if first:
+            self._first_token_seconds = seconds
+        else:
+            self._decode_seconds += seconds
+        return token
 
 
 def _pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -77,6 +110,8 @@ def _pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch
     if sampling.temperature == 0:
         return int(logits.argmax())
     shares, order = torch.softmax(logits / sampling.temperature, dim=-1).sort(descending=True, stable=True)
+    if sampling.top_k is not None:
+        shares = shares[: sampling.top_k] / shares[: sampling.top_k].sum()
     # Kept as long as the tokens before do not yet hold top_p, so that at least one is kept.
     shares = torch.where(shares.cumsum(0) - shares < sampling.top_p, shares, 0.0)
     return int(order[torch.multinomial(shares, 1, generator=generator)])

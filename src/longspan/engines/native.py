@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines.base import Capability, Engine, Generation, Sampling, Tokens, require_finite
-from longspan.engines.generation import generate
+from longspan.engines.base import Capability, Engine, Generation, Sampling, Scored, Tokens, require_finite
+from longspan.engines.generation import Continuation
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel
 from longspan.models.segments import Isolation
+from longspan.models.state import ModelState
+from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
+Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COPIED_TOKENS = 65_536
+"""Most positions whose state is copied at a time for continuations of shared prefixes."""
 
 
 class NativeEngine(Engine):
@@ -41,8 +46,9 @@ class NativeEngine(Engine):
         isolation: Isolation,
         fingerprint: str,
         device: torch.device | str = "cpu",
-        dtype: Literal["fp32", "bf16"] = "fp32",
+        dtype: Dtype = "fp32",
         batch_tokens: int = 8_192,
+        trained_context: int | None = None,
         name: str = "",
     ) -> None:
         """Take the model over: it is moved to the device, cast and set to evaluation.
@@ -56,7 +62,11 @@ class NativeEngine(Engine):
             device: where it runs.
             dtype: of the computation; parameters that a mixer keeps in fp32 stay so.
             batch_tokens: most positions in one forward pass; longer sequences go through in chunks of it.
+            trained_context: tokens of a training row, where that is known.
             name: for people; default the model's pattern.
+
+        Raises:
+            UserError: an unknown dtype, or a tokenizer with more entries than the model has rows.
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype = {dtype!r}", ", ".join(DTYPES), "choose one of these")
@@ -72,6 +82,8 @@ class NativeEngine(Engine):
         self.isolation = isolation
         self.fingerprint = fingerprint
         self.context_limit = model.config.max_positions if model.position_embedding is not None else None
+        self.trained_context = trained_context
+        self.dtype = dtype
         self._device = torch.device(device)
         self._dtype = DTYPES[dtype]
         self._model = model.to(self._device).eval()
@@ -103,33 +115,53 @@ class NativeEngine(Engine):
         self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> list[list[NDArray[np.float64]]]:
         """See `Engine.score_many`. Prefixes of one length go through together."""
-        lengths: dict[int, list[int]] = defaultdict(list)
-        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
-            if len(prefix) < 1:
-                raise UserError(f"request {i} has no prefix", "at least one token", "begin with `document_prefix`")
-            if not choices or any(len(choice) < 1 for choice in choices):
-                raise UserError(f"request {i} has an empty continuation", "at least one token each", "drop it")
-            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
-            lengths[len(prefix)].append(i)
+        self._check_requests(prefixes, continuations)
         answers: list[list[NDArray[np.float64]]] = [[] for _ in prefixes]
-        for length, same in lengths.items():
-            rows = max(1, self._batch_tokens // length)
-            for start in range(0, len(same), rows):
-                batch = same[start : start + rows]
-                scored = self._score_batch([prefixes[i] for i in batch], [continuations[i] for i in batch])
-                for i, values in zip(batch, scored, strict=True):
-                    answers[i] = [require_finite(v, self.name, f"a continuation of request {i}") for v in values]
+        for i, scored in self._after_prefixes(range(len(prefixes)), prefixes, continuations):
+            answers[i] = [each.nll for each in scored]
         return answers
 
     @torch.inference_mode()
+    def score_greedy(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> list[list[Scored]]:
+        """`score_many` that also says whether greedy decoding would write each continuation.
+
+        A prefix with several continuations is computed once; one with a single continuation goes through with it,
+        beside others of similar length.
+        """
+        self._check_requests(prefixes, continuations)
+        answers: list[list[Scored]] = [[] for _ in prefixes]
+        alone = [i for i, choices in enumerate(continuations) if len(choices) == 1]
+        whole = [np.concatenate([prefixes[i], continuations[i][0]]) for i in alone]
+        for batch in self._by_length([len(sequence) - 1 for sequence in whole]):
+            inputs_BT = _stack([whole[row][:-1] for row in batch], self.tokenizer.special.pad)
+            targets_BT = _stack([whole[row][1:] for row in batch], IGNORE)
+            for row, place in enumerate(batch):
+                targets_BT[row, : len(prefixes[alone[place]]) - 1] = IGNORE
+            nll_BT, right_BT = self._judge(inputs_BT, targets_BT)
+            counted_BT = (targets_BT != IGNORE).numpy()
+            for row, place in enumerate(batch):
+                i, counted = alone[place], counted_BT[row]
+                answers[i] = [self._scored(nll_BT[row, counted], right_BT[row, counted], i)]
+        several = [i for i, choices in enumerate(continuations) if len(choices) > 1]
+        for i, scored in self._after_prefixes(several, prefixes, continuations):
+            answers[i] = scored
+        return answers
+
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
         """See `Engine.generate`. One prompt at a time, so that the timings are those of one request."""
         answers = []
         for i, prompt in enumerate(prompts):
-            self._check_length(len(prompt), f"prompt {i}")
-            prompt_BT = _stack([prompt], 0).to(self._device)
-            answers.append(generate(self, self._model, prompt_BT, sampling, index=i, chunk=self._batch_tokens))
+            continuation = self.continue_text(prompt, sampling, index=i)
+            for _ in continuation:
+                pass
+            answers.append(continuation.result())
         return answers
+
+    def continue_text(self, prompt: Tokens, sampling: Sampling, *, index: int = 0) -> Continuation:
+        """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
+        self._check_length(len(prompt), f"prompt {index}")
+        prompt_BT = _stack([prompt], 0).to(self._device)
+        return Continuation(self, self._model, prompt_BT, sampling, index=index, chunk=self._batch_tokens)
 
     def state_bytes(self, context: int) -> int:
         """See `Engine.state_bytes`."""
@@ -152,9 +184,29 @@ class NativeEngine(Engine):
             parts.append(part_BT.double().cpu().numpy())
         return np.concatenate(parts, axis=1)
 
-    def _score_batch(
-        self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
-    ) -> list[list[NDArray[np.float64]]]:
+    def _check_requests(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> None:
+        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
+            if len(prefix) < 1:
+                raise UserError(f"request {i} has no prefix", "at least one token", "begin with `document_prefix`")
+            if not choices or any(len(choice) < 1 for choice in choices):
+                raise UserError(f"request {i} has an empty continuation", "at least one token each", "drop it")
+            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
+
+    def _after_prefixes(
+        self, chosen: Sequence[int], prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> Iterator[tuple[int, list[Scored]]]:
+        """The chosen requests with their answers; each prefix goes through once, beside others of its length."""
+        lengths: dict[int, list[int]] = defaultdict(list)
+        for i in chosen:
+            lengths[len(prefixes[i])].append(i)
+        for length, same in lengths.items():
+            rows = max(1, self._batch_tokens // length)
+            for start in range(0, len(same), rows):
+                batch = same[start : start + rows]
+                state = self._prefill([prefixes[i] for i in batch])
+                yield from self._continued(batch, state, prefixes, continuations)
+
+    def _prefill(self, prefixes: Sequence[Tokens]) -> ModelState:
         # The last token of the prefix goes through with every continuation, so that its hidden state, from which the
         # first token is predicted, need not be kept beside the state.
         state = self._model.initial_state()
@@ -163,18 +215,66 @@ class NativeEngine(Engine):
             _, after = self._model(prefix_BT[:, start : start + self._batch_tokens].to(self._device), None, state)
             assert after is not None
             state = after
-        owners = [row for row, choices in enumerate(continuations) for _ in choices]
-        choices = [choice for several in continuations for choice in several]
-        inputs = [np.append(prefixes[row][-1:], choice[:-1]) for row, choice in zip(owners, choices, strict=True)]
-        inputs_BT, targets_BT = _stack(inputs, self.tokenizer.special.pad), _stack(choices, IGNORE)
-        if prefix_BT.shape[1]:
-            state = state.select(torch.tensor(owners))
-        nll_BT, _ = self._model.token_nll(inputs_BT.to(self._device), targets_BT.to(self._device), None, state=state)
-        values_BT = nll_BT.double().cpu().numpy()
-        scored: list[list[NDArray[np.float64]]] = [[] for _ in prefixes]
-        for row, owner in enumerate(owners):
-            scored[owner].append(values_BT[row, : len(choices[row])])
-        return scored
+        return state
+
+    def _continued(
+        self,
+        batch: Sequence[int],
+        state: ModelState,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> Iterator[tuple[int, list[Scored]]]:
+        pairs = [(row, choice) for row, i in enumerate(batch) for choice in continuations[i]]
+        # Every continuation needs a copy of its prefix's state.
+        most = max(1, COPIED_TOKENS // (len(prefixes[batch[0]]) + max(len(choice) for _, choice in pairs)))
+        scored: dict[int, list[Scored]] = {i: [] for i in batch}
+        for start in range(0, len(pairs), most):
+            part = pairs[start : start + most]
+            inputs = [np.append(prefixes[batch[row]][-1:], choice[:-1]) for row, choice in part]
+            inputs_BT, targets_BT = (
+                _stack(inputs, self.tokenizer.special.pad),
+                _stack([choice for _, choice in part], IGNORE),
+            )
+            copies = state.select(torch.tensor([row for row, _ in part])) if state.length else state
+            nll_BT, right_BT = self._judge(inputs_BT, targets_BT, copies)
+            for place, (row, choice) in enumerate(part):
+                span = slice(len(choice))
+                scored[batch[row]].append(self._scored(nll_BT[place, span], right_BT[place, span], batch[row]))
+        yield from scored.items()
+
+    def _scored(self, nll: NDArray[np.float64], right: NDArray[np.bool_], request: int) -> Scored:
+        return Scored(require_finite(nll, self.name, f"a continuation of request {request}"), bool(right.all()))
+
+    def _judge(
+        self, inputs_BT: Tensor, targets_BT: Tensor, state: ModelState | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """NLL of every target and whether it is the likeliest token, (B, T); 0 and True where there is no target."""
+        length, weight = inputs_BT.shape[1], self._model.head_weight
+        if state is None and length > self._batch_tokens:
+            state = self._model.initial_state()
+        nll_BT = np.zeros(inputs_BT.shape)
+        right_BT = np.ones(inputs_BT.shape, dtype=np.bool_)
+        for start in range(0, length, self._batch_tokens):
+            span = slice(start, start + self._batch_tokens)
+            hidden_BTD, state = self._model(inputs_BT[:, span].to(self._device), None, state)
+            counted_BT = targets_BT[:, span] != IGNORE
+            if not bool(counted_BT.any()):
+                continue
+            hidden_ND = hidden_BTD[counted_BT.to(self._device)]
+            targets_N = targets_BT[:, span][counted_BT].to(self._device)
+            nll_N = linear_cross_entropy(hidden_ND, weight, targets_N, ignore=IGNORE, reduction="none")
+            rows = default_chunk(weight.shape[0], weight.device)
+            # Rows beyond the tokenizer's vocabulary stand for nothing, here as in generation.
+            likeliest_N = torch.cat(
+                [
+                    self._model.logits(part_ND)[:, : self.tokenizer.vocab_size].argmax(-1)
+                    for part_ND in hidden_ND.split(rows)
+                ]
+            )
+            counted = counted_BT.numpy()
+            nll_BT[:, span][counted] = nll_N.double().cpu().numpy()
+            right_BT[:, span][counted] = (likeliest_N == targets_N).cpu().numpy()
+        return nll_BT, right_BT
 
     def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices in batches of similar length with at most `batch_tokens` positions, padding included."""
