@@ -76,6 +76,14 @@ def test_a_variant_can_be_what_varies(study_file: Path) -> None:
     assert [subject.config.model.width for subject in subjects] == [32, 64]
 
 
+def test_the_chosen_variant_lies_over_the_varied_one_and_the_command_line_over_both(study_file: Path) -> None:
+    text = study_file.read_text().replace("{width: 64}", "{width: 64, mlp_width: 96, state: 16}")
+    study_file.write_text(text + "  small: {model: {mlp_width: 24, state: 4}}\n")
+    given = ["vary.variant=['', wide]", "variant=small", "model.state=12", "pattern=AA", "seed=0"]
+    models = [subject.config.model for subject in expand(load_study(str(study_file), given)).subjects]
+    assert [(model.width, model.mlp_width, model.state) for model in models] == [(32, 24, 12), (64, 24, 12)]
+
+
 @pytest.mark.parametrize(
     ("override", "given", "fix"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 from longspan.foundation.errors import UserError
 from longspan.models.budget import match
 from longspan.models.config import ModelConfig
-from longspan.study.schema import Study, SubjectConfig, apply_variant, resolve_key, set_path
+from longspan.study.schema import Study, SubjectConfig, apply_settings, apply_variant, resolve_key, set_path
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,14 @@ def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectCo
     for values in itertools.product(*study.vary.values()):
         base = copy.deepcopy(dict(study.base))
         factors: dict[str, str] = {}
-        # A variant is the ground that the other keys are set on, wherever it stands in the list.
-        for key, value in sorted(zip(keys, values, strict=True), key=lambda pair: pair[0] != "variant"):
-            if key == "variant":
-                apply_variant(str(value), study.variants, base, {})
-                continue
+        given = dict(zip(keys, values, strict=True))
+        if "variant" in given:
+            # A variant is the ground that everything else is set on: the variant chosen for all subjects (a size, say)
+            # lies over the one that varies, and the command line over both.
+            apply_variant(str(given.pop("variant")), study.variants, base, {})
+            apply_variant(study.variant, study.variants, base, {})
+            apply_settings(study.settings, base)
+        for key, value in given.items():
             set_path(base, resolve_key(key), value)
         for key, value in zip(keys, values, strict=True):
             name = key.rpartition(".")[2]

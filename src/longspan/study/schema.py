@@ -93,6 +93,7 @@ class Study:
         vary: key → values; subjects are the product of all of them, in the order written.
         primary: `probe.metric` that decides.
         overrides: what the command line changed, as written.
+        settings: the same as (path, value), in the order they are set; they come after every variant.
         plugins: the user's own files (mixers, probes) that the study needs.
     """
 
@@ -104,6 +105,7 @@ class Study:
     vary: Mapping[str, list[Any]] = field(default_factory=dict)
     primary: str = DEFAULT_PRIMARY
     overrides: tuple[str, ...] = ()
+    settings: tuple[tuple[tuple[str, ...], Any], ...] = ()
     plugins: tuple[str, ...] = ()
 
     def resolved(self) -> dict[str, Any]:
@@ -145,23 +147,21 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     vary = dict(raw.get("vary") or {})
     apply_variant(chosen, variants, base, vary)
     varied = {resolve_key(key): key for key in vary if key != "variant"}
+    settings: list[tuple[tuple[str, ...], Any]] = []
     # Another source takes the settings of the one before it away, so it comes first wherever it was written.
     for key, value in sorted(changes, key=lambda change: change[0] not in ("source", "corpus.source")):
         if key == "variant":
             continue
         if key in ("question", "study", "primary"):
             raw[key] = value
-        elif key == "probes":
-            base["probes"] = _named_probes(value)
         elif key.startswith("vary."):
             name = key.removeprefix("vary.")
             vary[varied.get(resolve_key(name), name) if name != "variant" else name] = _listed(value)
         elif (path_of := resolve_key(key)) in varied:
             vary[varied[path_of]] = _listed(value)
-        elif path_of == ("corpus", "source"):
-            base["corpus"] = _with_source(base.get("corpus") or {}, value)
         else:
-            set_path(base, path_of, value)
+            settings.append((path_of, value))
+    apply_settings(settings, base)
     for key in vary:
         if key != "variant":
             resolve_key(key)
@@ -178,6 +178,7 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         vary=vary,
         primary=str(raw.get("primary", DEFAULT_PRIMARY)),
         overrides=tuple(overrides),
+        settings=tuple(settings),
         plugins=plugins,
     )
 
@@ -204,6 +205,17 @@ def apply_variant(
                 base[key] = copy.deepcopy(value)
             else:
                 raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary"))
+
+
+def apply_settings(settings: Iterable[tuple[tuple[str, ...], Any]], base: dict[str, Any]) -> None:
+    """Set what the command line changes."""
+    for path, value in settings:
+        if path == ("probes",):
+            base["probes"] = _named_probes(value)
+        elif path == ("corpus", "source"):
+            base["corpus"] = _with_source(base.get("corpus") or {}, value)
+        else:
+            set_path(base, path, copy.deepcopy(value))
 
 
 def resolve_key(key: str) -> tuple[str, ...]:
