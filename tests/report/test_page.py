@@ -85,6 +85,18 @@ def test_hostile_names_are_escaped_on_the_page_and_in_markdown() -> None:
     )
 
 
+def test_a_layer_of_mixers_side_by_side_is_one_cell_in_two_colours(quickstart_report: ReportInput) -> None:
+    subject = replace(
+        quickstart_report.subjects[0], letters="A[AM]M", mixers=("attention", "[attention+mamba2]", "mamba2")
+    )
+    text = page.html(page.lay_out(replace(quickstart_report, subjects=[subject, *quickstart_report.subjects[1:]])))
+    assert "--m-[" not in text
+    single, double = page._cells("A[AM]")
+    assert single == ("A", "--c:var(--m-A)")
+    assert double[0] == "AM"
+    assert "linear-gradient(var(--way),var(--m-A) 0 50%,var(--m-M) 0 100%)" in double[1]
+
+
 def test_every_chart_draws_in_both_themes(content: page.Content) -> None:
     shown = {figure.name: figure for figure in content.figures}
     assert {"answer", "position-curve-nll", "state-bytes", "pareto-state-bytes", "training-loss"} <= shown.keys()

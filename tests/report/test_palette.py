@@ -7,7 +7,7 @@ import pytest
 
 from longspan.report.arms import arrange
 from longspan.report.data import ReportInput
-from longspan.report.palette import letter_shade, level_shades, pattern_shades
+from longspan.report.palette import NAMES, letter_names, level_shades, mixer_shade, pattern_shades, split_layers
 
 # Full colour-vision deficiency in linear sRGB: Machado, Oliveira and Fernandes (2009).
 DEFICIENCIES = {
@@ -25,24 +25,43 @@ def lab(colour: str, matrix: np.ndarray) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+@pytest.mark.parametrize("deficiency", [*DEFICIENCIES, "none"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_families_and_their_hybrid_stay_apart_for_colour_blind_readers(deficiency: str, theme: str) -> None:
-    shades = pattern_shades(["AAAA", "MMMM", "GGGG", "AMAM"])
-    seen = {p: lab(getattr(s, theme), np.array(DEFICIENCIES[deficiency])) for p, s in shades.items()}
+def test_mixers_and_a_hybrid_stay_apart_for_colour_blind_readers(deficiency: str, theme: str) -> None:
+    shades = pattern_shades([4 * letter for letter in NAMES] + ["AMAM"])
+    matrix = np.array(DEFICIENCIES.get(deficiency, np.eye(3)))
+    seen = {p: lab(getattr(s, theme), matrix) for p, s in shades.items()}
     for a, b in itertools.combinations(seen, 2):
         assert np.linalg.norm(seen[a] - seen[b]) > 15, (a, b)
 
 
 def test_a_pure_pattern_has_its_mixers_colour_whatever_else_is_in_the_report() -> None:
-    assert pattern_shades(["MM", "AMAM", "AAAAAAAA"])["AAAAAAAA"] == letter_shade("A")
-    assert pattern_shades(["AAAA"])["AAAA"] == letter_shade("A")
+    assert pattern_shades(["MM", "AMAM", "AAAAAAAA"])["AAAAAAAA"] == mixer_shade("attention")
+    assert pattern_shades(["AAAA"])["AAAA"] == mixer_shade("attention")
 
 
 def test_many_hybrids_and_many_levels_have_colours_of_their_own() -> None:
     patterns = ["AAMMAAMMAA", "MAMMAMMMA", "AMAMAMAM", "MAMAMAMA", "AMMMMMMA", "AAMMMMAA", "AMMMMMA", "MMMMAAAA", "AMG"]
     assert len({s.light for s in pattern_shades(patterns).values()}) == len(patterns)
     assert len({s.light for s in level_shades([str(i) for i in range(12)]).values()}) == 12
+
+
+def test_the_colour_follows_the_true_mixer_and_not_the_letter() -> None:
+    bound = pattern_shades({"MM": ["gated_short_convolution"] * 2, "BB": ["attention"] * 2, "AA": ["attention"] * 2})
+    assert bound["MM"] == mixer_shade("gated_short_convolution")
+    assert bound["AA"] == mixer_shade("attention")
+    assert bound["BB"] != bound["AA"]
+    assert len({mixer_shade(name) for name in ("moving_average", "running_sum", "attention")}) == 3
+
+
+def test_side_by_side_mixers_share_their_layer() -> None:
+    assert split_layers("A[AM]M[MGA]") == ["A", "[AM]", "M", "[MGA]"]
+    names = letter_names("M[BM]", ["mamba2", "[attention+mamba2]"])
+    assert names == {"M": "mamba2", "B": "attention"}
+    alone, even = pattern_shades(["[AM][AM]"])["[AM][AM]"], pattern_shades(["AM"])["AM"]
+    assert alone == even
+    together = pattern_shades(["[AM][AM]", "AMAM", "[AA][AA]", "AAAA"])
+    assert len({shade.light for shade in together.values()}) == 4
 
 
 def test_crossed_factors_become_colours_and_panels(leakage_report: ReportInput) -> None:

@@ -122,7 +122,7 @@ def _colour_factor(subjects: list[SubjectFacts], levels: dict[str, list[str]]) -
 def _shades(subjects: list[SubjectFacts], colours: dict[str, str]) -> dict[str, palette.Shade]:
     patterns = {colours[s.label]: s.letters for s in subjects}
     if all(patterns.values()) and len(set(patterns.values())) == len(patterns):
-        by_pattern = palette.pattern_shades(list(patterns.values()))
+        by_pattern = palette.pattern_shades({s.letters: s.mixers for s in subjects})
         return {colour: by_pattern[pattern] for colour, pattern in patterns.items()}
     return palette.level_shades(list(patterns))
 

@@ -36,8 +36,9 @@ class SubjectFacts:
 
     Attributes:
         label: the name that summaries use for it (`Measurement.subject`).
-        letters: the expanded pattern, one letter per layer, e.g. `AMAM`; empty where it is not known.
-        mixers: the true mixer name of every layer, e.g. `("attention", "mamba2")`.
+        letters: the expanded pattern, one letter (or group such as `[AM]`) per layer, e.g. `AMAM`; empty where it is
+            not known.
+        mixers: the true mixer name of every layer, e.g. `("attention", "mamba2")`, `("[attention+mamba2]",)`.
         kind: where its weights come from.
         factors: what the study varies, e.g. `{"pattern": "MMMM", "isolation": "full"}`; seeds are not a factor.
         training_flops: FLOPs of the whole training run.

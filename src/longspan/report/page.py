@@ -77,13 +77,13 @@ def html(content: Content) -> str:
     environment.filters["data_uri"] = _data_uri
     environment.filters["lone"] = _lone
     environment.filters["unbroken"] = _unbroken
+    environment.filters["cells"] = _cells
     template = environment.get_template("report.html.j2")
     text: str = template.render(
         report=report,
         arms=arms,
         decision=content.decision,
         by_label={s.label: s for s in report.subjects},
-        letter_names={letter: _letter_name(letter) for letter in letters},
         mixers=list(letters.items()),
         contents=CONTENTS,
         verdict_names=VERDICTS,
@@ -150,7 +150,7 @@ def _styles(arms: Arms, letters: dict[str, str]) -> str:
         colours = [f"--{name}: {colour};" for name, colour in charts.THEMES[theme].items()]
         colours += [f"{name}: {getattr(shade, theme)};" for name, shade in arms.shades.items()]
         colours += [
-            f"--m-{_letter_name(letter)}: {getattr(palette.letter_shade(letter, mixer), theme)};"
+            f"--m-{_letter_name(letter)}: {getattr(palette.mixer_shade(mixer), theme)};"
             for letter, mixer in {"A": "attention", "M": "mamba2", **letters}.items()
         ]
         text = text.replace(theme.upper(), " ".join(colours))
@@ -161,10 +161,22 @@ def _letters(report: ReportInput) -> dict[str, str]:
     """Every layer letter in the report with its true mixer."""
     found: dict[str, str] = {}
     for subject in report.subjects:
-        for index, letter in enumerate(subject.letters):
-            mixer = subject.mixers[index] if index < len(subject.mixers) else letter
-            found.setdefault(letter, mixer)
+        found = {**palette.letter_names(subject.letters, subject.mixers), **found}
     return found
+
+
+def _cells(letters: str) -> list[tuple[str, Markup]]:
+    """The cells of a pattern strip: what is written in each layer's cell and its style, split where mixers share it."""
+    cells = []
+    for layer in palette.split_layers(letters):
+        inside = layer.strip("[]")
+        colours = [f"var(--m-{_letter_name(letter)})" for letter in inside]
+        style = f"--c:{colours[0]}"
+        if len(inside) > 1:
+            bands = [f"{colour} 0 {100 * (i + 1) / len(inside):.4g}%" for i, colour in enumerate(colours)]
+            style = f"--n:{len(inside)};background:linear-gradient(var(--way),{','.join(bands)})"
+        cells.append((inside, Markup(style)))
+    return cells
 
 
 def _letter_name(letter: str) -> str:

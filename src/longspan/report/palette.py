@@ -1,36 +1,65 @@
-"""One colour per mixer family, the same in every chart and every report, told apart by colour-blind readers too.
+"""One colour per mixer, the same in every chart and every report, told apart by colour-blind readers too.
 
-Colours are set in OKLCH: attention is blue, state-space mixers orange, recurrent ones green. A hybrid lies on the path
-between its families (attention to SSM runs through violet and magenta) by the share of its layers.
+Colours are set in OKLCH: attention is blue, state-space mixers orange and ochre, recurrent ones green, the delta rule
+violet, convolutions grey; the colour of any other mixer is drawn from its name. A hybrid lies on the path between its
+families (attention to SSM runs through violet and magenta) by the share of its layers; mixers side by side in a layer
+have an equal part of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-FAMILIES: dict[str, str] = {
+NAMES: dict[str, str] = {
     "A": "attention",
-    "S": "attention",
-    "M": "ssm",
-    "m": "ssm",
-    "G": "recurrent",
-    "L": "recurrent",
+    "S": "sliding_window_attention",
+    "M": "mamba2",
+    "m": "mamba1",
+    "G": "gru",
+    "L": "lstm",
+    "D": "gated_deltanet",
+    "C": "gated_short_convolution",
 }
-"""letter -> family; letters a study defines itself count by their mixer's name (see `family`)."""
+"""letter -> the mixer it stands for, where a report does not say."""
 
-_LETTERS: dict[str, tuple[float, float, float]] = {
-    "A": (0.55, 0.135, 250.0),
-    "S": (0.66, 0.11, 235.0),
-    "M": (0.67, 0.155, 55.0),
-    "m": (0.74, 0.14, 80.0),
-    "G": (0.57, 0.115, 165.0),
-    "L": (0.64, 0.12, 135.0),
+_MIXERS: dict[str, tuple[float, float, float]] = {
+    "attention": (0.55, 0.135, 250.0),
+    "sliding_window_attention": (0.42, 0.09, 255.0),
+    "mamba2": (0.67, 0.155, 55.0),
+    "mamba1": (0.48, 0.12, 70.0),
+    "gru": (0.57, 0.115, 165.0),
+    "lstm": (0.74, 0.15, 155.0),
+    "gated_deltanet": (0.38, 0.18, 290.0),
+    "gated_short_convolution": (0.32, 0.02, 250.0),
 }
-_HUES = {"attention": 250.0, "ssm": 55.0 + 360.0, "recurrent": 165.0}
-_OTHER = (0.55, 0.02, 80.0)
+_FAMILIES = (
+    ("attention", "attention"),
+    ("mamba", "ssm"),
+    ("ssm", "ssm"),
+    ("gru", "recurrent"),
+    ("lstm", "recurrent"),
+    ("delta", "delta"),
+    ("conv", "convolution"),
+)
+# Where hybrids of two families begin and end. Starting beyond blue keeps an even attention-SSM hybrid off the blues
+# that red-blind readers see in violet.
+_PATHS: dict[tuple[str, ...], tuple[float, float]] = {
+    ("attention",): (250.0, 300.0),
+    ("attention", "delta"): (250.0, 290.0),
+    ("attention", "recurrent"): (250.0, 165.0),
+    ("attention", "ssm"): (266.0, 415.0),
+    ("delta",): (290.0, 340.0),
+    ("delta", "recurrent"): (290.0, 165.0),
+    ("delta", "ssm"): (290.0, 415.0),
+    ("recurrent",): (165.0, 215.0),
+    ("recurrent", "ssm"): (165.0, 55.0),
+    ("ssm",): (55.0, 105.0),
+}
 _LEVELS = ((0.47, 0.14, 285.0), (0.68, 0.12, 200.0), (0.52, 0.15, 15.0), (0.75, 0.13, 95.0), (0.60, 0.13, 135.0))
 _DARK_LIFT = 0.13
 
@@ -43,40 +72,78 @@ class Shade:
     dark: str
 
 
-def family(letter: str, mixer: str = "") -> str:
-    """The family of a layer, by its letter or else by the true name of its mixer."""
-    if letter in FAMILIES:
-        return FAMILIES[letter]
-    for word, name in (("attention", "attention"), ("mamba", "ssm"), ("ssm", "ssm"), ("gru", "recurrent")):
-        if word in mixer.lower():
-            return name
-    return "other"
+def family(mixer: str) -> str:
+    """The family that a mixer's true name tells."""
+    return next((name for word, name in _FAMILIES if word in mixer.lower()), "other")
 
 
-def letter_shade(letter: str, mixer: str = "") -> Shade:
-    """The colour of one layer's cell in a pattern strip."""
-    if letter in _LETTERS:
-        return _shade(*_LETTERS[letter])
-    by_family = {"attention": "A", "ssm": "M", "recurrent": "G"}.get(family(letter, mixer))
-    return _shade(*_LETTERS[by_family]) if by_family else _shade(*_OTHER)
+def mixer_shade(mixer: str) -> Shade:
+    """The colour of a mixer by its true name; one that Longspan does not ship has the colour of its name's checksum."""
+    return _variation(mixer, 0)
 
 
-def pattern_shades(patterns: Sequence[str]) -> dict[str, Shade]:
+def _variation(mixer: str, index: int) -> Shade:
+    drawn = zlib.crc32(mixer.encode())
+    drawn_from_name = (0.45 + 0.07 * (drawn % 5), 0.10, 360.0 * (drawn // 5 % 997) / 997)
+    lightness, chroma, hue = _MIXERS.get(mixer, drawn_from_name)
+    away = 1 if lightness < 0.55 else -1
+    return _shade(lightness + away * (0.0, 0.18, 0.09, 0.27)[index % 4], chroma, hue + 12.0 * (index // 4))
+
+
+def split_layers(letters: str) -> list[str]:
+    """The layers of an expanded pattern: `A`, `[AM]` and `M` of `A[AM]M`."""
+    return re.findall(r"\[[^\]]*\]|.", letters)
+
+
+def letter_names(letters: str, mixers: Sequence[str]) -> dict[str, str]:
+    """letter -> true mixer name, from a pattern and the names of its layers (`[attention+mamba2]` of `[AM]`)."""
+    names: dict[str, str] = {}
+    for index, layer in enumerate(split_layers(letters)):
+        inside = layer.strip("[]")
+        branches = mixers[index].strip("[]").split("+") if index < len(mixers) else []
+        for at, letter in enumerate(inside):
+            name = branches[at] if len(branches) == len(inside) else NAMES.get(letter, letter)
+            names.setdefault(letter, name)
+    return names
+
+
+def pattern_shades(patterns: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, Shade]:
     """A colour for each pattern: its mixer's if it has one mixer, else one between its families.
 
-    Hybrids of the same families whose shares are too alike are spread along the path and alternate in lightness.
+    Further patterns of the same one mixer (other depths, other settings) are lighter and darker. Hybrids of the same
+    families whose shares are too alike are spread along the path and alternate in lightness.
+
+    Args:
+        patterns: expanded pattern -> true mixer name of every layer; patterns alone take the usual meaning of letters.
     """
     shades: dict[str, Shade] = {}
-    mixed: dict[tuple[str, ...], list[str]] = {}
+    pure: dict[str, list[str]] = {}
+    mixed: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     for pattern in dict.fromkeys(patterns):
-        letters = set(pattern)
-        if len(letters) == 1:
-            shades[pattern] = letter_shade(pattern[0])
+        names = letter_names(pattern, patterns[pattern] if isinstance(patterns, Mapping) else ())
+        if len(names) == 1 and "[" not in pattern:
+            pure.setdefault(names[pattern[0]], []).append(pattern)
         else:
-            mixed.setdefault(tuple(sorted({family(letter) for letter in letters})), []).append(pattern)
-    for families, members in mixed.items():
-        shades |= _mixed_shades(families, members)
+            shares = _shares(pattern, names)
+            mixed.setdefault(tuple(sorted(shares)), {})[pattern] = shares
+    for mixer, members in pure.items():
+        # The letter that a mixer is known by comes first: another letter is the mixer with other settings.
+        ordered = sorted(members, key=lambda p: NAMES.get(p[0]) != mixer)
+        shades |= {p: _variation(mixer, index) for index, p in enumerate(ordered)}
+    for families, hybrids in mixed.items():
+        shades |= _mixed_shades(families, hybrids)
     return shades
+
+
+def _shares(pattern: str, names: Mapping[str, str]) -> dict[str, float]:
+    """family -> its share of the layers."""
+    layers = [layer.strip("[]") for layer in split_layers(pattern)]
+    shares: dict[str, float] = {}
+    for letters in layers:
+        for letter in letters:
+            name = family(names[letter])
+            shares[name] = shares.get(name, 0.0) + 1 / len(letters) / len(layers)
+    return shares
 
 
 def level_shades(levels: Sequence[str]) -> dict[str, Shade]:
@@ -88,15 +155,14 @@ def level_shades(levels: Sequence[str]) -> dict[str, Shade]:
     }
 
 
-def _mixed_shades(families: tuple[str, ...], members: list[str]) -> dict[str, Shade]:
-    start, end = _path(families)
-    if start is None or end is None:
+def _mixed_shades(families: tuple[str, ...], members: Mapping[str, Mapping[str, float]]) -> dict[str, Shade]:
+    if families not in _PATHS:
         return {p: _shade(0.42 + 0.1 * (i % 4), 0.05, 60.0 + 70.0 * i) for i, p in enumerate(members)}
-    last = families[-1] if families[0] != families[-1] else ""
-    shares = {p: sum(family(letter) == last for letter in p) / len(p) if last else 0.5 for p in members}
+    start, end = _PATHS[families]
+    shares = {p: share[families[-1]] if len(families) == 2 else 0.5 for p, share in members.items()}
     ordered = sorted(members, key=lambda p: (shares[p], p))
     hues = [start + (end - start) * shares[p] for p in ordered]
-    if any(b - a < 14 for a, b in pairwise(hues)):
+    if any(abs(b - a) < 14 for a, b in pairwise(hues)):
         margin = 0.16 * (end - start)
         steps = max(1, len(ordered) - 1)
         hues = [start + margin + (end - start - 2 * margin) * i / steps for i in range(len(ordered))]
@@ -104,19 +170,6 @@ def _mixed_shades(families: tuple[str, ...], members: list[str]) -> dict[str, Sh
     else:
         lightness = [0.69] * len(ordered)
     return {p: _shade(light, 0.13, hue) for p, light, hue in zip(ordered, lightness, hues, strict=True)}
-
-
-def _path(families: tuple[str, ...]) -> tuple[float | None, float | None]:
-    if families == ("attention", "ssm"):
-        # Starting beyond blue keeps an even hybrid off the blues that red-blind readers see in violet.
-        return 266.0, _HUES["ssm"]
-    if families == ("attention", "recurrent"):
-        return 250.0, 165.0
-    if families == ("recurrent", "ssm"):
-        return 165.0, 55.0
-    if len(families) <= 2 and all(name in _HUES for name in families):
-        return _HUES[families[0]], _HUES[families[-1]] if len(families) == 2 else _HUES[families[0]] + 50
-    return None, None
 
 
 def _shade(lightness: float, chroma: float, hue: float) -> Shade:
