@@ -107,7 +107,7 @@ def _scan_tile(
     x, dt, A, B, C, D = inputs
     chunks, size, heads, head_dim = x.shape
     rows = state_rhpn.shape[0]
-    decays = Decays.build(dt, A, boundaries)
+    decays = Decays.build(dt * A, boundaries)
     driving = (x * (dt * decays.to_end_cqh)[..., None]).flatten(2)
     gained_rchpn = torch.bmm(driving.transpose(1, 2), B).view(rows, -1, heads, head_dim, B.shape[-1])
     carry_rch11 = decays.carry_ch.view(rows, -1, heads, 1, 1)
@@ -166,7 +166,7 @@ def _backward_tile(
     chunks, size, heads, head_dim = x.shape
     rows = after_rhpn.shape[0]
     state = B.shape[-1]
-    decays = Decays.build(dt, A, boundaries)
+    decays = Decays.build(dt * A, boundaries)
     before = states_rchpn.reshape(chunks, heads * head_dim, state)
 
     read = (dy * decays.from_before_cqh[..., None]).flatten(2)

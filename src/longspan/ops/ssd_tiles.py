@@ -1,4 +1,4 @@
-"""How the chunked SSD cuts its work: tiles that stay in cache, document boundaries as 0/1 factors, decays from both.
+"""How the chunked scans cut their work: tiles that stay in cache, document boundaries as 0/1 factors, decays from both.
 
 Shapes: B batch, C chunks of a row, q time in a chunk, H heads, h heads of one group, G groups; c counts the chunks of
 all rows of a tile. Decays are exponentials of masked, never positive sums: the mask comes before the exponential.
@@ -66,7 +66,7 @@ class Boundaries:
 
 @dataclass(frozen=True, slots=True)
 class Decays:
-    """Decay factors of one tile; `steps` is the sum of dt*A since the document's first token in the chunk."""
+    """Decay factors of one tile; `steps` is the sum of log decays since the document's first token in the chunk."""
 
     steps_chq: Tensor
     to_end_cqh: Tensor
@@ -74,10 +74,10 @@ class Decays:
     carry_ch: Tensor
 
     @staticmethod
-    def build(dt_cqh: Tensor, A_h: Tensor, boundaries: Boundaries) -> Decays:
+    def build(log_decay_cqh: Tensor, boundaries: Boundaries) -> Decays:
         """Sums with the 0/1 mask as a matmul, so that no value of another document enters, not even as rounding."""
-        floor = EXPONENT_FLOOR[dt_cqh.dtype]
-        steps_cqh = torch.matmul(boundaries.mask, dt_cqh * A_h)
+        floor = EXPONENT_FLOOR[log_decay_cqh.dtype]
+        steps_cqh = torch.matmul(boundaries.mask, log_decay_cqh)
         end_c1h = steps_cqh[:, -1:]
         to_end = (end_c1h - steps_cqh).clamp_(floor, 0.0).exp_()
         from_before = steps_cqh.clamp(floor, 0.0).exp_()

@@ -1,0 +1,230 @@
+"""The chunked delta rule says what the token-by-token recurrence says, in values and gradients, for any documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from longspan.foundation.errors import UserError
+from longspan.ops import gated_delta_chunked, ssd_tiles
+from longspan.ops.gated_delta import gated_delta
+
+INPUTS = ("q", "k", "v", "g", "beta")
+NAMES = (*INPUTS, "state")
+
+
+def inputs(batch, time, heads=3, key_dim=4, value_dim=5, seed=0, dtype=torch.float64, largest_beta=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    values = (
+        normal(batch, time, heads, key_dim),
+        normal(batch, time, heads, key_dim),
+        normal(batch, time, heads, value_dim),
+        -softplus(normal(batch, time, heads) - 1.0),
+        torch.rand(batch, time, heads, generator=generator, dtype=torch.float64) * largest_beta,
+        normal(batch, heads, key_dim, value_dim),
+    )
+    return {name: value.to(dtype) for name, value in zip(NAMES, values, strict=True)}
+
+
+def run(given_inputs, doc=None, initial_doc=None, chunk=8, backend="chunked", with_state=True):
+    """Outputs and gradients of a random but fixed linear loss on both outputs."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in given_inputs.items()}
+    arguments = [leaves[name] for name in INPUTS]
+    state = leaves["state"] if with_state else None
+    o, final = gated_delta(
+        *arguments, doc_BT=doc, initial_state_BHKV=state, initial_doc_B=initial_doc, chunk=chunk, backend=backend
+    )
+    generator = torch.Generator().manual_seed(99)
+    weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype) for z in (o, final)]
+    wanted = [value for name, value in leaves.items() if with_state or name != "state"]
+    gradients = torch.autograd.grad((o * weights[0]).sum() + (final * weights[1]).sum(), wanted, allow_unused=True)
+    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
+    return o, final, *gradients
+
+
+def assert_same(got, expected, tolerance=1e-11):
+    for name, one, other in zip(("o", "final", *NAMES), got, expected, strict=False):
+        scale = other.abs().max().clamp_min(1.0)
+        assert (one.double() - other.double()).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("largest_beta", [1.0, 2.0])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("chance", [None, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize("time", [1, 2, 7, 8, 9, 24, 37])
+def test_chunked_equals_the_recurrence_in_values_and_gradients(time, chance, with_state, largest_beta, documents):
+    given_inputs = inputs(3, time, largest_beta=largest_beta)
+    doc = initial_doc = None
+    if chance is not None:
+        doc = documents(3, time, chance, time)
+        initial_doc = doc[:, 0].clone()
+        initial_doc[0] = 77
+    reference = run(given_inputs, doc, initial_doc, backend="reference", with_state=with_state)
+    assert_same(run(given_inputs, doc, initial_doc, with_state=with_state), reference)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("chance", [None, 0.1])
+def test_tiles_of_any_shape_change_nothing(chance, on_gpu, documents, monkeypatch):
+    """Smaller than a row with one head each, as on a CPU; everything with all heads at once, as on a GPU."""
+    monkeypatch.setattr(ssd_tiles, "TILE_TOKENS", 10**6 if on_gpu else 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
+    if on_gpu:
+        monkeypatch.setattr(gated_delta_chunked, "_tiles", lambda z: list(ssd_tiles.tiles(z.v, 1)))
+    given_inputs = inputs(3, 61)
+    doc = None if chance is None else documents(3, 61, chance, 5)
+    assert_same(run(given_inputs, doc), run(given_inputs, doc, backend="reference"))
+
+
+@pytest.mark.parametrize("boundary", [7, 8, 9, 15, 16, 17])
+def test_boundaries_on_and_off_chunk_edges(boundary):
+    doc = (torch.arange(24) >= boundary).int().expand(2, -1)
+    given_inputs = inputs(2, 24)
+    assert_same(run(given_inputs, doc), run(given_inputs, doc, backend="reference"))
+
+
+def test_a_document_is_a_run_of_equal_ids():
+    doc = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 2, 0, 0]])
+    given_inputs = inputs(1, 10)
+    assert_same(run(given_inputs, doc, chunk=4), run(given_inputs, doc, chunk=4, backend="reference"))
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_gradients_pass_gradcheck(chunk, documents):
+    leaves = [value.requires_grad_() for value in inputs(2, 9, heads=2, key_dim=2, value_dim=3).values()]
+    doc = documents(2, 9, 0.3, 1)
+
+    def scan(*values):
+        return gated_delta(*values[:5], doc_BT=doc, initial_state_BHKV=values[5], chunk=chunk)
+
+    assert torch.autograd.gradcheck(scan, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_inputs_keep_statistics_in_fp32(dtype, documents):
+    exact = inputs(2, 150, key_dim=16, value_dim=32)
+    doc = documents(2, 150, 0.03, 2)
+    rounded = {name: value.to(dtype if name in ("q", "k", "v") else torch.float32) for name, value in exact.items()}
+    expected = run({name: value.double() for name, value in rounded.items()}, doc, backend="reference")
+    got = run(rounded, doc, chunk=64)
+    assert got[0].dtype == dtype
+    assert got[1].dtype == torch.float32
+    assert_same(got, expected, 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.9])
+def test_repeated_keys_without_decay_stay_precise(beta):
+    """The worst case of the triangular system: every key the same, nothing forgotten, full correction."""
+    given_inputs = inputs(1, 128, dtype=torch.float32)
+    given_inputs["k"] = given_inputs["k"][:, :1].expand(-1, 128, -1, -1).contiguous()
+    given_inputs["g"] = torch.zeros_like(given_inputs["g"])
+    given_inputs["beta"] = torch.full_like(given_inputs["beta"], beta)
+    expected = run({name: value.double() for name, value in given_inputs.items()}, backend="reference")
+    assert_same(run(given_inputs, chunk=64), expected, 1e-4)
+
+
+def test_zero_beta_corrects_nothing_and_keeps_its_gradient():
+    given_inputs = inputs(2, 20)
+    given_inputs["beta"][:, 3:11] = 0.0
+    assert_same(run(given_inputs), run(given_inputs, backend="reference"))
+
+
+def test_extreme_decays_stay_finite(documents):
+    given_inputs = inputs(2, 40, dtype=torch.float32)
+    given_inputs["g"] = given_inputs["g"] * 300.0
+    doc = documents(2, 40, 0.1, 3)
+    got = run(given_inputs, doc)
+    assert all(bool(z.isfinite().all()) for z in got)
+    assert_same(got, run(given_inputs, doc, backend="reference"), 1e-4)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_nothing_reads_memory_that_was_never_written(documents):
+    given_inputs = inputs(2, 27, dtype=torch.float32)
+    assert all(bool(z.isfinite().all()) for z in run(given_inputs, documents(2, 27, 0.2, 4)))
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim", "chunk"), [(4, 5, 16), (64, 128, 64), (12, 24, 8)])
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_changing_one_document_leaves_every_other_bitwise_untouched(changed, key_dim, value_dim, chunk):
+    """Documents that begin and end inside chunks: the triangular systems hold several of them."""
+    doc = torch.tensor([[0] * 13 + [1] * 50 + [2] * 1 + [3] * 70])
+    before = inputs(1, 134, 2, key_dim, value_dim, dtype=torch.float32)
+    other = inputs(1, 134, 2, key_dim, value_dim, seed=1, dtype=torch.float32)
+    inside = doc[0] == changed
+    after = dict(before)
+    for name in INPUTS:
+        after[name] = torch.where(inside.view(1, -1, *[1] * (before[name].dim() - 2)), other[name], before[name])
+    results = [
+        dict(zip(("o", "final", *INPUTS), run(z, doc, chunk=chunk, with_state=False), strict=True))
+        for z in (before, after)
+    ]
+    for name in ("o", *INPUTS):
+        assert torch.equal(results[0][name][:, ~inside], results[1][name][:, ~inside]), name
+    assert torch.equal(results[0]["final"], results[1]["final"]) == (changed != 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    time=st.integers(2, 40),
+    cut=st.floats(0.0, 1.0),
+    chunk=st.integers(1, 12),
+    boundaries=st.none() | st.sets(st.integers(1, 39)),
+)
+def test_two_calls_at_any_split_equal_one(time, cut, chunk, boundaries):
+    given_inputs = inputs(2, time, seed=time)
+    split = 1 + int(cut * (time - 2))
+    doc = None
+    if boundaries is not None:
+        doc = torch.tensor([[sum(b <= t for b in boundaries) for t in range(time)]] * 2)
+    whole, final = gated_delta(*[given_inputs[n] for n in INPUTS], doc_BT=doc, chunk=chunk)
+    state = last_doc = None
+    pieces = []
+    for span in (slice(0, split), slice(split, time)):
+        part = [given_inputs[n][:, span] for n in INPUTS]
+        doc_part = None if doc is None else doc[:, span]
+        o, state = gated_delta(*part, doc_BT=doc_part, initial_state_BHKV=state, initial_doc_B=last_doc, chunk=chunk)
+        last_doc = None if doc_part is None else doc_part[:, -1]
+        pieces.append(o)
+    assert_same((torch.cat(pieces, 1), state), (whole, final))
+
+
+def test_decoding_token_by_token_equals_one_pass(documents):
+    given_inputs = inputs(2, 21)
+    doc = documents(2, 21, 0.2, 6)
+    whole, final = gated_delta(*[given_inputs[n] for n in INPUTS], doc_BT=doc, chunk=8)
+    state = last_doc = None
+    for t in range(21):
+        part = [given_inputs[n][:, t : t + 1] for n in INPUTS]
+        kept, copy = state, None if state is None else state.clone()
+        o, state = gated_delta(*part, doc_BT=doc[:, t : t + 1], initial_state_BHKV=state, initial_doc_B=last_doc)
+        assert kept is None or torch.equal(kept, copy)
+        last_doc = doc[:, t]
+        assert_same((o,), (whole[:, t : t + 1],))
+    assert_same((state,), (final,))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"backend": "triton"}, "gated_delta backend 'triton'"), ({"chunk": 0}, "chunks of 0")],
+)
+def test_what_cannot_be_honoured_is_refused(change, words):
+    given_inputs = inputs(1, 4)
+    with pytest.raises(UserError, match=words):
+        gated_delta(*[given_inputs[n] for n in INPUTS], **change)
+
+
+@pytest.mark.parametrize(("name", "words"), [("g", "log decay g of"), ("beta", "of shapes")])
+def test_growing_states_and_misfits_are_refused(name, words):
+    given_inputs = inputs(1, 4)
+    given_inputs[name] = -given_inputs[name] if name == "g" else given_inputs[name][:, :2]
+    with pytest.raises(UserError, match=words):
+        gated_delta(*[given_inputs[n] for n in INPUTS])
