@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 from longspan.foundation.errors import UserError
-from longspan.foundation.files import digest
+from longspan.foundation.files import sha256_file
 
 
 def load_file(path: Path | str) -> ModuleType:
-    """Import a Python file by its path; loading the same file again changes nothing.
+    """Import a Python file by its path; loading the same file or a copy of it again changes nothing.
 
     Raises:
         UserError: the file is missing, is not Python, or fails while it runs.
@@ -20,7 +20,7 @@ def load_file(path: Path | str) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"plugin file {path} is not there", "a Python file that ends in .py", "check the path")
-    name = f"longspan_plugin_{digest(str(file))[:16]}"
+    name = f"longspan_plugin_{sha256_file(file)[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, file)

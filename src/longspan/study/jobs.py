@@ -19,7 +19,7 @@ Kind = Literal["prepare", "train", "probe"]
 SPECIFICATION = "job.json"
 DONE = "done.json"
 DOWNLOADS = "downloads"
-VERSION = 1
+VERSION = 2
 """Raised when the meaning of a job's files changes, so that older directories are not taken for new ones."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.corpus.prepare import PreparedCorpus
+from longspan.engines.trained_run import TRAINING
 from longspan.foundation.files import read_json
 from longspan.models.budget import forward_flops_per_token, state_bytes
 from longspan.probes.base import Probe, ProbeData
@@ -28,7 +29,7 @@ from longspan.study.jobs import DONE
 from longspan.study.ledger import ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
-from longspan.study.stages import CORPUS, ITEMS_SEED, RECORDS, TRAINING
+from longspan.study.stages import CORPUS, ITEMS_SEED, RECORDS
 from longspan.training.metrics import read_metrics
 
 COST_CONTEXTS = tuple(2**power for power in range(8, 18))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from longspan.corpus.prepare import PreparedCorpus
+from longspan.engines.run_index import ListedRun, list_runs
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
 from longspan.foundation.progress import Progress
@@ -17,7 +18,7 @@ from longspan.study.environment import devices
 from longspan.study.executors.local import LocalExecutor
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan as Plan
-from longspan.study.plan import make_plan
+from longspan.study.plan import PlannedSubject, make_plan
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
 from longspan.study.stages import CORPUS, probe_data
@@ -69,6 +70,7 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     terminal.plan(plan)
     folder = study_folder(study, runs)
     claim_study_folder(study, folder)
+    list_runs(folder, (listed(planned, runs) for planned in plan.subjects))
     executor = LocalExecutor(devices())
     jobs = plan.jobs_until(until)
     done_before = [job for job in jobs if job.is_done(runs)]
@@ -89,6 +91,12 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     if until != "report":
         return _stage_outcome(jobs, runs, seconds)
     return _write_report(plan, runs, folder, name, seconds)
+
+
+def listed(planned: PlannedSubject, runs: Path) -> ListedRun:
+    """What the study's folder says of a subject, so that its run can be named by what the study varies."""
+    subject = planned.subject
+    return ListedRun(subject.label, subject.factors, subject.seed, planned.train.folder(runs))
 
 
 def check_items(plan: Plan, runs: Path) -> None:

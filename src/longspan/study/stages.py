@@ -9,9 +9,10 @@ from typing import Any
 from longspan.corpus.packing import PackedBatches, PackingConfig, evaluation_batches
 from longspan.corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from longspan.corpus.tokenizer import TokenizerConfig
-from longspan.engines.native import NativeEngine
+from longspan.engines.loading import engine_of
+from longspan.engines.trained_run import TRAINING, TrainedRun, describe_run
 from longspan.foundation.errors import DataError, LongspanError
-from longspan.foundation.files import digest, sha256_file
+from longspan.foundation.files import sha256_file
 from longspan.foundation.plugins import load_file
 from longspan.foundation.progress import Progress, Report
 from longspan.models.config import ModelConfig
@@ -19,13 +20,12 @@ from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
 from longspan.records.store import Record, RecordStore
 from longspan.study.jobs import DOWNLOADS, Job
-from longspan.training.checkpoint import load_weights, read_state
+from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
 from longspan.training.trackers import TrackingConfig, make_trackers
 
 CORPUS = "corpus"
-TRAINING = "training"
 RECORDS = "records.jsonl"
 ITEMS_SEED = 0
 """Items are the same for every subject and every training seed."""
@@ -75,6 +75,16 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     model = LanguageModel(ModelConfig.parse(specification["model"], "model"), vocab_size, seed=training.seed)
     special = prepared.tokenizer.special
     batches: list[PackedBatches] = []
+    describe_run(
+        folder,
+        name=job.title.removeprefix("train "),
+        model=specification["model"],
+        tokenizer=prepared.tokenizer,
+        markers=packing.markers,
+        isolation=packing.isolation,
+        context=training.context,
+        plugins=job.details.get("plugins", ()),
+    )
 
     def make_batches() -> PackedBatches:
         batches.append(
@@ -115,43 +125,6 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     return {"training": result.to_json(), "packing": batches[-1].ledger(), "weights": weights}
 
 
-def load_engine(job: Job, runs: Path, device: str) -> tuple[NativeEngine, PreparedCorpus]:
-    """The trained subject of a probe job, ready to answer, and its corpus."""
-    specification = job.specification
-    prepared = PreparedCorpus.open(runs / "jobs" / job.details["prepare"] / CORPUS)
-    training = runs / "jobs" / job.details["train"] / TRAINING
-    packing = PackingConfig.parse(specification["packing"], "packing")
-    model = LanguageModel(
-        ModelConfig.parse(specification["model"], "model"), prepared.tokenizer.vocab_size, seed=specification["seed"]
-    )
-    weights = training / "checkpoints" / specification["weights"] / "model.safetensors"
-    load_weights(weights.parent, model)
-    fingerprint = digest(
-        [
-            sha256_file(weights),
-            prepared.tokenizer.fingerprint,
-            packing.isolation,
-            packing.markers,
-            specification["model"],
-        ]
-    )
-    engine = NativeEngine(
-        model,
-        prepared.tokenizer,
-        markers=packing.markers,
-        isolation=packing.isolation,
-        fingerprint=fingerprint,
-        device=device,
-    )
-    return engine, prepared
-
-
-def weights_of(job: Job, runs: Path) -> str:
-    """sha256 of the weights that a probe job asks."""
-    folder = runs / "jobs" / job.details["train"] / TRAINING / "checkpoints" / job.specification["weights"]
-    return sha256_file(folder / "model.safetensors")
-
-
 def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
     """What the items of a probe job are drawn from."""
     if "test" not in prepared.shards:
@@ -171,8 +144,9 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     specification = job.specification
     name, label, seed = job.details["name"], job.details["subject"], specification["seed"]
     probe = make_probe(name, job.details["settings"])
-    engine, prepared = load_engine(job, runs, device)
-    data = probe_data(job, prepared)
+    run, which = TrainedRun.open(runs / "jobs" / job.details["train"]), specification["weights"]
+    engine = engine_of(run, which, device=device)
+    data = probe_data(job, PreparedCorpus.open(runs / "jobs" / job.details["prepare"] / CORPUS))
     items = probe.items(data)
     protocol = probe.protocol()
     with RecordStore(folder / RECORDS) as store:
@@ -197,7 +171,7 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
             )
             done += len(answers)
             report(Progress(name, done, len(items), "items"))
-    return {"items": len(items), "fingerprint": engine.fingerprint, "weights": weights_of(job, runs)}
+    return {"items": len(items), "fingerprint": engine.fingerprint, "weights": run.weights_sha256(which)}
 
 
 STAGES: dict[str, Callable[[Job, Path, Path, Report, str], dict[str, Any]]] = {
