@@ -29,6 +29,13 @@ StudyName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. tokens=2e6 variant=cpu", metavar="[KEY=VALUE]...")
 ]
+Subject = Annotated[
+    str, typer.Argument(help="runs/jobs/train-..., runs/STUDY, or Hugging Face weights (folder or id)", metavar="RUN")
+]
+Select = Annotated[
+    list[str] | None,
+    typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="[KEY=VALUE]..."),
+]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -78,6 +85,49 @@ def report(
     from longspan.study.run import report_only
 
     _print_outcome(report_only(study, overrides or [], runs), json)
+
+
+@app.command()
+def generate(
+    run: Subject,
+    select: Select = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="text to continue; - reads it from stdin")
+    ] = None,
+    prompt_file: Annotated[str | None, typer.Option("--prompt-file", help="file to continue; - is stdin")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="write at most so many tokens")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 writes the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="keep so much probability")] = 1.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="keep so many tokens")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the draws")] = 0,
+    weights: Annotated[str, typer.Option("--weights", help="best or last, of a run")] = "best",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default cuda where there is one")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt with a trained run (or Hugging Face weights); text goes to stdout as it is written."""
+    from longspan.commands.generate import generate as write
+    from longspan.commands.generate import read_prompt
+    from longspan.engines.base import Sampling
+    from longspan.engines.loading import default_device, load
+    from longspan.engines.run_index import parse_selectors
+
+    sampling = Sampling.parse(
+        {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+        "generate",
+    )
+    text = read_prompt(prompt, prompt_file)
+    engine = load(
+        run,
+        weights=weights,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device or default_device(),
+        revision=revision,
+        select=parse_selectors(select or []),
+    )
+    write(engine, text, sampling, json=json)
 
 
 @app.command()

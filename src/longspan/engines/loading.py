@@ -50,7 +50,8 @@ def load(
         return engine_of(found, weights, dtype=dtype or "fp32", device=device, batch_tokens=batch_tokens)
     if weights != "best":
         raise UserError(f"weights {weights!r} for {path}", "`best` or `last` of a run trained here", "leave it out")
-    raise UserError(f"{path} is not there", ALLOWED, "check the path")
+    problem = f"{path} holds neither {SUBJECT} nor {SUBJECTS}" if folder.exists() else f"{path} is not there"
+    raise UserError(problem, ALLOWED, "check the path")
 
 
 def locate_run(folder: Path, select: Mapping[str, Any]) -> Path | None:

@@ -32,6 +32,11 @@ COPIED_TOKENS = 65_536
 class NativeEngine(Engine):
     """A Longspan model.
 
+    Attributes:
+        mixers: the true mixers, e.g. `2 attention, 2 mamba2`.
+        trained_context: tokens of a training row, None where that is not known.
+        dtype: of the computation.
+
     Answers to the same batch of requests are the same bytes each time; another grouping may round differently.
     """
 
@@ -82,6 +87,7 @@ class NativeEngine(Engine):
         self.isolation = isolation
         self.fingerprint = fingerprint
         self.context_limit = model.config.max_positions if model.position_embedding is not None else None
+        self.mixers = model.config.describe_mixers()
         self.trained_context = trained_context
         self.dtype = dtype
         self._device = torch.device(device)
