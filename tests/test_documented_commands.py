@@ -32,8 +32,8 @@ from longspan.corpus.sources import (
 )
 from longspan.foundation.plugins import load_file
 from longspan.models import budget
-from longspan.models.budget import MatchConfig
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.models.matching import MatchConfig
 from longspan.models.mixers import base as mixers
 from longspan.probes import base as probes
 from longspan.report.data import ReportInput

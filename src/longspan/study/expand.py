@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from longspan.foundation.errors import UserError
-from longspan.models.budget import match
 from longspan.models.config import ModelConfig
+from longspan.models.matching import match
 from longspan.study.schema import Study, SubjectConfig, apply_settings, apply_variant, resolve_key, set_path
 
 
@@ -33,11 +33,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Match:
-    """How well a match came out: target and reached count, and the relative difference (signed)."""
+    """How well a match came out: target and reached value, and the relative difference (signed)."""
 
     quantity: str
-    target: int
-    reached: int
+    target: float
+    reached: float
 
     @property
     def residual(self) -> float:
@@ -139,5 +139,5 @@ def match_model(config: SubjectConfig, vocab_size: int) -> tuple[ModelConfig, Ma
     model = config.model.unmatched()
     if config.model.match is None:
         return model, None
-    matched = match(model, config.model.match, vocab_size)
+    matched = match(model, config.model.match, vocab_size, config.training.context)
     return matched.config, Match(config.model.match.quantity, matched.target, matched.reached)

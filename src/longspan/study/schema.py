@@ -19,8 +19,8 @@ from longspan.corpus.tokenizer import TokenizerConfig
 from longspan.foundation.config import Config, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
-from longspan.models.budget import MatchConfig
 from longspan.models.config import ModelConfig
+from longspan.models.matching import MatchConfig
 from longspan.probes.base import Probe, make_probe
 from longspan.study.shipped import find_study
 from longspan.training.config import TrainingConfig

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models import budget
-from longspan.models.budget import MatchConfig, match
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.models.matching import MatchConfig, match
 from longspan.models.mixers import base, registered
 
 AVERAGE = '''
@@ -82,7 +84,8 @@ def stranger(tmp_path):
     load_file(file)
     assert "Q" in registered()
     yield file
-    base._MIXERS.pop("Q")
+    # As in a new process: the file is known by its content.
+    sys.modules.pop(base._MIXERS.pop("Q").__module__)
 
 
 def test_a_stranger_s_mixer_gets_everything_else_for_free(stranger, tokens):
