@@ -25,6 +25,7 @@ class ModelConfig(Config):
         heads, kv_heads, positions, rope_base, attention_bias: attention, see `AttentionSettings`.
         max_positions: rows of the learned position table; required with `positions: learned`.
         state, expand, mamba_head_dim, conv, chunk: Mamba-2, see `Mamba2Settings`.
+        delta_head_dim: Gated DeltaNet, see `GatedDeltaNetSettings`.
         mlp: `swiglu`, `gelu` (exact, two matrices) or `none`, the same in every layer.
         mlp_width: hidden width of the MLP; None: 8/3 width rounded to a multiple of 8 (`swiglu`), 4 width (`gelu`).
         mlp_bias: biases in the MLP; None: with `gelu` only.
@@ -53,6 +54,7 @@ class ModelConfig(Config):
     state: int = 64
     expand: int = 2
     mamba_head_dim: int = 64
+    delta_head_dim: int = 64
     conv: int = 4
     chunk: int = 64
     mlp: Literal["swiglu", "gelu", "none"] = "swiglu"

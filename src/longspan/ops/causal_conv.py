@@ -94,14 +94,15 @@ def _same_document(docs: Tensor | None, taps: int, dtype: torch.dtype) -> Tensor
     return same.to(dtype)[..., None]
 
 
-def causal_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor, tail_BKD: Tensor) -> tuple[Tensor, Tensor]:
+def causal_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BKD: Tensor) -> tuple[Tensor, Tensor]:
     """One token of `causal_conv`, before the activation: the window is so small that one product beats K shifted ones.
 
     Returns:
         y (B, D), and the tail for the next token (B, K-1, D).
     """
     window_BKD = torch.cat((tail_BKD, x_BD.unsqueeze(1)), dim=1)
-    return (window_BKD * weight_DK.T).sum(1).add_(bias_D), window_BKD[:, 1:]
+    y_BD = (window_BKD * weight_DK.T).sum(1)
+    return y_BD if bias_D is None else y_BD.add_(bias_D), window_BKD[:, 1:]
 
 
 class _Tile(NamedTuple):

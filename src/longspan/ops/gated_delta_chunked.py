@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.ops.compiling import never_compiled
 from longspan.ops.ssd_tiles import Boundaries, Decays, Tile, tiles
 
 NORM_EPS = 1e-6
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     beta: Tensor
 
 
+@never_compiled
 def gated_delta_chunked(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -64,10 +66,6 @@ def gated_delta_chunked(
         o, state = _scan(inputs, state, boundaries, None)
     o_BTHV = o.flatten(1, 2)
     return (o_BTHV[:, :time] if padding else o_BTHV).to(v_BTHV.dtype), state
-
-
-# See `ssd_chunked`: a compiler would unroll every tile of a loop that is fast as it stands.
-gated_delta_chunked._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def normalise(z: Tensor) -> tuple[Tensor, Tensor]:

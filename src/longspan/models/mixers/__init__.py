@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longspan.models.mixers import attention, mamba2, recurrent
+from longspan.models.mixers import attention, gated_deltanet, mamba2, recurrent
 from longspan.models.mixers.base import Mixer, MixerState, register, registered
 
-__all__ = ["Mixer", "MixerState", "attention", "mamba2", "recurrent", "register", "registered"]
+__all__ = ["Mixer", "MixerState", "attention", "gated_deltanet", "mamba2", "recurrent", "register", "registered"]

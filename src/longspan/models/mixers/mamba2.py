@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
+from longspan.models.mixers.short_conv import short_conv
 from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
-from longspan.ops.causal_conv import causal_conv, causal_conv_step
+from longspan.ops.causal_conv import causal_conv_step
 from longspan.ops.ssd import ssd, ssd_step
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -125,18 +126,7 @@ class Mamba2(Mixer):
         if num_tokens == 1 and doc_BT is None and before.scan is not None:
             return self._step(x_BTD, before)
         z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
-        tail_doc = before.tail_doc
-        if doc_BT is not None and before.tail is not None and tail_doc is None:
-            assert segments.previous_doc is not None
-            tail_doc = segments.previous_doc[:, None].expand(rows, settings.conv - 1)
-        xBC, tail, tail_doc = causal_conv(
-            xBC,
-            self.conv_weight,
-            self.conv_bias,
-            doc_BT=doc_BT,
-            tail_BKD=before.tail,
-            tail_doc_BK=tail_doc if doc_BT is not None else None,
-        )
+        xBC, tail, tail_doc = short_conv(xBC, self.conv_weight, self.conv_bias, segments, before.tail, before.tail_doc)
         x, B, C = xBC.split_with_sizes([self.inner, settings.state, settings.state], dim=-1)
         # The scan chooses its own precision: autocast would round its sums of decays.
         with without_autocast(x_BTD.device):
@@ -153,10 +143,7 @@ class Mamba2(Mixer):
                 chunk=settings.chunk,
             )
         y_BTD = self.out_proj(self.norm(y_BTHP.flatten(2), z))
-        if state is None:
-            return y_BTD, None
-        # Copies: a view would keep the inputs of the whole call alive.
-        return y_BTD, Mamba2State(tail.clone(), None if tail_doc is None else tail_doc.clone(), scan)
+        return y_BTD, None if state is None else Mamba2State(tail, tail_doc, scan)
 
     def _step(self, x_B1D: Tensor, before: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One more token of the open document: decoding, where every call into torch counts."""

@@ -1,0 +1,45 @@
+"""The short convolution in front of a recurrent mixer: what it needs of documents and of the tokens before the call.
+
+Legend: B rows, T tokens, D channels, K taps.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longspan.models.segments import Segments
+from longspan.ops.causal_conv import causal_conv
+
+
+def short_conv(
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    segments: Segments,
+    tail_BKD: Tensor | None,
+    tail_doc_BK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`causal_conv` with SiLU over the documents that recurrent mixers see.
+
+    Args:
+        x_BTD: inputs, T >= 1.
+        weight_DK: one filter per channel.
+        bias_D: added before the SiLU, or None.
+        segments: of this call.
+        tail_BKD: the K-1 inputs before x; None: nothing seen yet.
+        tail_doc_BK: their documents; None: all of the document before this call.
+
+    Returns:
+        y (B, T, D), and the tail and its documents for the next call, as copies: a view would keep the inputs of the
+        whole call alive.
+    """
+    doc_BT = segments.state_doc
+    if doc_BT is None:
+        tail_doc_BK = None
+    elif tail_BKD is not None and tail_doc_BK is None:
+        assert segments.previous_doc is not None
+        tail_doc_BK = segments.previous_doc[:, None].expand(tail_BKD.shape[:2])
+    y_BTD, tail, tail_doc = causal_conv(
+        x_BTD, weight_DK, bias_D, doc_BT=doc_BT, tail_BKD=tail_BKD, tail_doc_BK=tail_doc_BK
+    )
+    return y_BTD, tail.clone(), None if tail_doc is None else tail_doc.clone()
