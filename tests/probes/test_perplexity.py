@@ -15,7 +15,7 @@ from longspan.corpus.packing import PackingConfig
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.probes.base import ProbeData, make_probe
-from longspan.probes.perplexity import windows
+from longspan.probes.perplexity import rolling_windows, windows
 from longspan.records.store import Record
 
 Ask = Callable[..., list[Record]]
@@ -151,3 +151,43 @@ def test_max_tokens_takes_the_beginning_of_every_document(
         (nll,) = engine.nll([np.concatenate([engine.document_prefix, document])])
         assert record.answer["tokens"] == len(document) - 1
         assert record.answer["nll"] == pytest.approx(nll[1:].sum(), rel=1e-5)
+
+
+@given(st.integers(2, 300), st.integers(2, 70))
+def test_rolling_windows_show_as_much_as_they_can(tokens: int, context: int) -> None:
+    scored = []
+    for start, first, end in rolling_windows(tokens, context):
+        assert end - 1 - start == min(context, tokens - 1)
+        assert start < first < end
+        scored += range(first, end)
+    assert scored == list(range(1, tokens))
+
+
+@pytest.mark.parametrize("markers", [True, False])
+def test_rolling_scores_every_token_after_the_boundary_token(
+    markers: bool, make_data: Callable[..., ProbeData], subject: Callable[..., NativeEngine], ask: Ask
+) -> None:
+    data = make_data(40, 1, 17, 25)
+    engine = subject("AM", markers=markers)
+    boundary = data.tokenizer.special.boundary
+    for record in ask(make_probe("perplexity", {"mode": "rolling", "context": 16}), engine, data):
+        document = data.shards.document(int(record.item.removeprefix("doc-"))).astype(np.int64)
+        whole = np.concatenate([[boundary], document])
+        nats = 0.0
+        for first in range(1, len(whole)):
+            # Each of the first 16 tokens sees all before it, the others their window of 16.
+            window = (first - 1) // 16
+            start = window * 16 if first < (len(whole) - 1) // 16 * 16 + 1 else len(whole) - 1 - min(16, len(whole) - 1)
+            nats += engine.nll([whole[start : first + 1]])[0][-1]
+        assert record.answer["tokens"] == len(document)
+        assert record.answer["bytes"] == data.tokenizer.token_bytes[document].sum()
+        assert record.answer["nll"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_rolling_fits_learned_positions(data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask) -> None:
+    engine = subject("A", markers=False, positions="learned", max_positions=64)
+    assert ask(make_probe("perplexity", {"mode": "rolling"}), engine, data)
+    with pytest.raises(UserError, match="at most 64"):
+        ask(make_probe("perplexity", {"mode": "rolling", "context": 65}), engine, data)
+    with pytest.raises(UserError, match="stride 3 with mode rolling"):
+        make_probe("perplexity", {"mode": "rolling", "stride": 3})

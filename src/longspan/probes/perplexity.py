@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from longspan.corpus.packing import IGNORE, evaluation_batches
-from longspan.engines.base import Engine
+from longspan.engines.base import Engine, Tokens
 from longspan.foundation.errors import UserError
 from longspan.probes.base import Item, Probe, ProbeData, register
 from longspan.records.observation import Metric, Observation
@@ -22,19 +22,22 @@ ROWS = 16
 
 @register("perplexity")
 class Perplexity(Probe):
-    """Token-weighted over whole documents; the first token of a document is never scored.
+    """Token-weighted over whole documents; the first token of a document is scored in `rolling` only.
 
     Attributes:
         mode: `per_document` shows windows of one document; `as_trained` shows rows packed as the subject was trained,
-            its markers, neighbours and isolation included, so that what leaks across boundaries shows.
+            its markers, neighbours and isolation included, so that what leaks across boundaries shows. `rolling`
+            scores as lm-evaluation-harness does (`loglikelihood_rolling`): the boundary token stands before every
+            document, whether the subject expects it or not, and all tokens of the document are scored.
         context: tokens of a window, the last one scored included; None: the training context. A subject that expects
-            a marker sees it where the document begins, never inside it. `per_document` only.
+            a marker sees it where the document begins, never inside it. In `rolling`, tokens that a window shows (the
+            harness's `max_length`); only the last window overlaps, so that it shows as many as the others.
         stride: tokens that each window scores after the first has scored all of its own; None: context - 1, so that
             windows share one token and everything is scored once with as little context as can be.
             `per_document` only.
         max_documents: the first so many of the split; None: all.
         max_tokens: the first so many of each document; None: all. Many documents in part give narrower intervals
-            than a few whole ones at the same cost. `per_document` only.
+            than a few whole ones at the same cost. Not with `as_trained`.
     """
 
     title: ClassVar[str] = "Perplexity"
@@ -44,7 +47,7 @@ class Perplexity(Probe):
     )
     requires: ClassVar[frozenset[str]] = frozenset({"nll"})
 
-    mode: Literal["per_document", "as_trained"] = "per_document"
+    mode: Literal["per_document", "as_trained", "rolling"] = "per_document"
     context: int | None = Field(None, ge=2)
     stride: int | None = Field(None, ge=1)
     max_documents: int | None = Field(None, ge=1)
@@ -58,6 +61,12 @@ class Perplexity(Probe):
                 "rows as in training",
                 "remove them, or choose mode: per_document",
             )
+        if self.mode == "rolling" and self.stride is not None:
+            raise UserError(
+                f"stride {self.stride} with mode rolling",
+                "windows that do not overlap",
+                "remove it, or choose mode: per_document",
+            )
         return self
 
     @property
@@ -70,16 +79,17 @@ class Perplexity(Probe):
         )
 
     def items(self, data: ProbeData) -> list[Item]:
-        """One item per document of at least 2 tokens."""
+        """One item per document with a token to score."""
         self._window(data)
         lengths = data.shards.lengths[: self.max_documents]
         if self.max_tokens is not None:
             lengths = lengths.clip(max=self.max_tokens)
-        items = [Item(data.shards.ids[i], i, int(n)) for i, n in enumerate(lengths) if n >= 2]
+        least = 1 if self.mode == "rolling" else 2
+        items = [Item(data.shards.ids[i], i, int(n)) for i, n in enumerate(lengths) if n >= least]
         if not items:
             raise UserError(
-                f"the test split has {len(lengths)} documents and none of 2 tokens or more",
-                "at least one document of 2 tokens",
+                f"the test split has {len(lengths)} documents and none of {least} tokens or more",
+                f"at least one document of {least} tokens",
                 "use more text, or give the test split a larger share",
             )
         return items
@@ -92,13 +102,11 @@ class Perplexity(Probe):
         """Sums of NLL (nats), scored tokens and their UTF-8 bytes."""
         if self.mode == "as_trained":
             return self._as_trained(engine, items, data)
-        context, stride = self._window(data)
         sequences, spans, owners = [], [], []
         for owner, item in enumerate(items):
-            document = data.shards.document(item.document)
-            for start, first, end in windows(item.tokens, context, stride):
-                part = document[start:end]
-                sequences.append(part if start else np.concatenate([engine.document_prefix, part]))
+            document = data.shards.document(item.document)[: item.tokens]
+            for sequence, first, end in self._windows(document, engine, data):
+                sequences.append(sequence)
                 spans.append((first, end))
                 owners.append(owner)
         sums = [_Sums() for _ in items]
@@ -118,6 +126,19 @@ class Perplexity(Probe):
             # A document whose tokens stand for no text (only special ids) has no bits per byte.
             if denominator > 0:
                 yield self.observation(record, metric, numerator, float(denominator), cluster=record.item)
+
+    def _windows(self, document: Tokens, engine: Engine, data: ProbeData) -> Iterator[tuple[Tokens, int, int]]:
+        """What is shown, and which tokens of the document are scored: those from `first` to `end`, its last ones."""
+        context, stride = self._window(data)
+        if self.mode == "rolling":
+            # As the engine sees them: the windows run over the boundary token and the document.
+            whole = np.concatenate([[engine.tokenizer.special.boundary], document])
+            for start, first, end in rolling_windows(len(whole), context):
+                yield whole[start:end], first - 1, end - 1
+            return
+        for start, first, end in windows(len(document), context, stride):
+            part = document[start:end]
+            yield part if start else np.concatenate([engine.document_prefix, part]), first, end
 
     def _window(self, data: ProbeData) -> tuple[int, int]:
         context = data.context if self.context is None else self.context
@@ -163,6 +184,22 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, i
         end = min(start + context, num_tokens)
         yield start, first, end
         start, first = start + stride, end
+
+
+def rolling_windows(num_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """Windows that show `context` tokens and score as many, the next ones; the last reaches back to show as many too.
+
+    Every token but the first is scored exactly once; the same windows as `get_rolling_token_windows` of
+    lm-evaluation-harness with `context_len=1`.
+
+    Yields:
+        (start, first, end): tokens start..end-2 are shown for first..end-1 to be scored.
+    """
+    first = 1
+    while first < num_tokens:
+        end = min(first + context, num_tokens)
+        yield max(0, end - 1 - context), first, end
+        first = end
 
 
 class _Sums:
