@@ -131,6 +131,51 @@ def generate(
 
 
 @app.command()
+def budget(
+    study: StudyName,
+    overrides: Overrides = None,
+    contexts: Annotated[
+        str, typer.Option("--contexts", help="where state bytes are counted, tokens")
+    ] = "512,4k,32k,128k",
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=1, help="rows of a pretrained tokenizer that is not at hand")
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the subjects of a study cost before anything runs: parameters, FLOPs, state bytes, time, match."""
+    from longspan.study.shipped import find_study
+
+    find_study(study)
+    from longspan.study.budget_table import budget_table, parse_contexts
+    from longspan.study.schema import load_study
+    from longspan.terminal import print_json, print_table
+
+    where = parse_contexts(contexts)
+    table = budget_table(load_study(study, overrides or []), runs, contexts=where, vocab_size=vocab_size)
+    if json:
+        print_json(table.to_json())
+        return
+    for columns, rows in table.tables():
+        print_table(columns, rows)
+    for note in table.notes:
+        print(f"note: {note}")
+
+
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with `--model longspan`; all that follows goes to it unchanged."""
+    from longspan.commands.lm_eval import run_harness
+
+    run_harness(context.args)
+
+
+@app.command()
 def studies(json: Json = False, debug: Debug = False) -> None:
     """List the shipped studies and the question each one answers."""
     from longspan.study.shipped import list_studies
