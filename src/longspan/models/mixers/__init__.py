@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from longspan.models.mixers import attention, gated_deltanet, mamba2, recurrent
+from longspan.models.mixers import attention, gated_conv, gated_deltanet, mamba1, mamba2, recurrent
 from longspan.models.mixers.base import Mixer, MixerState, register, registered
 
-__all__ = ["Mixer", "MixerState", "attention", "gated_deltanet", "mamba2", "recurrent", "register", "registered"]
+__all__ = [
+    "Mixer",
+    "MixerState",
+    "attention",
+    "gated_conv",
+    "gated_deltanet",
+    "mamba1",
+    "mamba2",
+    "recurrent",
+    "register",
+    "registered",
+]
