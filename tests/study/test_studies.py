@@ -71,6 +71,7 @@ def test_wikitext_baseline_on_the_real_text(shared_data: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_wiki_leakage_compares_isolation_markers_and_mixers_on_a_real_dump(tmp_path: Path) -> None:
     sample = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     dump = importlib.metadata.distribution("gensim").locate_file(sample)
@@ -80,6 +81,8 @@ def test_wiki_leakage_compares_isolation_markers_and_mixers_on_a_real_dump(tmp_p
         [
             "variant=cpu",
             f"corpus.path={dump}",
+            "model.width=48",
+            "model.mlp_width=120",
             "tokens=2_048",
             "packing.method=[concat, best_fit]",
             "isolation=[full, attention, state, none]",
