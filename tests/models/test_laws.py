@@ -156,7 +156,8 @@ def test_an_isolated_document_is_the_same_wherever_it_stands(pattern, positions,
             assert (alone - packed[:, own]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+# C is a convolution and no more.
+@pytest.mark.parametrize("letter", LETTERS.replace("C", ""))
 def test_reach_goes_beyond_the_convolution(letter, tiny, tokens):
     model, before = tiny(letter), tokens(1, 16)
     after = changed(before, torch.arange(16) == 0)

@@ -15,6 +15,7 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
 from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
+from longspan.models.mixers import Mixer
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
@@ -246,8 +247,11 @@ class LanguageModel(nn.Module):
 
 
 def _normal_linears(block: Block, generator: torch.Generator) -> None:
+    kept = {
+        part for mixer in block.modules() if isinstance(mixer, Mixer) and mixer.keeps_init for part in mixer.modules()
+    }
     for module in block.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module not in kept:
             module.weight.normal_(0.0, INIT_STD, generator=generator)
             if module.bias is not None:
                 module.bias.zero_()

@@ -53,6 +53,7 @@ class Mixer(nn.Module, ABC):
         isolated_as: which isolation reaches it: `attention` or `state` (see `Segments`); `both` where a layer holds
             mixers of either kind.
         residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
+        keeps_init: the model's `init: normal` leaves the linear layers as `init_weights` made them.
     """
 
     name: ClassVar[str]
@@ -61,6 +62,7 @@ class Mixer(nn.Module, ABC):
     fp32: ClassVar[frozenset[str]] = frozenset()
     isolated_as: ClassVar[Literal["attention", "state", "both"]] = "state"
     residual_outputs: tuple[str, ...] = ("out_proj.weight",)
+    keeps_init: bool = False
 
     @classmethod
     def check(cls, width: int, settings: Config) -> None:
