@@ -372,7 +372,7 @@ def tiny_model(pattern: str) -> LanguageModel:
 DOC_T = torch.tensor([0] * 9 + [1] + [2] * 7 + [3] * 4, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("pattern", ["E", "EE", "AEM"])
+@pytest.mark.parametrize("pattern", ["E", "EE", "AEM", "[AE]M"])
 def test_the_example_mixer_keeps_the_laws(pattern: str, example_mixer: str) -> None:
     model = tiny_model(pattern)
     time = torch.arange(len(DOC_T))
