@@ -34,6 +34,8 @@ class NativeEngine(Engine):
 
     Attributes:
         mixers: the true mixers, e.g. `2 attention, 2 mamba2`.
+        num_parameters: of the model, shared ones counted once.
+        device: where it runs.
         trained_context: tokens of a training row, None where that is not known.
         dtype: of the computation.
 
@@ -90,9 +92,10 @@ class NativeEngine(Engine):
         self.mixers = model.config.describe_mixers()
         self.trained_context = trained_context
         self.dtype = dtype
-        self._device = torch.device(device)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.device = torch.device(device)
         self._dtype = DTYPES[dtype]
-        self._model = model.to(self._device).eval()
+        self._model = model.to(self.device).eval()
         if self._dtype != torch.float32:
             self._model.cast(self._dtype)
         self._batch_tokens = batch_tokens
@@ -166,7 +169,7 @@ class NativeEngine(Engine):
     def continue_text(self, prompt: Tokens, sampling: Sampling, *, index: int = 0) -> Continuation:
         """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
         self._check_length(len(prompt), f"prompt {index}")
-        prompt_BT = _stack([prompt], 0).to(self._device)
+        prompt_BT = _stack([prompt], 0).to(self.device)
         return Continuation(self, self._model, prompt_BT, sampling, index=index, chunk=self._batch_tokens)
 
     def state_bytes(self, context: int) -> int:
@@ -181,8 +184,8 @@ class NativeEngine(Engine):
         for start in range(0, length, self._batch_tokens):
             span = slice(start, start + self._batch_tokens)
             part_BT, state = self._model.token_nll(
-                inputs_BT[:, span].to(self._device),
-                targets_BT[:, span].to(self._device),
+                inputs_BT[:, span].to(self.device),
+                targets_BT[:, span].to(self.device),
                 None if doc_BT is None else doc_BT[:, span],
                 self.isolation if doc_BT is not None else "full",
                 state,
@@ -218,7 +221,7 @@ class NativeEngine(Engine):
         state = self._model.initial_state()
         prefix_BT = _stack([prefix[:-1] for prefix in prefixes], 0)
         for start in range(0, prefix_BT.shape[1], self._batch_tokens):
-            _, after = self._model(prefix_BT[:, start : start + self._batch_tokens].to(self._device), None, state)
+            _, after = self._model(prefix_BT[:, start : start + self._batch_tokens].to(self.device), None, state)
             assert after is not None
             state = after
         return state
@@ -262,12 +265,12 @@ class NativeEngine(Engine):
         right_BT = np.ones(inputs_BT.shape, dtype=np.bool_)
         for start in range(0, length, self._batch_tokens):
             span = slice(start, start + self._batch_tokens)
-            hidden_BTD, state = self._model(inputs_BT[:, span].to(self._device), None, state)
+            hidden_BTD, state = self._model(inputs_BT[:, span].to(self.device), None, state)
             counted_BT = targets_BT[:, span] != IGNORE
             if not bool(counted_BT.any()):
                 continue
-            hidden_ND = hidden_BTD[counted_BT.to(self._device)]
-            targets_N = targets_BT[:, span][counted_BT].to(self._device)
+            hidden_ND = hidden_BTD[counted_BT.to(self.device)]
+            targets_N = targets_BT[:, span][counted_BT].to(self.device)
             nll_N = linear_cross_entropy(hidden_ND, weight, targets_N, ignore=IGNORE, reduction="none")
             rows = default_chunk(weight.shape[0], weight.device)
             # Rows beyond the tokenizer's vocabulary stand for nothing, here as in generation.

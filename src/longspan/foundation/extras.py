@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
         "transformers",
         "pretrained tokenizers from folders or the hub, and parity with Hugging Face models",
     ),
+    "lm-eval": ("lm_eval", "the tasks of lm-evaluation-harness, through `longspan lm-eval`"),
 }
 """extra → (module it brings, what it is for)."""
 
