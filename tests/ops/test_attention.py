@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from longspan.foundation.errors import UserError
 from longspan.ops import attention as module
-from longspan.ops.attention import attention
+from longspan.ops.attention import attention, block_size
 
 
 def leaves(batch, time, keys=None, heads=4, groups=4, head_dim=8, seed=0, dtype=torch.float64):
@@ -32,6 +33,20 @@ def assert_same(got, expected, tolerance=1e-12):
         assert torch.allclose(one, other, atol=tolerance)
 
 
+@contextmanager
+def way(name):
+    """One way of the three that SDPA takes, whatever the shapes."""
+    never = 10**9
+    costs = {"per document": (0, never, 2), "masked": (never, never, 2), "blocks": (never, 0, 2)}[name]
+    with pytest.MonkeyPatch.context() as patch:
+        for constant, cost in zip(("CALL_COST_PAIRS", "GATHER_COST_PAIRS", "SMALLEST_BLOCK"), costs, strict=True):
+            patch.setattr(module, constant, cost)
+        yield
+
+
+WAYS = ["per document", "masked", "blocks"]
+
+
 def test_the_reference_is_softmax_by_hand():
     q, k, v = leaves(1, 3, heads=1, groups=1, head_dim=2)
     y = attention(q, k, v, backend="reference")
@@ -41,20 +56,20 @@ def test_the_reference_is_softmax_by_hand():
     assert torch.allclose(y[0, 0, 0], v[0, 0, 0])
 
 
-@pytest.mark.parametrize("cost", [0, 10**9], ids=["per document", "masked"])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("chance", [None, 0.0, 0.2, 1.0])
-def test_sdpa_equals_the_reference(chance, groups, alibi, window, cost, documents, monkeypatch):
-    monkeypatch.setattr(module, "CALL_COST_PAIRS", cost)
+def test_sdpa_equals_the_reference(chance, groups, alibi, window, name, documents):
     tensors = leaves(3, 17, groups=groups)
     rules = {"window": window}
     if alibi:
         rules["alibi_slopes_H"] = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
     if chance is not None:
         rules["q_doc_BT"] = documents(3, 17, chance, 0)
-    assert_same(with_gradients(*tensors, **rules), with_gradients(*tensors, **rules, backend="reference"))
+    with way(name):
+        assert_same(with_gradients(*tensors, **rules), with_gradients(*tensors, **rules, backend="reference"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -64,8 +79,9 @@ def test_sdpa_equals_the_reference(chance, groups, alibi, window, cost, document
     boundaries=st.none() | st.sets(st.integers(1, 11)),
     window=st.none() | st.integers(1, 12),
     alibi=st.booleans(),
+    name=st.sampled_from(WAYS),
 )
-def test_a_cache_at_any_split_equals_one_pass(time, cut, boundaries, window, alibi):
+def test_a_cache_at_any_split_equals_one_pass(time, cut, boundaries, window, alibi, name):
     q, k, v = (z.detach() for z in leaves(2, time, groups=2, seed=time))
     split = 1 + int(cut * (time - 2))
     rules = {"window": window, "alibi_slopes_H": torch.arange(4.0).double() / 4 if alibi else None}
@@ -73,18 +89,19 @@ def test_a_cache_at_any_split_equals_one_pass(time, cut, boundaries, window, ali
     if boundaries is not None:
         doc = torch.tensor([[sum(b <= t for b in boundaries) for t in range(time)]] * 2)
     whole = attention(q, k, v, q_doc_BT=doc, backend="reference", **rules)
-    first = attention(
-        q[:, :split], k[:, :split], v[:, :split], q_doc_BT=None if doc is None else doc[:, :split], **rules
-    )
-    rest = attention(
-        q[:, split:],
-        k,
-        v,
-        q_doc_BT=None if doc is None else doc[:, split:],
-        k_doc_BS=doc,
-        q_offset=split,
-        **rules,
-    )
+    with way(name):
+        first = attention(
+            q[:, :split], k[:, :split], v[:, :split], q_doc_BT=None if doc is None else doc[:, :split], **rules
+        )
+        rest = attention(
+            q[:, split:],
+            k,
+            v,
+            q_doc_BT=None if doc is None else doc[:, split:],
+            k_doc_BS=doc,
+            q_offset=split,
+            **rules,
+        )
     assert torch.allclose(torch.cat((first, rest), 1), whole, atol=1e-12)
 
 
@@ -96,10 +113,9 @@ def test_keys_of_an_unfilled_cache_are_never_seen():
     assert torch.allclose(attention(q, k, v, q_offset=3), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("cost", [0, 10**9], ids=["per document", "masked"])
-@pytest.mark.parametrize("window", [None, 7])
-def test_changing_one_document_leaves_every_other_bitwise_untouched(cost, window, monkeypatch):
-    monkeypatch.setattr(module, "CALL_COST_PAIRS", cost)
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("window", [None, 7, 40])
+def test_changing_one_document_leaves_every_other_bitwise_untouched(name, window):
     doc = torch.tensor([[0] * 30 + [1] * 45 + [2] * 1 + [3] * 64])
     inside = doc[0] == 1
     results = []
@@ -108,10 +124,41 @@ def test_changing_one_document_leaves_every_other_bitwise_untouched(cost, window
         mixed = [
             torch.where(inside[:, None, None], o, b).detach().requires_grad_() for b, o in zip(base, other, strict=True)
         ]
-        results.append(with_gradients(*mixed, q_doc_BT=doc, window=window))
+        with way(name):
+            results.append(with_gradients(*mixed, q_doc_BT=doc, window=window))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one[:, ~inside], other[:, ~inside])
         assert not torch.equal(one[:, inside], other[:, inside])
+
+
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_blocks_keep_causality_bitwise(window):
+    before, after = (leaves(1, 140, dtype=torch.float32, seed=s) for s in (0, 1))
+    mixed = [torch.cat((b[:, :77], a[:, 77:]), 1) for b, a in zip(before, after, strict=True)]
+    with way("blocks"):
+        first, second = (attention(*z, window=window) for z in (before, mixed))
+    assert torch.equal(first[:, :77], second[:, :77])
+    assert not torch.equal(first[:, 77:], second[:, 77:])
+
+
+@pytest.mark.parametrize(("time", "window", "blocks"), [(256, 8, True), (256, 128, False), (1024, 128, True)])
+@pytest.mark.parametrize("offset", [0, 7])
+def test_blocks_are_taken_where_the_window_is_short(time, window, blocks, offset, monkeypatch):
+    """No score outside the blocks is computed: the kernel sees as many keys as one block reaches."""
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **rules):
+        seen.append((q.shape[0] * q.shape[2], k.shape[2]))
+        return kernel(q, k, v, **rules)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (z.detach() for z in leaves(1, time, keys=time + offset, dtype=torch.float32))
+    y = attention(q, k, v, window=window, q_offset=offset)
+    ((queries, keys),) = seen
+    assert keys <= block_size(window) + window - 1 if blocks else keys == time + offset
+    assert queries < time + time / 16
+    assert torch.allclose(y, attention(q, k, v, window=window, q_offset=offset, backend="reference"), atol=1e-5)
 
 
 def test_dropout_keeps_the_mean():

@@ -18,6 +18,9 @@ Backend = Literal["sdpa", "reference", "flex"]
 
 # What one more call of the kernel costs (forward and backward, CPU), in pairs of query and key.
 CALL_COST_PAIRS = 12_288
+# What it costs to gather one key and one value for a block of queries (the same), in pairs.
+GATHER_COST_PAIRS = 32
+SMALLEST_BLOCK = 32
 
 
 def attention(
@@ -44,8 +47,9 @@ def attention(
         k_doc_BS: document ids of the keys; None with `q_doc_BT` given: the same ids (needs S == T).
         q_offset: key position of the first query (the length of the cache).
         alibi_slopes_H: adds `-slope * distance` to the scores (Press et al. 2022).
-        window: a query sees the last `window` positions, itself included; None: all.
-        dropout: probability of dropping an attention weight (torch's global generator, as in SDPA).
+        window: a query sees the last `window` positions, itself included; None: all. "sdpa" then takes blocks of
+            queries with the keys they can reach, where that is less work than the whole masked square.
+        dropout: probability of dropping an attention weight, drawn from torch's own generator of the device.
         backend: "sdpa" (torch's fused kernels), "reference" (plain, right for anything), "flex" (FlexAttention, CUDA).
         block_mask: for "flex", the mask of this batch from `flex_block_mask`, made once for all layers.
 
@@ -69,9 +73,9 @@ def attention(
             q_doc_BT = k_doc_BS = None
         elif not aligned or not (k_doc_BS is q_doc_BT or torch.equal(q_doc_BT, k_doc_BS)):
             pass
-        elif (lengths := _document_lengths(q_doc_BT, q_BTHP.shape[2])) is not None:
+        elif (lengths := _document_lengths(q_doc_BT, q_BTHP.shape[2], rules.window)) is not None:
             return _per_document(q_BTHP, k_BSGP, v_BSGP, lengths, rules)
-    return _sdpa(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
+    return _fused(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
 
 
 class _Rules(NamedTuple):
@@ -159,34 +163,90 @@ def _reference(
     return (F.dropout(scores.softmax(-1), rules.dropout) @ v).transpose(1, 2)
 
 
-def _sdpa(
+def _fused(
     q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, q_doc_BT: Tensor | None, k_doc_BS: Tensor | None, rules: _Rules
 ) -> Tensor:
-    time, heads = q_BTHP.shape[1:3]
-    keys = k_BSGP.shape[1]
-    q, k, v = (_heads_first(values, heads) for values in (q_BTHP, k_BSGP, v_BSGP))
-    plain = q_doc_BT is None and rules.slopes is None and (rules.window is None or rules.window >= keys)
+    time, keys = q_BTHP.shape[1], k_BSGP.shape[1]
+    if rules.window is not None and rules.window >= keys:
+        rules = rules._replace(window=None)
+    if rules.window is not None and time > block_size(rules.window) and _band_pairs(rules.window) < keys:
+        return _banded(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
+    plain = q_doc_BT is None and rules.slopes is None and rules.window is None
     causal = plain and rules.q_offset == 0 and time == keys
     newest_only = plain and time == 1 and rules.q_offset + 1 == keys
     mask = None
     if not (causal or newest_only):
-        mask = rules.mask(time, keys, _same(q_doc_BT, k_doc_BS), q.dtype, q.device)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rules.dropout, is_causal=causal)
+        mask = rules.mask(time, keys, _same(q_doc_BT, k_doc_BS), q_BTHP.dtype, q_BTHP.device)
+    return _sdpa(q_BTHP, k_BSGP, v_BSGP, mask, rules.dropout, causal)
+
+
+def _sdpa(
+    q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, mask: Tensor | None, dropout: float, causal: bool = False
+) -> Tensor:
+    q, k, v = (_heads_first(values, q_BTHP.shape[2]) for values in (q_BTHP, k_BSGP, v_BSGP))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     return y.transpose(1, 2)
+
+
+def block_size(window: int) -> int:
+    """Queries in one block of windowed attention, which then meets `block_size + window - 1` keys."""
+    return max(SMALLEST_BLOCK, window // 2)
+
+
+def _band_pairs(window: int | None) -> float:
+    """What one query of a block costs, in pairs, the share of gathering the keys of the block included."""
+    if window is None:
+        return math.inf
+    size = block_size(window)
+    return (size + window - 1) * (1 + GATHER_COST_PAIRS / size)
+
+
+def _banded(
+    q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, q_doc_BT: Tensor | None, k_doc_BS: Tensor | None, rules: _Rules
+) -> Tensor:
+    """Every block of queries against the keys in its reach: work and memory grow with T * window."""
+    assert rules.window is not None
+    batch, time = q_BTHP.shape[:2]
+    keys, device = k_BSGP.shape[1], q_BTHP.device
+    # The blocks are as equal as can be, so that fewer queries than there are blocks are padding.
+    blocks = -(-time // block_size(rules.window))
+    size = -(-time // blocks)
+    reach = size + rules.window - 1
+    first_N1 = rules.q_offset - rules.window + 1 + size * torch.arange(blocks, device=device)[:, None]
+    place_NR = first_N1 + torch.arange(reach, device=device)
+    index = place_NR.clamp(0, keys - 1).flatten()
+    q_BTHP = F.pad(q_BTHP, (0, 0, 0, 0, 0, blocks * size - time))
+    q, k, v = (
+        values.reshape(batch * blocks, -1, *values.shape[2:])
+        for values in (q_BTHP, k_BSGP.index_select(1, index), v_BSGP.index_select(1, index))
+    )
+    seen = None
+    if rules.q_offset < rules.window - 1:
+        seen = (place_NR >= 0)[:, None].expand(batch, blocks, size, reach).flatten(0, 1)
+    if q_doc_BT is not None and k_doc_BS is not None:
+        # Padding stands in the last query's document, where it sees that query's key: no row of the mask is empty.
+        places = torch.arange(blocks * size, device=device).clamp(max=time - 1)
+        same = _same(q_doc_BT[:, places].view(batch * blocks, -1), k_doc_BS[:, index].view(batch * blocks, -1))
+        seen = same if seen is None or same is None else same & seen
+    mask = rules._replace(q_offset=rules.window - 1).mask(size, reach, seen, q.dtype, device)
+    return _sdpa(q, k, v, mask, rules.dropout).reshape(batch, blocks * size, *q.shape[2:])[:, :time]
 
 
 def _one_document(q_doc_BT: Tensor, k_doc_BS: Tensor) -> bool:
     return bool((k_doc_BS == q_doc_BT[:, :1]).all()) and bool((q_doc_BT == q_doc_BT[:, :1]).all())
 
 
-def _document_lengths(doc_BT: Tensor, heads: int) -> list[int] | None:
-    """Lengths of all documents, row after row, where one call per document is cheaper than a masked square per row."""
+def _document_lengths(doc_BT: Tensor, heads: int, window: int | None) -> list[int] | None:
+    """Lengths of all documents, row after row, where one call per document is cheaper than whole rows with a mask."""
     batch, time = doc_BT.shape
     starts_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0), value=True)
     first_N = starts_BT.flatten().nonzero()[:, 0]
     length_N = torch.diff(first_N, append=first_N.new_tensor([batch * time]))
-    pairs = int((length_N * length_N).sum()) // 2
-    if length_N.numel() * CALL_COST_PAIRS + heads * pairs > heads * batch * time * time:
+    most = _band_pairs(window)
+    pairs_N = length_N * length_N.clamp(max=most)
+    # Inside its window a document needs no mask, so the kernel leaves out the keys after the queries.
+    pairs_N = torch.where(length_N <= (window or time), pairs_N / 2, pairs_N)
+    if length_N.numel() * CALL_COST_PAIRS + heads * float(pairs_N.sum()) > heads * batch * time * min(time, most):
         return None
     lengths: list[int] = length_N.tolist()
     return lengths
@@ -195,7 +255,7 @@ def _document_lengths(doc_BT: Tensor, heads: int) -> list[int] | None:
 def _per_document(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, lengths: list[int], rules: _Rules) -> Tensor:
     """Each document on its own: the work is the sum of the squares of the lengths, not the square of the sum."""
     parts = zip(*(torch.split(values.flatten(0, 1), lengths) for values in (q_BTHP, k_BTGP, v_BTGP)), strict=True)
-    y = torch.cat([_sdpa(q[None], k[None], v[None], None, None, rules)[0] for q, k, v in parts])
+    y = torch.cat([_fused(q[None], k[None], v[None], None, None, rules)[0] for q, k, v in parts])
     return y.view(q_BTHP.shape)
 
 
