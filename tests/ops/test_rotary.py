@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longspan.foundation.errors import UserError
-from longspan.ops.rotary import Rotation, rotary
+from longspan.ops.rotary import RopeScaling, Rotation, rotary
 
 
 def test_scores_depend_on_distance_only():
@@ -71,3 +71,34 @@ def test_it_is_what_transformers_llama_computes():
 def test_an_odd_head_dim_is_refused():
     with pytest.raises(UserError, match="head_dim 5"):
         Rotation.build(torch.zeros(1, 1), 5, 10.0)
+
+
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_frequency=1.0, high_frequency=4.0, original_context=64)
+
+
+def test_llama3_scaling_slows_only_what_turns_slowly():
+    frequencies = 2 * torch.pi / torch.tensor([8.0, 15.9, 32.0, 64.1, 1000.0], dtype=torch.float64)
+    ratio = LLAMA3.scale(frequencies) / frequencies
+    assert ratio[[0, 1]].tolist() == [1.0, 1.0]
+    # 32 tokens a turn are 2 turns in 64: a third of the way from 1 to 4.
+    assert torch.allclose(ratio[2:], torch.tensor([1 / 3 + 2 / 3 / 8, 1 / 8, 1 / 8], dtype=torch.float64), atol=1e-12)
+
+
+def test_linear_scaling_is_position_interpolation():
+    scaled = Rotation.build(torch.tensor([[12]]), 8, 100.0, scaling=RopeScaling(kind="linear", factor=4.0))
+    assert torch.allclose(scaled.cos, Rotation.build(torch.tensor([[3]]), 8, 100.0).cos)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"kind": "yarn", "factor": 2.0}, "yarn"),
+        ({"kind": "linear", "factor": 0}, "factor"),
+        ({"kind": "linear", "factor": 2.0, "low_frequency": 1.0}, "`factor` alone"),
+        ({"kind": "llama3", "factor": 2.0, "low_frequency": 1.0}, "incomplete"),
+        ({**LLAMA3.model_dump(), "low_frequency": 4.0}, "below high_frequency"),
+    ],
+)
+def test_half_a_scaling_is_refused(settings, problem):
+    with pytest.raises(UserError, match=problem):
+        RopeScaling.parse(settings, "rope_scaling")

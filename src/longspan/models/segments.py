@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
-from longspan.ops.rotary import Rotation
+from longspan.ops.rotary import RopeScaling, Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]
 LONGEST_CONVOLUTION = 16
@@ -72,13 +72,15 @@ class Segments:
     keep_from: int
     past: Past
     max_position: int
-    _rotations: dict[tuple[int, float, torch.dtype], Rotation] = field(default_factory=dict, repr=False, compare=False)
+    _rotations: dict[tuple[int, float, torch.dtype, RopeScaling | None], Rotation] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
-    def rotation(self, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
+    def rotation(self, head_dim: int, base: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> Rotation:
         """Of `positions`; the layers that ask for the same share it."""
-        key = (head_dim, base, dtype)
+        key = (head_dim, base, dtype, scaling)
         if key not in self._rotations:
-            self._rotations[key] = Rotation.build(self.positions, head_dim, base, dtype)
+            self._rotations[key] = Rotation.build(self.positions, head_dim, base, dtype, scaling)
         return self._rotations[key]
 
     @classmethod

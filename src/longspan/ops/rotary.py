@@ -5,13 +5,57 @@ Shapes: B batch, T time, H heads, P head dim, R = P/2 pairs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
+
+
+class RopeScaling(Config):
+    """Slower rotation for contexts beyond those of the first training, as transformers' `modeling_rope_utils.py`.
+
+    Attributes:
+        kind: `linear` divides every frequency by `factor` (position interpolation, Chen et al. 2023); `llama3` only
+            those that turn less than `low_frequency` times in `original_context` tokens, leaves those that turn more
+            than `high_frequency` times, and goes over smoothly between them (Llama 3.1).
+        factor: what frequencies are divided by.
+        low_frequency, high_frequency, original_context: of `llama3`.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float = Field(gt=0)
+    low_frequency: float | None = Field(None, gt=0)
+    high_frequency: float | None = Field(None, gt=0)
+    original_context: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        bounds = (self.low_frequency, self.high_frequency, self.original_context)
+        if self.kind == "linear" and any(bound is not None for bound in bounds):
+            raise UserError("linear rope scaling with other settings than `factor`", "`factor` alone", "remove them")
+        if self.kind == "llama3":
+            if self.low_frequency is None or self.high_frequency is None or self.original_context is None:
+                names = "low_frequency, high_frequency and original_context"
+                raise UserError("llama3 rope scaling that is incomplete", names, "give all three")
+            if self.low_frequency >= self.high_frequency:
+                given = f"low_frequency = {self.low_frequency} with high_frequency = {self.high_frequency}"
+                raise UserError(given, "low_frequency below high_frequency", "change one of the two")
+        return self
+
+    def scale(self, frequencies: Tensor) -> Tensor:
+        """Radians per token before and after, same shape and dtype."""
+        slow = frequencies / self.factor
+        if self.low_frequency is None or self.high_frequency is None or self.original_context is None:
+            return slow
+        turns = self.original_context * frequencies / (2 * math.pi)
+        share = ((turns - self.low_frequency) / (self.high_frequency - self.low_frequency)).clamp(0, 1)
+        return torch.lerp(slow, frequencies, share)
 
 
 class Rotation(NamedTuple):
@@ -21,7 +65,13 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @staticmethod
-    def build(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> Rotation:
+    def build(
+        positions_BT: Tensor,
+        head_dim: int,
+        base: float,
+        dtype: torch.dtype = torch.float32,
+        scaling: RopeScaling | None = None,
+    ) -> Rotation:
         """The angles `position * base**(-2i/P)`.
 
         They match transformers' Llama (`modeling_llama.py`) in fp32.
@@ -31,6 +81,7 @@ class Rotation(NamedTuple):
             head_dim: P, even.
             base: the angle base (theta), 10000 in most models.
             dtype: of the angles and the rotation, fp32 or fp64.
+            scaling: of the frequencies.
 
         Raises:
             UserError: P is odd.
@@ -38,7 +89,10 @@ class Rotation(NamedTuple):
         if head_dim % 2:
             raise UserError(f"rotary positions with head_dim {head_dim}", "an even head_dim", "change width or heads")
         exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=positions_BT.device) / head_dim
-        angles_BTR = positions_BT.to(dtype)[..., None] * (1.0 / base**exponents)
+        frequencies = 1.0 / base**exponents
+        if scaling is not None:
+            frequencies = scaling.scale(frequencies)
+        angles_BTR = positions_BT.to(dtype)[..., None] * frequencies
         return Rotation(angles_BTR.cos()[:, :, None], angles_BTR.sin()[:, :, None])
 
 
