@@ -58,6 +58,32 @@ def test_published_models_have_the_published_size(settings, vocab_size, total, n
     assert counted.non_embedding == non_embedding
 
 
+@pytest.mark.parametrize(
+    ("pattern", "total"),
+    [
+        ("AAMMAAMMAA", 26_132_736),
+        ("MAMMAMMMA", 26_217_984),
+        ("AMAMAMAM", 24_951_552),
+        ("MAMAMAMA", 24_951_552),
+        ("AMMMMMMA", 25_627_392),
+        ("AAMMMMAA", 24_951_552),
+        ("AMMMMMA", 24_698_880),
+        ("MMMMAAAA", 24_951_552),
+        ("MMMMAAA", 24_360_960),
+        ("AAAAMMMM", 24_951_552),
+        ("MMMMMMMM", 26_303_232),
+        ("AAAAAAAA", 23_599_872),
+    ],
+)
+def test_the_twelve_published_patterns_have_the_published_size(pattern, total):
+    """What that study called Mamba has no recurrence: it is the gated short convolution (facts, seeds 3.4)."""
+    bound = {"M": {"mixer": "gated_short_convolution"}}
+    settings = {"norm": "layernorm", "mlp": "none", "positions": "nope", "mixers": bound}
+    published = ModelConfig.parse({"pattern": pattern, "width": 384, "heads": 8, **settings}, "model")
+    assert count_parameters(published, 49_152).total == total
+    assert total == 18_874_368 + 768 + pattern.count("A") * 590_592 + pattern.count("M") * 928_512
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
     "settings", [{}, {"tied": False, "mlp": "gelu"}, {"mlp": "none", "norm": "layernorm", "kv_heads": 2}]
@@ -93,6 +119,9 @@ BEYOND = {
     "D": lambda mixer, context: (
         min(mixer.settings.chunk, context) * (3 * mixer.keys + 2 * mixer.values) - 2 * mixer.conv_weight.numel()
     ),
+    # Of its scan only reading the state is a product.
+    "m": lambda mixer, context: -mixer.inner * (5 * mixer.settings.mamba1_state + 3) - 2 * mixer.conv_weight.numel(),
+    "C": lambda mixer, context: -2 * mixer.conv_weight.numel(),
 }
 
 
