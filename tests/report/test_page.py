@@ -174,3 +174,9 @@ def test_the_terminal_table_has_the_best_subject_first(quickstart_report: Report
     assert "±" in table.rows[0][3]
     assert table.markdown().count("\n") == 4
     assert table.csv().startswith("subject,")
+
+
+def test_the_lead_says_what_is_held_equal(quickstart_report: ReportInput) -> None:
+    subjects = [replace(s, match_quantity="training_flops_per_token") for s in quickstart_report.subjects]
+    text = page.subjects_lead(replace(quickstart_report, subjects=subjects))
+    assert "matched in training flops per token; the worst match is off by 0.11 %" in text

@@ -103,7 +103,11 @@ def subjects_lead(report: ReportInput) -> str:
     if varied:
         text += f" The study varies {', '.join(name.rsplit('.', 1)[-1] for name in varied)}."
     if residuals:
-        text += f" Sizes were matched; the worst match is off by {numbers.significant(100 * max(residuals), 2)} %."
+        held = " and ".join(
+            dict.fromkeys(s.match_quantity.replace("_", " ") for s in report.subjects if s.match_quantity)
+        )
+        worst = numbers.significant(100 * max(residuals), 2)
+        text += f" They are matched in {held or 'size'}; the worst match is off by {worst} %."
     return text
 
 

@@ -47,6 +47,7 @@ class SubjectFacts:
         peak_memory_bytes: peak memory of training, and `peak_memory_of` what that number measures.
         state_bytes: context -> bytes of decoding state (KV + recurrent + convolution).
         forward_flops: context -> forward FLOPs per token, causal average.
+        match_quantity: the cost that is held equal, e.g. `non_embedding_parameters`; empty where nothing was matched.
         match_target: the cost the free setting was solved for, None where nothing was matched.
         match_residual: (reached - target) / target, e.g. -0.0012.
         best_loss: lowest full-validation loss (nats per token), mean over seeds; `last_loss` the one at the end.
@@ -68,6 +69,7 @@ class SubjectFacts:
     peak_memory_of: str = ""
     state_bytes: dict[int, float] = field(default_factory=dict)
     forward_flops: dict[int, float] = field(default_factory=dict)
+    match_quantity: str = ""
     match_target: float | None = None
     match_residual: float | None = None
     seeds: tuple[int, ...] = ()

@@ -110,6 +110,7 @@ def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFa
         forward_flops={
             context: forward_flops_per_token(first.model, first.vocab_size, context) for context in COST_CONTEXTS
         },
+        match_quantity=first.match.quantity if first.match else "",
         match_target=first.match.target if first.match else None,
         match_residual=first.match.residual if first.match else None,
         seeds=tuple(planned.subject.seed for planned in arm),
