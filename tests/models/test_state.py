@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-PATTERNS = ["A", "M", "G", "AMG"]
+from longspan.models.mixers import registered
+
+PATTERNS = [*sorted(registered()), "AMG", "[AM]G"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
