@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel, ModelConfig
+from longspan.models.mixers import registered
 
-SMALL = {"width": 64, "heads": 4, "state": 16, "mamba_head_dim": 16}
+SMALL = {"width": 64, "heads": 4, "state": 16, "mamba_head_dim": 16, "delta_head_dim": 16}
+LETTERS = sorted(registered())
 
 
 def build(pattern: str, seed: int = 0, **settings: object) -> LanguageModel:
@@ -63,7 +65,7 @@ def test_published_initialisation_is_normal_everywhere():
             assert not parameter.any(), name
 
 
-@pytest.mark.parametrize("letter", ["A", "M", "G"])
+@pytest.mark.parametrize("letter", [*LETTERS, "[AM]"])
 def test_no_decay_for_biases_norms_and_recurrence_parameters(letter):
     model = build(letter, attention_bias=True, mlp="gelu", norm="layernorm", positions="learned", max_positions=32)
     decayed, spared = model.parameter_groups(0.1)
@@ -73,7 +75,7 @@ def test_no_decay_for_biases_norms_and_recurrence_parameters(letter):
     decayed_names = {names[id(p)] for p in decayed["params"]}
     assert not spared_names & decayed_names
     assert spared_names | decayed_names == set(names.values())
-    expected = {n for n in names.values() if "norm" in n or "bias" in n or n.endswith(("A_log", ".D", "dt_bias"))}
+    expected = {n for n in names.values() if "norm" in n or "bias" in n or n.endswith(("A_log", ".A", ".D", "dt_bias"))}
     assert spared_names == expected
 
 
@@ -126,7 +128,7 @@ def test_dropout_acts_in_training_only(tokens):
     assert not torch.equal(evaluated[0], trained)
 
 
-@pytest.mark.parametrize("pattern", ["A", "M", "G"])
+@pytest.mark.parametrize("pattern", [*LETTERS, "[AM]"])
 def test_bfloat16_stays_close_and_gradients_stay_fp32(pattern, tokens):
     model, batch = build(pattern), tokens(1, 24)
     exact, _ = model.loss(batch, batch)
