@@ -22,7 +22,8 @@ class ModelConfig(Config):
     Attributes:
         pattern: the layer string, see `parse_pattern`; `[AM]` is one layer with two mixers, see `Parallel`.
         width: D, the residual stream.
-        heads, kv_heads, positions, rope_base, attention_bias: attention, see `AttentionSettings`.
+        heads, kv_heads, positions, rope_base, attention_bias, attention_dropout: attention, see `AttentionSettings`.
+        window: tokens that sliding-window attention sees, see `SlidingWindowAttentionSettings`.
         max_positions: rows of the learned position table; required with `positions: learned`.
         state, expand, mamba_head_dim, conv, chunk: Mamba-2, see `Mamba2Settings`.
         delta_head_dim: Gated DeltaNet, see `GatedDeltaNetSettings`.
@@ -50,6 +51,8 @@ class ModelConfig(Config):
     positions: Positions = "rope"
     rope_base: float = 10_000.0
     attention_bias: bool = False
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    window: int = Field(128, ge=1)
     max_positions: int | None = Field(None, ge=1)
     state: int = 64
     expand: int = 2

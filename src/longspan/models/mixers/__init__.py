@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longspan.models.mixers import attention, gated_conv, gated_deltanet, mamba1, mamba2, recurrent
+from longspan.models.mixers import attention, gated_conv, gated_deltanet, mamba1, mamba2, recurrent, sliding_window
 from longspan.models.mixers.base import Mixer, MixerState, register, registered
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "recurrent",
     "register",
     "registered",
+    "sliding_window",
 ]

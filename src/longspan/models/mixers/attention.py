@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from longspan.foundation.config import Config
@@ -18,9 +19,11 @@ from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
 from longspan.models.segments import Segments
 from longspan.ops.attention import attention
-from longspan.ops.rotary import rotary
+from longspan.ops.rotary import RopeScaling, rotary
 
 Positions = Literal["rope", "nope", "alibi", "learned"]
+# Dropped keys that a cache may keep alive, beside as many as it needs.
+SPARE_KEYS = 64
 
 
 class AttentionSettings(Config):
@@ -31,14 +34,19 @@ class AttentionSettings(Config):
         kv_heads: key-value heads (grouped-query attention); must divide `heads`; None: as many as `heads`.
         positions: `rope`, `nope` (none), `alibi`, or `learned` (the model adds them to the embeddings).
         rope_base: base of the rotary frequencies.
+        rope_scaling: how they are slowed for long contexts; None: not.
         attention_bias: biases on the query, key, value and output projections.
+        attention_dropout: probability of dropping an attention weight in training; drawn from torch's own generator of
+            the device.
     """
 
     heads: int | None = None
     kv_heads: int | None = None
     positions: Positions = "rope"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class _Cache:
@@ -50,24 +58,29 @@ class _Cache:
 
 @dataclass(frozen=True)
 class AttentionState(MixerState):
-    """Keys and values of the tokens still visible: the first `length` entries of the cache."""
+    """Keys and values of the tokens still visible: `length` entries of the cache from `start` on."""
 
     cache: _Cache | None = None
+    start: int = 0
     length: int = 0
+
+    @property
+    def end(self) -> int:
+        """One past the last entry."""
+        return self.start + self.length
 
     def live(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values (B, length, G, P), views; None before the first token."""
         if self.cache is None:
             return None
-        return self.cache.k_BSGP[:, : self.length], self.cache.v_BSGP[:, : self.length]
+        return self.cache.k_BSGP[:, self.start : self.end], self.cache.v_BSGP[:, self.start : self.end]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same state with `function` applied to the live keys and values."""
         live = self.live()
         if live is None:
             return self
-        k, v = function(live[0]), function(live[1])
-        return type(self)(_Cache(k, v, self.length), self.length)
+        return self._of(function(live[0]), function(live[1]))
 
     def bytes(self) -> int:
         """Bytes of the live keys and values, spare room not counted."""
@@ -75,45 +88,61 @@ class AttentionState(MixerState):
 
     def append(self, k_BTGP: Tensor, v_BTGP: Tensor) -> Self:
         """The state with T more keys and values; this state stays valid."""
-        length = self.length + k_BTGP.shape[1]
+        num_tokens = k_BTGP.shape[1]
         live = self.live()
         if torch.is_grad_enabled() and k_BTGP.requires_grad:
             old_k, old_v = live or (k_BTGP[:, :0], v_BTGP[:, :0])
-            return type(self)(_Cache(torch.cat([old_k, k_BTGP], 1), torch.cat([old_v, v_BTGP], 1), length), length)
-        cache = self.cache
+            return self._of(torch.cat([old_k, k_BTGP], 1), torch.cat([old_v, v_BTGP], 1))
+        cache, start = self.cache, self.start
         # Only the newest state may write into the shared room: another continuation of this state may already have.
-        if cache is None or cache.used != self.length or cache.k_BSGP.shape[1] < length:
-            cache = self._with_room(k_BTGP, length)
-        cache.k_BSGP[:, self.length : length] = k_BTGP
-        cache.v_BSGP[:, self.length : length] = v_BTGP
-        cache.used = length
-        return type(self)(cache, length)
+        if cache is None or cache.used != self.end or cache.k_BSGP.shape[1] < self.end + num_tokens:
+            cache, start = self._with_room(k_BTGP), 0
+        end = cache.used + num_tokens
+        cache.k_BSGP[:, cache.used : end] = k_BTGP
+        cache.v_BSGP[:, cache.used : end] = v_BTGP
+        cache.used = end
+        return type(self)(cache, start, end - start)
 
-    def _with_room(self, like_BTGP: Tensor, length: int) -> _Cache:
-        rows, _, groups, head_dim = like_BTGP.shape
+    def _with_room(self, more_BTGP: Tensor) -> _Cache:
+        """A copy of the live entries with room for these and, after the first call, for a quarter more."""
+        rows, num_tokens, groups, head_dim = more_BTGP.shape
+        length = self.length + num_tokens
         room = length if self.length == 0 else -(-(length + length // 4) // 64) * 64
-        k, v = (like_BTGP.new_empty(rows, room, groups, head_dim) for _ in range(2))
+        k, v = (more_BTGP.new_empty(rows, room, groups, head_dim) for _ in range(2))
         live = self.live()
         if live is not None:
             k[:, : self.length], v[:, : self.length] = live
         return _Cache(k, v, self.length)
 
-    def drop(self, keep_from: int) -> Self:
-        """Without the first `keep_from` entries."""
+    def last(self, num_keys: int) -> Self:
+        """Only the last `num_keys` entries; copied where most of the cache would be kept alive for nothing."""
         live = self.live()
-        if keep_from == 0 or live is None:
+        dropped = self.length - num_keys
+        if dropped == 0 or live is None:
             return self
-        k, v = (t[:, keep_from:].clone() for t in live)
-        return type(self)(_Cache(k, v, k.shape[1]), k.shape[1])
+        assert self.cache is not None
+        if num_keys + SPARE_KEYS >= self.cache.k_BSGP.shape[1] // 2:
+            return type(self)(self.cache, self.start + dropped, num_keys)
+        return self._of(live[0][:, dropped:].clone(), live[1][:, dropped:].clone())
+
+    @classmethod
+    def _of(cls, k_BSGP: Tensor, v_BSGP: Tensor) -> Self:
+        length = k_BSGP.shape[1]
+        return cls(_Cache(k_BSGP, v_BSGP, length), 0, length)
 
 
 @register("A")
 class Attention(Mixer):
-    """Multi-head or grouped-query attention; scale 1/sqrt(P); rotary embedding over the whole head in NeoX pairing."""
+    """Multi-head or grouped-query attention; scale 1/sqrt(P); rotary embedding over the whole head in NeoX pairing.
+
+    Attributes:
+        window: each token sees so many, itself included; None: all before it.
+    """
 
     name = "attention"
     Settings = AttentionSettings
     isolated_as = "attention"
+    window: int | None = None
 
     @classmethod
     def check(cls, width: int, settings: Config) -> None:
@@ -176,35 +205,48 @@ class Attention(Mixer):
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.settings.positions == "rope":
             dtype = torch.float64 if qk.dtype == torch.float64 else torch.float32
-            qk = rotary(qk, segments.rotation(self.head_dim, self.settings.rope_base, dtype))
+            base, scaling = self.settings.rope_base, self.settings.rope_scaling
+            qk = rotary(qk, segments.rotation(self.head_dim, base, dtype, scaling))
         q, k = qk.split([self.heads, self.kv_heads], dim=2)
+        # A window's cache is the end of what the whole cache would be, and so are the documents of its keys.
+        num_cached = self._cached(segments.num_keys)
         after: AttentionState | None = None
         if state is not None:
             assert isinstance(state, AttentionState)
+            assert state.length == num_cached
             after = state.append(k, v)
             live = after.live()
             assert live is not None
             k, v = live
-            after = after.drop(segments.keep_from)
+            after = after.last(self._cached(segments.past.num_keys))
+        key_doc = segments.key_doc
         y_BTHP = attention(
             q,
             k,
             v,
             q_doc_BT=segments.attention_doc,
-            k_doc_BS=segments.key_doc,
-            q_offset=segments.num_keys,
+            k_doc_BS=None if key_doc is None else key_doc[:, segments.num_keys - num_cached :],
+            q_offset=num_cached,
             alibi_slopes_H=self.alibi_slopes_H,
+            window=self.window,
+            dropout=self.settings.attention_dropout if self.training else 0.0,
         )
         return self.out_proj(y_BTHP.reshape(rows, num_tokens, -1)), after
 
     def flops(self, context: int) -> float:
-        """Projections, and scores and values over the causal average of context/2 keys."""
+        """Projections, and scores and values over the causal average of context/2 keys, fewer in a window."""
         projections = 2 * (self.qkv_proj.weight.numel() + self.out_proj.weight.numel())
-        return float(projections + 2 * context * self.heads * self.head_dim)
+        reach = context if self.window is None else min(context, self.window)
+        keys = reach - reach * reach / (2 * context)
+        return projections + 4 * keys * self.heads * self.head_dim
 
     def state_bytes(self, context: int, element_bytes: int) -> int:
-        """Keys and values of every token."""
-        return 2 * context * self.kv_heads * self.head_dim * element_bytes
+        """Keys and values of every token, in a window of all that the next token still sees."""
+        return 2 * self._cached(context) * self.kv_heads * self.head_dim * element_bytes
+
+    def _cached(self, num_keys: int) -> int:
+        """How many of `num_keys` keys stay in the cache."""
+        return num_keys if self.window is None else min(num_keys, self.window - 1)
 
 
 def alibi_slopes(heads: int) -> list[float]:
