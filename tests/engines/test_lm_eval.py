@@ -41,6 +41,12 @@ Lm = Callable[..., LongspanLM]
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness keeps its log from pytest once its command line has run."""
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+
+
 @pytest.fixture
 def lm(tiny_model: MakeModel, tiny_engine: MakeEngine) -> Lm:
     def build(
@@ -148,7 +154,6 @@ def test_what_does_not_fit_is_cut_on_the_left_said_and_counted(lm: Lm, caplog: p
     model = lm(max_length=20)
     context = "The senate asks the other house. " * 4
     with caplog.at_level(logging.WARNING, logger="lm_eval"):
-        logging.getLogger("lm_eval").propagate = True
         (long, _), (short, _) = ask(model, "loglikelihood", (context, "Yes."), ("The house", " asks"))
     scored = ids(model, context + "Yes.")[len(ids(model, context.rstrip())) :]
     whole = [*model.engine.document_prefix.tolist(), *ids(model, context.rstrip())]
@@ -159,7 +164,7 @@ def test_what_does_not_fit_is_cut_on_the_left_said_and_counted(lm: Lm, caplog: p
         by_hand(model, [*model.engine.document_prefix, *ids(model, "The house")], ids(model, " asks"))[0], abs=1e-4
     )
     lost = len(whole) - len(kept)
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert (
         f"1 of 2 loglikelihood requests do not fit into max_length=20: their beginning was cut off, {lost} tokens"
         in message
@@ -285,7 +290,6 @@ def test_the_length_is_the_limit_then_the_training_context_then_the_default(lm: 
 
 
 def test_a_subject_without_markers_says_from_what_its_texts_begin(lm: Lm, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("lm_eval").propagate = True
     ask(lm(), "loglikelihood_rolling", ("The house",))
     assert not [r for r in caplog.records if "without markers" in r.getMessage()]
     model = lm(engine={"markers": False})

@@ -7,12 +7,15 @@ where the subject was trained with one, and never twice.
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -34,8 +37,8 @@ Ids = NDArray[np.int64]
 Item = TypeVar("Item")
 UNKNOWN_CONTEXT = 2_048
 """The harness's default `max_length`, where a subject names no length of its own."""
-CALL_TOKENS = 65_536
-"""About so many tokens go to the engine at a time; after each such call the answers reach the harness's cache."""
+CALL_BATCHES = 2
+"""About so many batches go to the engine at a time; after each such call the answers reach the harness's cache."""
 WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
 """Generation settings that tasks name, at the values that ask for nothing."""
 
@@ -114,11 +117,12 @@ class LongspanLM(LM):  # type: ignore[misc]
                 raise UserError(f"{', '.join(select)} with an engine", "selectors with a path", "leave them out")
             self.engine = pretrained
         else:
+            _check_names(select)
             self.engine = load(
                 pretrained,
                 weights=weights,
                 dtype=dtype,
-                device=device or default_device(),
+                device=_device(device),
                 revision=revision,
                 select=select,
                 batch_tokens=batch_tokens,
@@ -128,7 +132,7 @@ class LongspanLM(LM):  # type: ignore[misc]
         self.max_gen_toks = max_gen_toks
         self.sampling_seed = sampling_seed
         self.truncated: dict[str, Cuts] = {}
-        self._call_tokens = CALL_TOKENS
+        self._call_tokens = CALL_BATCHES * self.engine.batch_tokens
         self._warned = False
         logger.info(
             "%s: %s, tokenizer %s, on %s in %s; max_length %d (%s)",
@@ -141,7 +145,9 @@ class LongspanLM(LM):  # type: ignore[misc]
             why,
         )
         if batch_size not in (None, 1, "1", "auto") or max_batch_size is not None:
-            logger.warning("batch_size has no effect here: batches hold up to batch_tokens=%d tokens", batch_tokens)
+            logger.warning(
+                "batch_size has no effect here: batches hold up to batch_tokens=%d tokens", self.engine.batch_tokens
+            )
 
     @property
     def prefix_token_id(self) -> int:
@@ -323,6 +329,23 @@ class LongspanLM(LM):  # type: ignore[misc]
                 "saw, so the first token of every text costs more than it should",
                 self.engine.name,
             )
+
+
+def _device(asked: str | None) -> str:
+    """As asked for; the harness asks for CUDA by itself, so without it that means the CPU."""
+    if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("device %s is not here", asked)
+        return "cpu"
+    return asked or default_device()
+
+
+def _check_names(select: Mapping[str, Any]) -> None:
+    """A misspelt argument of this class would look like a selector."""
+    arguments = [name for name in signature(LongspanLM).parameters if name != "select"]
+    for key in select:
+        if near := difflib.get_close_matches(key, arguments, n=1, cutoff=0.7):
+            allowed = f"{', '.join(arguments)}, and what the study varies"
+            raise UserError(f"model argument `{key}`", allowed, f"did you mean `{near[0]}`?")
 
 
 def _max_length(engine: NativeEngine, given: int | None) -> tuple[int, str]:

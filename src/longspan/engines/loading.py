@@ -41,6 +41,7 @@ def load(
     Raises:
         UserError: nothing of the kind is there, or an argument that has no meaning for what is there.
     """
+    check_device(device)
     folder = Path(path).expanduser()
     run = locate_run(folder, select or {})
     if run is not None:
@@ -75,6 +76,17 @@ def locate_run(folder: Path, select: Mapping[str, Any]) -> Path | None:
 def default_device() -> str:
     """The first CUDA device where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        UserError: naming the devices that are.
+    """
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if device not in (*here, *(["cuda"] if len(here) > 1 else [])):
+        raise UserError(f"device = {device!r}", ", ".join(here), "choose one of these")
 
 
 def engine_of(

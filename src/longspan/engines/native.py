@@ -38,6 +38,7 @@ class NativeEngine(Engine):
         device: where it runs.
         trained_context: tokens of a training row, None where that is not known.
         dtype: of the computation.
+        batch_tokens: most positions in one forward pass.
 
     Answers to the same batch of requests are the same bytes each time; another grouping may round differently.
     """
@@ -98,7 +99,7 @@ class NativeEngine(Engine):
         self._model = model.to(self.device).eval()
         if self._dtype != torch.float32:
             self._model.cast(self._dtype)
-        self._batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens
 
     @torch.inference_mode()
     def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:
@@ -170,7 +171,7 @@ class NativeEngine(Engine):
         """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
         self._check_length(len(prompt), f"prompt {index}")
         prompt_BT = _stack([prompt], 0).to(self.device)
-        return Continuation(self, self._model, prompt_BT, sampling, index=index, chunk=self._batch_tokens)
+        return Continuation(self, self._model, prompt_BT, sampling, index=index, chunk=self.batch_tokens)
 
     def state_bytes(self, context: int) -> int:
         """See `Engine.state_bytes`."""
@@ -179,10 +180,10 @@ class NativeEngine(Engine):
 
     def _token_nll(self, inputs_BT: Tensor, targets_BT: Tensor, doc_BT: Tensor | None) -> NDArray[np.float64]:
         length = inputs_BT.shape[1]
-        state = self._model.initial_state() if length > self._batch_tokens else None
+        state = self._model.initial_state() if length > self.batch_tokens else None
         parts = []
-        for start in range(0, length, self._batch_tokens):
-            span = slice(start, start + self._batch_tokens)
+        for start in range(0, length, self.batch_tokens):
+            span = slice(start, start + self.batch_tokens)
             part_BT, state = self._model.token_nll(
                 inputs_BT[:, span].to(self.device),
                 targets_BT[:, span].to(self.device),
@@ -209,7 +210,7 @@ class NativeEngine(Engine):
         for i in chosen:
             lengths[len(prefixes[i])].append(i)
         for length, same in lengths.items():
-            rows = max(1, self._batch_tokens // length)
+            rows = max(1, self.batch_tokens // length)
             for start in range(0, len(same), rows):
                 batch = same[start : start + rows]
                 state = self._prefill([prefixes[i] for i in batch])
@@ -220,8 +221,8 @@ class NativeEngine(Engine):
         # first token is predicted, need not be kept beside the state.
         state = self._model.initial_state()
         prefix_BT = _stack([prefix[:-1] for prefix in prefixes], 0)
-        for start in range(0, prefix_BT.shape[1], self._batch_tokens):
-            _, after = self._model(prefix_BT[:, start : start + self._batch_tokens].to(self.device), None, state)
+        for start in range(0, prefix_BT.shape[1], self.batch_tokens):
+            _, after = self._model(prefix_BT[:, start : start + self.batch_tokens].to(self.device), None, state)
             assert after is not None
             state = after
         return state
@@ -259,12 +260,12 @@ class NativeEngine(Engine):
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """NLL of every target and whether it is the likeliest token, (B, T); 0 and True where there is no target."""
         length, weight = inputs_BT.shape[1], self._model.head_weight
-        if state is None and length > self._batch_tokens:
+        if state is None and length > self.batch_tokens:
             state = self._model.initial_state()
         nll_BT = np.zeros(inputs_BT.shape)
         right_BT = np.ones(inputs_BT.shape, dtype=np.bool_)
-        for start in range(0, length, self._batch_tokens):
-            span = slice(start, start + self._batch_tokens)
+        for start in range(0, length, self.batch_tokens):
+            span = slice(start, start + self.batch_tokens)
             hidden_BTD, state = self._model(inputs_BT[:, span].to(self.device), None, state)
             counted_BT = targets_BT[:, span] != IGNORE
             if not bool(counted_BT.any()):
@@ -289,7 +290,7 @@ class NativeEngine(Engine):
         """Indices in batches of similar length with at most `batch_tokens` positions, padding included."""
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[i] > self._batch_tokens:
+            if batch and (len(batch) + 1) * lengths[i] > self.batch_tokens:
                 yield batch
                 batch = []
             batch.append(i)
