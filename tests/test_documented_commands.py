@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import importlib
+import io
 import json
 import re
 import shlex
@@ -12,8 +14,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,6 +34,10 @@ from longspan.corpus.sources import (
     TextSource,
     WikipediaSource,
 )
+from longspan.corpus.tokenizer import TokenizerConfig, train_tokenizer
+from longspan.engines.run_index import ListedRun, list_runs
+from longspan.engines.trained_run import describe_run
+from longspan.foundation.files import write_json
 from longspan.foundation.plugins import load_file
 from longspan.models import budget
 from longspan.models.language_model import LanguageModel, ModelConfig
@@ -40,6 +48,7 @@ from longspan.report.data import ReportInput
 from longspan.study.expand import expand
 from longspan.study.schema import SECTIONS, load_study
 from longspan.study.shipped import shipped_studies
+from longspan.training.checkpoint import TrainingState, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -53,6 +62,8 @@ TINY = (
     "corpus.splits={train: 0.5, validation: 0.2, test: 0.3}"
 )
 """Appended to every documented command, where the later of two overrides wins."""
+
+TINY_MODEL = {"width": 16, "heads": 2, "state": 4, "mamba_head_dim": 8, "mlp_width": 16}
 
 TINY_PROBES = {
     "perplexity": {"max_documents": 8, "max_tokens": 64},
@@ -245,6 +256,55 @@ def write_no_page(report: ReportInput, folder: Path) -> Path:
     return page
 
 
+# --- trained runs, for the commands that use one ----------------------------------------------------------------------
+
+WITH_A_RUN = ("generate", "lm-eval")
+PATTERNS = ("AAAA", "MMMM", "AMAM")
+
+
+def provide_runs(study: Path) -> None:
+    """A study's folder as `longspan run quickstart` leaves it, with the runs of untrained tiny models."""
+    if study.exists():
+        return
+    texts = [text for _, text in stories(30)]
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), texts)
+    listed = []
+    for pattern in PATTERNS:
+        model = LanguageModel(ModelConfig.parse({**TINY_MODEL, "pattern": pattern}, "model"), tokenizer.vocab_size)
+        folder = study.parent / "jobs" / f"train-{pattern}"
+        described = model.config.model_dump(mode="json")
+        describe_run(
+            folder, name=pattern, model=described, tokenizer=tokenizer, markers=True, isolation="full", context=64
+        )
+        save_checkpoint(folder / "training" / "checkpoints" / "best", {}, TrainingState(), model)
+        write_json(folder / "training" / "result.json", {})
+        listed.append(ListedRun(pattern, {"pattern": pattern}, 0, folder))
+    list_runs(study, listed)
+
+
+def with_a_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a command that uses a run, with a run and its inputs there, and local tasks for those of the hub."""
+    words = list(command.words[1:])
+    provide_runs(Path("runs/quickstart"))
+    Path("prompt.txt").write_text("The merchant of\n", encoding="utf-8")
+    provide("jsonl", "texts.jsonl")
+    if "<" in words:
+        place = words.index("<")
+        content = Path(words[place + 1]).read_bytes()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        del words[place : place + 2]
+    if words[0] == "lm-eval":
+        pytest.importorskip("lm_eval")
+        tasks = importlib.import_module("lm_eval.tasks")
+        # Reading the thousands of tasks that come with the harness takes longer than all else here.
+        monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("cache").resolve())
+        if "--include_path" not in words:
+            words[words.index("--tasks") + 1] = "own_text"
+            words += ["--include_path", "docs/examples/lm_eval"]
+    return words
+
+
 def longspan(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["longspan", *words])
     try:
@@ -268,6 +328,8 @@ def test_documented_command_works(
     if command.words != WITH_PAGE:
         monkeypatch.setattr("longspan.report.page.write_report", write_no_page)
     words = shrunk(command) if command.is_study else list(command.words[1:])
+    if command.words[1] in WITH_A_RUN:
+        words = with_a_run(command, monkeypatch)
     if command.words[1] == "report":
         # It writes from records only, so they must be there.
         assert longspan(["run", *words[1:]], monkeypatch) == 0, capsys.readouterr().err
@@ -280,6 +342,15 @@ def test_documented_command_works(
     elif command.words[1] in ("run", "report"):
         (page,) = re.findall(r"^report: (.*)$", shown.out, re.M)
         assert Path(page).is_file()
+
+
+def test_documented_python_runs(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    provide_runs(Path("runs/quickstart"))
+    (code,) = blocks(DOCS / "use-a-run.md", "python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert capsys.readouterr().out
+    assert np.isfinite(names["nll"]).all()  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0] == "make"], ids=str)
@@ -437,7 +508,7 @@ def test_the_example_studies_end_in_a_report(
 
 def test_example_studies_and_shown_studies_are_whole(folder: Path) -> None:
     for file in folder.rglob("*.yaml"):
-        if "runs" not in file.parts:
+        if not {"runs", "lm_eval"} & set(file.parts):
             assert yaml.safe_load(file.read_text(encoding="utf-8"))["question"]
 
 
