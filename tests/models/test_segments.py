@@ -49,9 +49,8 @@ def test_without_ids_the_open_document_goes_on():
 
 def test_keys_of_closed_documents_are_dropped_from_the_cache():
     segments = Segments.build(DOC, "full")
-    assert segments.keep_from == 1  # the second row's document 1 is closed; its document 2 began at index 1
-    assert segments.past.num_keys == 5
-    assert Segments.build(DOC, "none").keep_from == 0
+    assert segments.past.num_keys == 5  # the second row's document 1 is closed; its document 2 began at index 1
+    assert Segments.build(DOC, "none").past.num_keys == 6
 
 
 def test_a_short_document_before_the_call_keeps_the_slow_path():

@@ -57,8 +57,7 @@ class Segments:
             before it.
         state_doc: int32 documents for recurrent mixers; None: the state flows on through the whole call.
         previous_doc: int32 document of the token before this call, where `state_doc` is given and there is one.
-        keep_from: keys before this index can never be seen again after this call.
-        past: what the next call needs.
+        past: what the next call needs; keys before the last `past.num_keys` can never be seen again.
         max_position: largest of `positions` (an upper bound of it where ids were not read).
     """
 
@@ -69,7 +68,6 @@ class Segments:
     key_doc: Tensor | None
     state_doc: Tensor | None
     previous_doc: Tensor | None
-    keep_from: int
     past: Past
     max_position: int
     _rotations: dict[tuple[int, float, torch.dtype, RopeScaling | None], Rotation] = field(
@@ -135,7 +133,7 @@ class Segments:
         num_tokens = shape[1]
         positions = torch.arange(past.length, past.length + num_tokens, device=device)[None]
         after = Past(past.length + num_tokens, past.num_keys + num_tokens)
-        return cls(num_tokens, past.num_keys, positions, None, None, None, None, 0, after, after.length - 1)
+        return cls(num_tokens, past.num_keys, positions, None, None, None, None, after, after.length - 1)
 
     @classmethod
     def _unseen(cls, doc_BT: Tensor, isolation: Isolation) -> Self:
@@ -147,7 +145,7 @@ class Segments:
         if attention_doc is not None:
             positions = _position_in_run(doc_BT)
         past = Past(num_tokens, num_tokens)
-        return cls(num_tokens, 0, positions, attention_doc, attention_doc, state_doc, None, 0, past, num_tokens - 1)
+        return cls(num_tokens, 0, positions, attention_doc, attention_doc, state_doc, None, past, num_tokens - 1)
 
     @classmethod
     def _known(cls, doc_BT: Tensor, isolation: Isolation, device: torch.device, past: Past) -> Self:
@@ -161,15 +159,15 @@ class Segments:
 
         attention_doc = key_doc = after_key_doc = state_doc = previous = None
         positions_BT = torch.arange(past.length, past.length + num_tokens)[None]
-        num_keys, keep_from = past.num_keys + num_tokens, 0
+        num_keys = after_num_keys = past.num_keys + num_tokens
         if isolation in ("full", "attention"):
             positions_BT = in_document_BT
             cached = past.key_doc if past.key_doc is not None else previous_B[:, None].expand(rows, past.num_keys)
             key_doc_BS = torch.cat([cached, doc_BT], dim=1)
             if not _one_document_per_row(key_doc_BS):
                 attention_doc, key_doc = doc_BT, key_doc_BS
-                keep_from = int((num_keys - after_open_B).min())
-                kept_BS = key_doc_BS[:, keep_from:]
+                after_num_keys = int(after_open_B.max())
+                kept_BS = key_doc_BS[:, num_keys - after_num_keys :]
                 after_key_doc = None if _one_document_per_row(kept_BS) else kept_BS
         if isolation in ("full", "state"):
             reach_B = open_B.clamp(max=min(LONGEST_CONVOLUTION, past.length))
@@ -179,7 +177,7 @@ class Segments:
 
         after = Past(
             past.length + num_tokens,
-            num_keys - keep_from,
+            after_num_keys,
             doc_BT[:, -1].clone(),
             after_open_B,
             after_key_doc,
@@ -193,7 +191,6 @@ class Segments:
             key_doc=_to(key_doc, device),
             state_doc=_to(state_doc, device),
             previous_doc=_to(previous, device),
-            keep_from=keep_from,
             past=after,
             max_position=int(positions_BT.max()),
         )
