@@ -15,7 +15,7 @@ from longspan.models.language_model import LanguageModel, ModelConfig
 VOCAB = 29
 # Embeddings of 0.02 alone would be so small a residual stream that every norm after it magnifies rounding errors too.
 TINY = {"width": 16, "heads": 2, "state": 8, "mamba_head_dim": 8, "delta_head_dim": 6, "chunk": 8, "mlp_width": 16}
-TINY |= {"embedding_multiplier": 16.0}
+TINY |= {"embedding_multiplier": 16.0, "window": 5}
 
 
 @cache

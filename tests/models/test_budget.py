@@ -112,6 +112,8 @@ def test_mamba2_has_the_size_of_the_formula():
 # as dense, and knows only matrix products (facts, 5.6, for the formulas).
 BEYOND = {
     "A": lambda mixer, context: 2 * context * mixer.heads * mixer.head_dim,
+    # A window of the whole context here; test_sliding_window.py has the narrow ones.
+    "S": lambda mixer, context: 2 * context * mixer.heads * mixer.head_dim,
     "M": lambda mixer, context: (
         min(mixer.settings.chunk, context) * (mixer.settings.state + mixer.inner) - 2 * mixer.conv_weight.numel()
     ),

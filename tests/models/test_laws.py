@@ -161,7 +161,7 @@ def test_an_isolated_document_is_the_same_wherever_it_stands(pattern, positions,
 # C is a convolution and no more.
 @pytest.mark.parametrize("letter", LETTERS.replace("C", ""))
 def test_reach_goes_beyond_the_convolution(letter, tiny, tokens):
-    model, before = tiny(letter), tokens(1, 16)
+    model, before = tiny(letter, window=16), tokens(1, 16)
     after = changed(before, torch.arange(16) == 0)
     with torch.no_grad():
         difference = (model(before)[0] - model(after)[0]).abs()
