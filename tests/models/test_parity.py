@@ -1,4 +1,4 @@
-"""The same weights give the same logits as transformers' Llama and Mamba-2, at random and at long inputs."""
+"""The same weights give the same logits as transformers' Llama, Mistral and Mamba-2, at random and at long inputs."""
 
 from __future__ import annotations
 
@@ -89,6 +89,39 @@ def test_attention_equals_llama(kv_heads, bias, tied, tokens):
     ).eval()
     reference.load_state_dict(llama_weights(model))
     assert_same_logits(model, reference, tokens)
+
+
+@pytest.mark.parametrize(("window", "kv_heads"), [(1, 4), (16, 2), (4096, 2)])
+def test_sliding_window_attention_equals_mistral(window, kv_heads, tokens):
+    config = ModelConfig(pattern="SS", width=32, heads=4, kv_heads=kv_heads, window=window, mlp_width=48, tied=False)
+    model = LanguageModel(config, VOCAB, 3)
+    perturb(model)
+    with torch.no_grad():
+        model.head_weight.mul_(10)
+    reference = transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            head_dim=8,
+            sliding_window=window,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+        )
+    ).eval()
+    reference.load_state_dict(llama_weights(model))
+    assert_same_logits(model, reference, tokens)
+    # Two layers see the first token as long as both windows reach, in either model.
+    batch = tokens(1, 60, vocab=VOCAB)
+    other = torch.where(torch.arange(60) == 0, (batch + 7) % VOCAB, batch)
+    with torch.no_grad():
+        ours = model(batch)[0] - model(other)[0]
+        theirs = reference(input_ids=batch).logits - reference(input_ids=other).logits
+    for felt in (ours, theirs):
+        assert (felt.abs().amax((0, 2)) > 0).tolist() == [t <= 2 * (window - 1) for t in range(60)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
