@@ -51,13 +51,25 @@ def test_every_number_is_that_of_the_real_model(file: Path) -> None:
         p = each.parameters
         assert p.total == sum(parameter.numel() for parameter in model.parameters())
         assert p.total == p.embedding + p.mixers + p.mlp + p.norms + p.head
-        assert each.seeds == 2
+        assert (each.arms, each.runs) == ((each.label,), 2)
         assert each.match is not None
         assert abs(each.match.residual) <= 0.005
         # 5,000 tokens are 20 whole steps of 256.
         assert each.tokens == 5_120
         assert each.training_flops == 3 * each.forward_flops * 5_120
     assert found[1].mixers == ("[attention+mamba2]", "[attention+mamba2]", "mamba2")
+
+
+def test_arms_that_cost_the_same_are_one_row(file: Path) -> None:
+    found = table(file, "vary.isolation=[full, none]", "vary.markers=[true, false]").subjects
+    assert [(each.label, len(each.arms), each.runs) for each in found] == [
+        ("AAAA", 4, 8),
+        ("[AM]2M", 4, 8),
+        ("M3", 4, 8),
+    ]
+    assert found[0].arms[1] == "AAAA · full · no markers"
+    apart = table(file, "vary.context=[64, 128]").subjects
+    assert [each.label for each in apart][:2] == ["AAAA · 64", "AAAA · 128"]
 
 
 def finish_training(file: Path, pattern: str, rate: float, **training: object) -> Path:
@@ -127,7 +139,7 @@ def test_the_command_prints_tables_or_one_object(
     assert [each["subject"] for each in subjects] == ["AAAA", "[AM]2M", "M3"]
     assert subjects[0]["state_bytes_fp32"] == {"1024": 1024 * 4 * 2 * 32 * 4, "32768": 32768 * 4 * 2 * 32 * 4}
     assert subjects[2]["match"]["free"] == "mlp_width"
-    assert subjects[0]["tokens_per_seed"] == 2560
+    assert subjects[0]["tokens_per_run"] == 2560
     assert subjects[0]["predicted_from"] == "matmul rate"
 
 

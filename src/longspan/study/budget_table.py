@@ -36,26 +36,28 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class SubjectBudget:
-    """What one arm costs.
+    """What an arm costs, or several arms whose costs are the same.
 
     Attributes:
-        label: the arm.
-        seeds: how many of them; each is trained by itself.
+        label: the arm; of several, what they have in common.
+        arms: all their labels.
+        runs: how many trainings: arms x seeds.
         model: with its free setting solved.
         mixers: true mixer name of every layer.
         parameters: by part.
         match, free: how well the match came out and the setting it solved, None without one.
         context: the training context.
         forward_flops: per token at that context.
-        training_flops: of the whole training of one seed.
-        tokens: positions that one seed is trained on.
+        training_flops: of one training.
+        tokens: positions of one training.
         state: context → bytes of one row's state, caches in fp32.
-        seconds: predicted training time of one seed.
+        seconds: predicted time of one training.
         tokens_per_second: of earlier runs of this model on this machine, None where there are none.
     """
 
     label: str
-    seeds: int
+    arms: tuple[str, ...]
+    runs: int
     model: ModelConfig
     mixers: tuple[str, ...]
     parameters: Parameters
@@ -75,9 +77,10 @@ class SubjectBudget:
         parts = ("total", "non_embedding", "embedding", "mixers", "mlp", "norms", "head")
         return {
             "subject": self.label,
+            "arms": list(self.arms),
+            "runs": self.runs,
             "pattern": self.model.pattern,
             "mixers": list(self.mixers),
-            "seeds": self.seeds,
             "model": self.model.model_dump(mode="json"),
             "parameters": {part: getattr(self.parameters, part) for part in parts},
             "match": None
@@ -87,16 +90,16 @@ class SubjectBudget:
             "training_context": self.context,
             "forward_flops_per_token": self.forward_flops,
             "state_bytes_fp32": {str(context): size for context, size in self.state.items()},
-            "tokens_per_seed": self.tokens,
-            "training_flops_per_seed": self.training_flops,
-            "predicted_seconds_per_seed": self.seconds,
+            "tokens_per_run": self.tokens,
+            "training_flops_per_run": self.training_flops,
+            "predicted_seconds_per_run": self.seconds,
             "predicted_from": "matmul rate" if self.tokens_per_second is None else "earlier runs",
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BudgetTable:
-    """The costs of a study's subjects, seeds collapsed."""
+    """The costs of a study's subjects; seeds, and arms with the same costs, are one row."""
 
     study: str
     subjects: list[SubjectBudget]
@@ -107,7 +110,7 @@ class BudgetTable:
         return [self._parameters(), self._costs()]
 
     def _parameters(self) -> Table:
-        columns: tuple[str, ...] = ("<subject", "seeds", "<mixers", "parameters")
+        columns: tuple[str, ...] = ("<subject", "runs", "<mixers", "parameters")
         columns += ("embedding", "mixers", "MLP", "norms", "head")
         free = next((each.free for each in self.subjects if each.free), None)
         if free is not None:
@@ -115,7 +118,7 @@ class BudgetTable:
         rows: list[tuple[str, ...]] = []
         for each in self.subjects:
             p = each.parameters
-            row: tuple[str, ...] = (each.label, str(each.seeds), describe_mixers(each.mixers), count(p.total))
+            row: tuple[str, ...] = (each.label, str(each.runs), describe_mixers(each.mixers), count(p.total))
             row += tuple(count(part) for part in (p.embedding, p.mixers, p.mlp, p.norms))
             row += ("tied" if each.model.tied else count(p.head),)
             if free is not None:
@@ -127,7 +130,7 @@ class BudgetTable:
     def _costs(self) -> Table:
         contexts = list(self.subjects[0].state)
         columns = ("<subject", "FLOPs/token", *(f"state at {short(context)}" for context in contexts))
-        columns += ("tokens", "training FLOPs", "time a seed")
+        columns += ("tokens", "training FLOPs", "time a run")
         rows: list[tuple[str, ...]] = []
         for each in self.subjects:
             sizes = tuple(byte_size(each.state[context]) for context in contexts)
@@ -161,25 +164,40 @@ def budget_table(
         if context < 1:
             raise UserError(f"context {context}", "at least 1 token", "e.g. --contexts 512,4096")
     expansion = expand(study)
-    arms: dict[str, list[Subject]] = {}
-    for subject in expansion.subjects:
-        arms.setdefault(subject.label, []).append(subject)
     notes = list(expansion.merged)
     vocabulary = _Vocabulary(vocab_size, notes)
     rate, earlier = matmul_rate(), _measured_rates(runs)
-    budgets = [_budget(label, arm, vocabulary, contexts, rate, earlier) for label, arm in arms.items()]
+    groups: dict[str, list[Subject]] = {}
+    for subject in expansion.subjects:
+        groups.setdefault(_what_costs(subject), []).append(subject)
+    budgets = [_budget(group, vocabulary, contexts, rate, earlier) for group in groups.values()]
     return BudgetTable(study.name, budgets, [*notes, *_explained(budgets, rate)])
 
 
+def _what_costs(subject: Subject) -> str:
+    """Equal for subjects that cost the same: packing, isolation, corpus and seed do not matter."""
+    config = subject.config
+    training = config.training.model_copy(update={"seed": 0})
+    return "".join(part.model_dump_json() for part in (config.model, config.tokenizer, training))
+
+
+def _common_label(group: Sequence[Subject]) -> str:
+    """The label of one arm; of several, the levels that they share."""
+    first = group[0]
+    if len({subject.label for subject in group}) == 1:
+        return first.label
+    shared = [level for name, level in first.factors.items() if all(s.factors.get(name) == level for s in group)]
+    return " · ".join(shared) or first.config.model.pattern
+
+
 def _budget(
-    label: str,
-    arm: Sequence[Subject],
+    group: Sequence[Subject],
     vocabulary: _Vocabulary,
     contexts: Sequence[int],
     rate: float,
     earlier: Sequence[tuple[dict[str, Any], float]],
 ) -> SubjectBudget:
-    config = arm[0].config
+    config = group[0].config
     rows = vocabulary.size(config.tokenizer)
     model, match = match_model(config, rows)
     training = config.training
@@ -189,8 +207,9 @@ def _budget(
     rates = [measured for found, measured in earlier if found == wanted]
     tokens_per_second = statistics.median(rates) if rates else None
     return SubjectBudget(
-        label=label,
-        seeds=len(arm),
+        label=_common_label(group),
+        arms=tuple(dict.fromkeys(subject.label for subject in group)),
+        runs=len(group),
         model=model,
         mixers=tuple(model.mixer(layer)[0].name for layer in model.layers()),
         parameters=count_parameters(model, rows),
@@ -267,9 +286,9 @@ def _explained(budgets: Sequence[SubjectBudget], rate: float) -> list[str]:
         )
     if any(each.tokens_per_second is not None for each in budgets):
         notes.append("time *: from the tokens/s of earlier runs of the same model on this machine")
-    seconds = sum(each.seconds * each.seeds for each in budgets)
-    flops = sum(each.training_flops * each.seeds for each in budgets)
-    runs = sum(each.seeds for each in budgets)
+    seconds = sum(each.seconds * each.runs for each in budgets)
+    flops = sum(each.training_flops * each.runs for each in budgets)
+    runs = sum(each.runs for each in budgets)
     notes.append(
         f"training in all: {runs} run{'s' if runs > 1 else ''}, {scaled(flops, 'FLOP')}, about {duration(seconds)} "
         "one after the other; validation and probes come on top"
