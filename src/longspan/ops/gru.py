@@ -10,14 +10,14 @@ reset, update, new.
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
+from longspan.ops.scan_order import ScanOrder, before_each
 
 
 def gru(
@@ -71,7 +71,7 @@ def gru(
         return state[:, None], state
     if len(parameters) == 2:
         parameters += [x_BTD.new_zeros(3 * hidden)] * 2
-    return _packed(x_BTD, parameters, doc_BT, state)
+    return _side_by_side(x_BTD, parameters, doc_BT, state)
 
 
 def _reference(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,46 +84,14 @@ def _reference(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, s
     return torch.stack(outputs, dim=1), state
 
 
-class Packing(NamedTuple):
-    """The order in which the scan visits tokens: step after step, in each step the documents that still go on.
-
-    Documents are sorted by length, longest first, so that those of a step are the first `sizes[step]` of them.
-    """
-
-    tokens: Tensor
-    first: Tensor
-    sizes: list[int]
-
-    @staticmethod
-    def build(doc_BT: Tensor | None, batch: int, time: int, device: torch.device) -> Packing:
-        """Finds the documents; every row is one without `doc_BT`.
-
-        On CUDA the host waits here, once per layer: the lengths of the documents decide how many steps it launches.
-        """
-        if doc_BT is None:
-            first_N = torch.arange(batch, device=device) * time
-        else:
-            starts_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0), value=True)
-            first_N = starts_BT.flatten().nonzero()[:, 0]
-        length_N = torch.diff(first_N, append=first_N.new_tensor([batch * time]))
-        length_N, order_N = length_N.sort(descending=True, stable=True)
-        first_N = first_N[order_N]
-        step = torch.arange(int(length_N[0]), device=device)
-        alive = length_N > step[:, None]
-        return Packing((first_N + step[:, None])[alive], first_N, alive.sum(1).tolist())
-
-
-def _packed(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, state_BH: Tensor) -> tuple[Tensor, Tensor]:
-    """All documents start together at step 0: fewer, wider steps than going through the rows."""
+def _side_by_side(
+    x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, state_BH: Tensor
+) -> tuple[Tensor, Tensor]:
     batch, time = x_BTD.shape[:2]
-    packing = Packing.build(doc_BT, batch, time, x_BTD.device)
-    continues_N1 = (packing.first % time == 0)[:, None]
-    start_NH = torch.where(continues_N1, state_BH[packing.first // time], state_BH.new_zeros(()))
-    x_MD = x_BTD.flatten(0, 1)[packing.tokens]
-    y_MH = _Scan.apply(x_MD, start_NH, *parameters, packing.sizes)  # type: ignore[no-untyped-call]
-    place_M = torch.empty_like(packing.tokens)
-    place_M[packing.tokens] = torch.arange(place_M.numel(), device=place_M.device)
-    y_BTH = y_MH[place_M].view(batch, time, -1)
+    order = ScanOrder.build(doc_BT, batch, time, x_BTD.device)
+    x_MD = x_BTD.flatten(0, 1)[order.tokens]
+    y_MH = _Scan.apply(x_MD, order.start(state_BH, time), *parameters, order.sizes)  # type: ignore[no-untyped-call]
+    y_BTH = y_MH[order.places(batch, time)]
     return y_BTH, y_BTH[:, -1]
 
 
@@ -168,7 +136,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, start_NH, weight_input, weight_hidden, gates_M3H, hidden_MH, y_MH = ctx.saved_tensors
         sizes: list[int] = ctx.sizes
-        before_MH = _states_before(start_NH, y_MH, sizes)
+        before_MH = before_each(start_NH, y_MH, sizes)
         reset, update, new = gates_M3H.chunk(3, dim=1)
         to_new = (1 - update) * (1 - new * new)
         to_update = (before_MH - new) * update * (1 - update)
@@ -195,10 +163,3 @@ class _Scan(torch.autograd.Function):
             dhidden_M3H.sum(0),
             None,
         )
-
-
-def _states_before(start_NH: Tensor, y_MH: Tensor, sizes: list[int]) -> Tensor:
-    """(M, H): the state that every token met."""
-    offsets = [0, *itertools.accumulate(sizes)]
-    earlier = [y_MH[offset : offset + size] for offset, size in zip(offsets, sizes[1:], strict=False)]
-    return torch.cat((start_NH[: sizes[0]], *earlier))
