@@ -93,6 +93,7 @@ class Engine(ABC):
         capabilities: which of `nll`, `score`, `generate` it has.
         tokenizer: the subject's own.
         document_prefix: ids that the subject expects before a document; may be empty.
+        end_tokens: ids beside the boundary token with which it ends a document.
         isolation: what the subject keeps apart where `doc_ids` are given.
         context_limit: most tokens the subject can take in, None where there is no limit.
         fingerprint: of all that determines answers: weights, tokenizer, markers, isolation, precision.
@@ -102,6 +103,7 @@ class Engine(ABC):
     capabilities: frozenset[Capability]
     tokenizer: Tokenizer
     document_prefix: NDArray[np.int64]
+    end_tokens: frozenset[int] = frozenset()
     isolation: Literal["full", "attention", "state", "none"]
     context_limit: int | None
     fingerprint: str

@@ -55,7 +55,8 @@ class Continuation(Iterator[str]):
         if self._reason is not None:
             raise StopIteration
         token = self._step()
-        if self._sampling.stop_at_boundary and token == self._engine.tokenizer.special.boundary:
+        ends = token == self._engine.tokenizer.special.boundary or token in self._engine.end_tokens
+        if ends and self._sampling.stop_at_boundary:
             self._reason = "stop"
             return self._stream.flush()
         self._written.append(token)

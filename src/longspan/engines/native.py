@@ -57,6 +57,7 @@ class NativeEngine(Engine):
         dtype: Dtype = "fp32",
         batch_tokens: int = 8_192,
         trained_context: int | None = None,
+        end_tokens: frozenset[int] = frozenset(),
         name: str = "",
     ) -> None:
         """Take the model over: it is moved to the device, cast and set to evaluation.
@@ -71,13 +72,13 @@ class NativeEngine(Engine):
             dtype: of the computation; parameters that a mixer keeps in fp32 stay so.
             batch_tokens: most positions in one forward pass; longer sequences go through in chunks of it.
             trained_context: tokens of a training row, where that is known.
+            end_tokens: ids beside the boundary token with which it ends a document.
             name: for people; default the model's pattern.
 
         Raises:
             UserError: an unknown dtype, or a tokenizer with more entries than the model has rows.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"dtype = {dtype!r}", ", ".join(DTYPES), "choose one of these")
+        compute = torch_dtype(dtype)
         if model.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"a model with {model.vocab_size} rows for the tokenizer {tokenizer.name}",
@@ -92,10 +93,11 @@ class NativeEngine(Engine):
         self.context_limit = model.config.max_positions if model.position_embedding is not None else None
         self.mixers = model.config.describe_mixers()
         self.trained_context = trained_context
+        self.end_tokens = end_tokens
         self.dtype = dtype
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.device = torch.device(device)
-        self._dtype = DTYPES[dtype]
+        self._dtype = compute
         self._model = model.to(self.device).eval()
         if self._dtype != torch.float32:
             self._model.cast(self._dtype)
@@ -308,6 +310,17 @@ class NativeEngine(Engine):
                 f"at most {self.context_limit} (learned positions)",
                 "ask it with a shorter context",
             )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`fp32` or `bf16` as torch knows it.
+
+    Raises:
+        UserError: another name.
+    """
+    if name not in DTYPES:
+        raise UserError(f"dtype = {name!r}", ", ".join(DTYPES), "choose one of these")
+    return DTYPES[name]
 
 
 def _stack(rows: Sequence[Tokens], padding: int) -> Tensor:
