@@ -29,6 +29,8 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/ops_cpu.py
 	$(BIN)/python benchmarks/training_step_cpu.py
+	$(BIN)/python benchmarks/mamba1_cpu.py
+	$(BIN)/python benchmarks/decode_cpu.py
 	$(BIN)/python benchmarks/suffix_identification.py
 	$(BIN)/python benchmarks/corpus_preparation.py
 	$(BIN)/python benchmarks/wikipedia_extraction.py

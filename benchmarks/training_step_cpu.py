@@ -14,84 +14,19 @@ process of its own. Prints tables, then one JSON line.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from taking_turns import Subject, count, measure, rows_of, show
+
 WIDTH, LAYERS, VOCAB, HEADS, STATE = 256, 4, 8192, 4, 128
 ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
-
-
-@dataclass
-class Subject:
-    """Something to time, and the subject it is compared with."""
-
-    name: str
-    run: Callable[[], int]
-    against: tuple[str, ...] = ()
-    parameters: int = 0
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    tokens: int = 0
-
-
-def measure(subjects: list[Subject], rounds: int) -> None:
-    for turn in range(rounds + 1):
-        for subject in subjects:
-            gc.collect()
-            cpu, wall = time.process_time(), time.perf_counter()
-            subject.tokens = subject.run()
-            elapsed = time.perf_counter() - wall, time.process_time() - cpu
-            if turn:
-                subject.wall.append(elapsed[0])
-                subject.cpu.append(elapsed[1])
-
-
-def ratio(fast: list[float], slow: list[float]) -> float:
-    return round(statistics.median(b / a for a, b in zip(fast, slow, strict=True)), 3)
-
-
-def rows_of(subjects: list[Subject], threads: int) -> list[dict[str, Any]]:
-    by_name = {subject.name: subject for subject in subjects}
-    rows = []
-    for s in subjects:
-        rates = sorted(s.tokens / seconds for seconds in s.wall)
-        others = {name: by_name[name] for name in s.against if name in by_name}
-        rows.append(
-            {
-                "subject": s.name,
-                "parameters": s.parameters,
-                "tokens_per_second": round(statistics.median(rates), 1),
-                "lowest": round(rates[0], 1),
-                "highest": round(rates[-1], 1),
-                "cpu_share": round(sum(s.cpu) / sum(s.wall) / threads, 3),
-                "speedup": {name: ratio(s.wall, other.wall) for name, other in others.items()},
-                "speedup_cpu_time": {name: ratio(s.cpu, other.cpu) for name, other in others.items()},
-            }
-        )
-    return rows
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{title}")
-    print(f"  {'subject':<34}{'tok/s':>9}{'lowest':>9}{'highest':>9}{'CPU got':>9}  faster than (wall, CPU time)")
-    for row in rows:
-        faster = ", ".join(
-            f"{name} {value:.2f}x ({row['speedup_cpu_time'][name]:.2f}x)" for name, value in row["speedup"].items()
-        )
-        print(
-            f"  {row['subject']:<34}{row['tokens_per_second']:>9,.0f}{row['lowest']:>9,.0f}{row['highest']:>9,.0f}"
-            f"{row['cpu_share']:>8.0%}  {faster}"
-        )
 
 
 # Models
@@ -138,10 +73,6 @@ def mamba2(chunk: int) -> Any:
             tie_word_embeddings=True,
         )
     )
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 # Training
