@@ -116,13 +116,12 @@ def _cut(values_BT: Tensor, size: int, padding: int) -> Tensor:
 
 
 def _tiles(inputs: Inputs) -> Iterator[Tile]:
-    """Cuts the work in the order in which states flow. Rows fill a tile first: they need no carry between lanes."""
+    """Cuts the work in the order in which states flow. Rows fill a tile first: lanes of one row need a carry."""
     batch, chunks = inputs.x.shape[:2]
     device = inputs.x.device.type
     elements = STEP_ELEMENTS["cpu"] * torch.get_num_threads() if device == "cpu" else STEP_ELEMENTS["cuda"]
-    lanes = max(1, elements // inputs.A.numel())
-    rows_per_tile = min(batch, lanes)
-    chunks_per_tile = min(chunks, lanes // rows_per_tile)
+    rows_per_tile = min(batch, max(1, elements // inputs.A.numel()))
+    chunks_per_tile = min(chunks, max(1, elements // (2 * rows_per_tile * inputs.A.numel())))
     for row in range(0, batch, rows_per_tile):
         for start in range(0, chunks, chunks_per_tile):
             yield Tile(slice(row, min(row + rows_per_tile, batch)), slice(start, min(start + chunks_per_tile, chunks)))
