@@ -11,6 +11,8 @@ from torch import Tensor
 
 from longspan.ops.attention import attention, flex_block_mask
 from longspan.ops.causal_conv import causal_conv
+from longspan.ops.decay_mixture import decay_mixture
+from longspan.ops.gated_delta import gated_delta
 from longspan.ops.gru import gru
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
 from longspan.ops.ssd import ssd
@@ -61,6 +63,32 @@ def test_ssd(dtype, isolated):
     compare(
         lambda *z: ssd(*z, doc_BT=cuda_doc)[0], lambda *z: ssd(*z, doc_BT=doc, backend="reference")[0], tensors, dtypes
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_gated_delta(dtype, isolated):
+    heads, key_dim, value_dim = 4, 16, 32
+    doc = documents() if isolated else None
+    tensors = [
+        normal(BATCH, TIME, heads, key_dim),
+        normal(BATCH, TIME, heads, key_dim, seed=1),
+        normal(BATCH, TIME, heads, value_dim, seed=2),
+        -F.softplus(normal(BATCH, TIME, heads) - 3.0),
+        normal(BATCH, TIME, heads, seed=3).sigmoid(),
+    ]
+    cuda_doc = None if doc is None else doc.cuda()
+    compare(
+        lambda *z: gated_delta(*z, doc_BT=cuda_doc)[0],
+        lambda *z: gated_delta(*z, doc_BT=doc, backend="reference")[0],
+        tensors,
+        [dtype, dtype, dtype, torch.float32, torch.float32],
+    )
+
+
+def test_decay_mixture():
+    tensors = [normal(BATCH, TIME, 8), normal(BATCH, TIME).abs() * 5, -normal(24, 8).abs() * 5]
+    compare(decay_mixture, decay_mixture, tensors, [torch.float32] * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
