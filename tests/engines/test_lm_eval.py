@@ -279,7 +279,7 @@ def test_what_is_not_honoured_is_refused(lm: Lm) -> None:
     learned = lm("A", max_length=None, positions="learned", max_positions=40)
     with pytest.raises(UserError, match="1 to 40"):
         LongspanLM(learned.engine, max_length=41)
-    with pytest.raises(UserError, match="selectors with a path"):
+    with pytest.raises(UserError, match="what names and loads a path"):
         LongspanLM(learned.engine, pattern="A")
 
 
@@ -291,11 +291,11 @@ def test_the_length_is_the_limit_then_the_training_context_then_the_default(lm: 
 
 def test_a_subject_without_markers_says_from_what_its_texts_begin(lm: Lm, caplog: pytest.LogCaptureFixture) -> None:
     ask(lm(), "loglikelihood_rolling", ("The house",))
-    assert not [r for r in caplog.records if "without markers" in r.getMessage()]
+    assert not [r for r in caplog.records if "without a marker" in r.getMessage()]
     model = lm(engine={"markers": False})
     ask(model, "loglikelihood_rolling", ("The house",))
     ask(model, "loglikelihood", ("", "The house"))
-    assert len([r for r in caplog.records if "without markers" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "without a marker" in r.getMessage()]) == 1
 
 
 # --- the harness itself -----------------------------------------------------------------------------------------------

@@ -113,8 +113,9 @@ class LongspanLM(LM):  # type: ignore[misc]
         """
         super().__init__()
         if isinstance(pretrained, NativeEngine):
-            if select:
-                raise UserError(f"{', '.join(select)} with an engine", "selectors with a path", "leave them out")
+            loading = {"revision": revision, "dtype": dtype, **select}
+            if given := [name for name, value in loading.items() if value is not None]:
+                raise UserError(f"{', '.join(given)} with an engine", "what names and loads a path", "leave it out")
             self.engine = pretrained
         else:
             _check_names(select)
@@ -325,8 +326,8 @@ class LongspanLM(LM):  # type: ignore[misc]
         if not len(self.engine.document_prefix) and not self._warned:
             self._warned = True
             logger.warning(
-                "%s was trained without markers: the boundary token from which a text begins here is one that it never "
-                "saw, so the first token of every text costs more than it should",
+                "documents begin without a marker for %s: the boundary token from which a text begins here may be one "
+                "that it never saw, and then the first token of a text costs more than it should",
                 self.engine.name,
             )
 
