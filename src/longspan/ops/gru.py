@@ -92,7 +92,8 @@ def _side_by_side(
     x_MD = x_BTD.flatten(0, 1)[order.tokens]
     y_MH = _Scan.apply(x_MD, order.start(state_BH, time), *parameters, order.sizes)  # type: ignore[no-untyped-call]
     y_BTH = y_MH[order.places(batch, time)]
-    return y_BTH, y_BTH[:, -1]
+    # A copy: a view would keep the outputs of the whole call alive.
+    return y_BTH, y_BTH[:, -1].clone()
 
 
 class _Scan(torch.autograd.Function):
