@@ -124,6 +124,11 @@ class BpeEncoder:
             )
         return int(self._special[content])
 
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The content of the file, parsed."""
+        description: dict[str, Any] = json.loads(self.content)
+        return description
+
     def _check_lossless(self, prefix_space: bool) -> None:
         ids = self.encode_batch([_PROBE])[0]
         added = int(self.token_bytes[ids].sum()) - len(_PROBE.encode())

@@ -96,6 +96,52 @@ class SentencePieceEncoder:
             f"special token {content!r}", "none: SentencePiece tokenizers get appended special ids", "remove it"
         )
 
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The same merges for the `tokenizers` library; there, a U+2581 of the text is read as a space.
+
+        The merges of a piece are all pairs of pieces that make it, and pieces merge in the order of their scores.
+        """
+        pieces = [self._model.id_to_piece(index) for index in range(len(self.token_bytes))]
+        ids = {piece: index for index, piece in enumerate(pieces)}
+        ranked = sorted(
+            (-self._model.get_score(index), ids[left], ids[right])
+            for index, piece in enumerate(pieces)
+            if not (self._model.is_byte(index) or self._model.is_unknown(index))
+            for left, right in ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+            if left in ids and right in ids
+        )
+        unknown = pieces[self._model.unk_id()]
+        kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": ids[unknown], "content": unknown, **kept}],
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": unknown,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": ids,
+                "merges": [[pieces[left], pieces[right]] for _, left, right in ranked],
+            },
+        }
+
     def _join(self, parts: list[list[int]]) -> list[int]:
         ids = parts[0]
         for part in parts[1:]:

@@ -63,6 +63,10 @@ class Encoder(Protocol):
         """The id of an existing special token, e.g. `<|endoftext|>`."""
         ...
 
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The same encoder as the content of a tokenizer.json, which the `tokenizers` library reads."""
+        ...
+
 
 class TokenizerConfig(Config):
     """Which tokenizer: trained on the training split (`byte_bpe`, `sentencepiece`), or loaded (`pretrained`).
@@ -196,6 +200,10 @@ class Tokenizer:
         if outside.any():
             raise UserError(f"token id {array[outside][0]}", f"0 to {self.vocab_size - 1}", "use ids of this tokenizer")
         return self._encoder.decode(array[~self._no_text[array]].tolist())
+
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The encoder as the content of a tokenizer.json; special ids beyond its vocabulary are not in it."""
+        return self._encoder.tokenizer_json()
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer: its file, and `longspan.json` last."""
