@@ -1,0 +1,11 @@
+"""Models to and from folders in Hugging Face's format: other tools use what is trained here, and we use theirs."""
+
+from __future__ import annotations
+
+from longspan.models.interchange.choose import architecture_of
+from longspan.models.interchange.hub import resolve
+from longspan.models.interchange.read import DTYPES, read_folder
+from longspan.models.interchange.tokenizer_files import read_tokenizer
+from longspan.models.interchange.write import Written, write_folder
+
+__all__ = ["DTYPES", "Written", "architecture_of", "read_folder", "read_tokenizer", "resolve", "write_folder"]
