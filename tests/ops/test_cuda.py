@@ -15,6 +15,7 @@ from longspan.ops.decay_mixture import decay_mixture
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.gru import gru
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
+from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +63,29 @@ def test_ssd(dtype, isolated):
     cuda_doc = None if doc is None else doc.cuda()
     compare(
         lambda *z: ssd(*z, doc_BT=cuda_doc)[0], lambda *z: ssd(*z, doc_BT=doc, backend="reference")[0], tensors, dtypes
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_selective_scan(dtype, isolated):
+    channels, state = 24, 8
+    doc = documents() if isolated else None
+    tensors = [
+        normal(BATCH, TIME, channels),
+        F.softplus(normal(BATCH, TIME, channels) - 3.0),
+        -normal(channels, state).abs() * 4.0,
+        normal(BATCH, TIME, state),
+        normal(BATCH, TIME, state, seed=1),
+        normal(channels),
+    ]
+    dtypes = [dtype, torch.float32, torch.float32, dtype, dtype, torch.float32]
+    cuda_doc = None if doc is None else doc.cuda()
+    compare(
+        lambda *z: selective_scan(*z, doc_BT=cuda_doc)[0],
+        lambda *z: selective_scan(*z, doc_BT=doc, backend="reference")[0],
+        tensors,
+        dtypes,
     )
 
 

@@ -295,16 +295,14 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dfinal_BNE: Tensor) -> tuple[Tensor | None, ...]:
         *saved, states_BCNE = ctx.saved_tensors
         inputs = Inputs(*saved)
-        into = Gradients(
-            *(
-                torch.empty_like(z, memory_format=torch.contiguous_format)
-                for z in (inputs.x, inputs.dt, inputs.B, inputs.C)
-            ),
-            torch.zeros_like(inputs.A),
-            torch.zeros_like(inputs.D),
-            dfinal_BNE.clone(memory_format=torch.contiguous_format),
+        dx, ddt, dB, dC = (
+            torch.empty_like(z, memory_format=torch.contiguous_format)
+            for z in (inputs.x, inputs.dt, inputs.B, inputs.C)
         )
+        dA, dD = torch.zeros_like(inputs.A), torch.zeros_like(inputs.D)
+        dstate_BNE = dfinal_BNE.clone(memory_format=torch.contiguous_format)
+        into = Gradients(dx, ddt, dB, dC, dA, dD, dstate_BNE)
         buffers = _Buffers(inputs)
         for tile in reversed(list(_tiles(inputs))):
             _backward_tile(inputs, tile, buffers, states_BCNE, dy, into)
-        return into.x, into.dt, None, into.B, into.C, into.A, into.D, into.state
+        return dx, ddt, None, dB, dC, dA, dD, dstate_BNE
