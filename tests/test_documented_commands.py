@@ -258,7 +258,7 @@ def write_no_page(report: ReportInput, folder: Path) -> Path:
 
 # --- trained runs, for the commands that use one ----------------------------------------------------------------------
 
-WITH_A_RUN = ("generate", "lm-eval")
+WITH_A_RUN = ("generate", "lm-eval", "export")
 PATTERNS = ("AAAA", "MMMM", "AMAM")
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longspan.corpus.tokenizer import Tokenizer
+from longspan.engines.base import Sampling
 from longspan.engines.loading import load
 from longspan.engines.native import NativeEngine
 from longspan.engines.run_index import ListedRun, list_runs, parse_selectors
 from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.files import write_json
+from longspan.models.interchange import write_folder
 from longspan.models.language_model import LanguageModel
 
 MakeModel = Callable[..., LanguageModel]
@@ -110,3 +114,64 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path, tiny_model: MakeModel, w
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="tokenizer"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"), [("AM", {"mlp": "swiglu"}), ("A", {"mlp": "swiglu"}), ("MM", {}), ("mm", {})]
+)
+@pytest.mark.parametrize("markers", [True, False])
+def test_hugging_face_weights_answer_as_the_model_that_was_written(
+    pattern: str,
+    settings: dict[str, str],
+    markers: bool,
+    tmp_path: Path,
+    tiny_model: MakeModel,
+    tiny_engine: MakeEngine,
+    tokenizer: Tokenizer,
+) -> None:
+    model = tiny_model(pattern, **settings)
+    write_folder(model, tmp_path / "weights", context=96, tokenizer=tokenizer, markers=markers)
+    engine, ours = load(tmp_path / "weights"), tiny_engine(model, markers=markers)
+    np.testing.assert_allclose(engine.nll([TOKENS])[0], ours.nll([TOKENS])[0], atol=1e-5)
+    text = "The senate asks, in one <|endoftext|> word: ünï 🙂"
+    assert engine.tokenizer.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert engine.document_prefix.tolist() == ours.document_prefix.tolist()
+    assert engine.tokenizer.special.boundary == tokenizer.special.boundary
+    assert engine.end_tokens == {tokenizer.special.boundary}
+    assert engine.trained_context == 96
+    wanted = Sampling(max_new_tokens=9)
+    (written,), (expected,) = engine.generate([TOKENS], wanted), ours.generate([TOKENS], wanted)
+    assert written.tokens.tolist() == expected.tokens.tolist()
+    assert load(tmp_path / "weights", dtype="bf16").fingerprint != engine.fingerprint
+
+
+def test_generation_ends_where_a_foreign_model_ends_a_text(
+    tmp_path: Path, tiny_model: MakeModel, tokenizer: Tokenizer
+) -> None:
+    write_folder(tiny_model("MM"), tmp_path / "weights", context=96, tokenizer=tokenizer)
+    (whole,) = load(tmp_path / "weights").generate([TOKENS], Sampling(max_new_tokens=9))
+    end = int(whole.tokens[4])
+    write_json(tmp_path / "weights" / "generation_config.json", {"eos_token_id": [268, end]})
+    (ended,) = load(tmp_path / "weights").generate([TOKENS], Sampling(max_new_tokens=9))
+    assert ended.finish_reason == "stop"
+    assert ended.tokens.tolist() == whole.tokens[: whole.tokens.tolist().index(end)].tolist()
+    (timed,) = load(tmp_path / "weights").generate([TOKENS], Sampling(max_new_tokens=9, stop_at_boundary=False))
+    assert timed.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_what_is_not_there_is_answered_with_the_nearest_name(
+    tmp_path: Path, tiny_model: MakeModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tiny_model("MM"), tmp_path / "weights", context=96, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"did you mean `.*/weights`"):
+        load(tmp_path / "weihgts")
+    with pytest.raises(UserError, match=r"holds no subject\.json, subjects\.json or config\.json"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="weights 'last'"):
+        load(tmp_path / "weights", weights="last")
+    with pytest.raises(UserError, match="fp16"):
+        load(tmp_path / "weights", dtype="fp16")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="device = 'tpu'"):
+        load(tmp_path / "weights", device="tpu")
+    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+        load("nobody/nothing-of-this-name")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longspan.engines.native import Dtype, NativeEngine
+from longspan.engines.native import Dtype, NativeEngine, torch_dtype
 from longspan.engines.run_index import SUBJECTS, find_run
 from longspan.engines.trained_run import SUBJECT, TrainedRun, Weights
 from longspan.foundation.errors import UserError
+from longspan.foundation.files import digest, read_json, sha256_file
+from longspan.models.interchange import read_folder, read_tokenizer, resolve
+from longspan.models.interchange.config_keys import CONFIG
 
 ALLOWED = "a run's folder, a study's folder, or a folder or hub id with Hugging Face weights"
+
+NO_LIMIT = 10**9
 
 
 def load(
@@ -44,15 +50,15 @@ def load(
     check_device(device)
     folder = Path(path).expanduser()
     run = locate_run(folder, select or {})
+    options: dict[str, Any] = {"dtype": dtype or "fp32", "device": device, "batch_tokens": batch_tokens}
     if run is not None:
         if revision is not None:
             raise UserError(f"revision {revision!r} for the run {run}", "revisions of hub ids only", "leave it out")
-        found = TrainedRun.open(run)
-        return engine_of(found, weights, dtype=dtype or "fp32", device=device, batch_tokens=batch_tokens)
+        return engine_of(TrainedRun.open(run), weights, **options)
     if weights != "best":
         raise UserError(f"weights {weights!r} for {path}", "`best` or `last` of a run trained here", "leave it out")
-    problem = f"{path} holds neither {SUBJECT} nor {SUBJECTS}" if folder.exists() else f"{path} is not there"
-    raise UserError(problem, ALLOWED, "check the path")
+    _check_place(folder)
+    return _from_hugging_face(resolve(path, revision), str(path), **options)
 
 
 def locate_run(folder: Path, select: Mapping[str, Any]) -> Path | None:
@@ -103,10 +109,63 @@ def engine_of(
         run.tokenizer,
         markers=run.markers,
         isolation=run.isolation,
-        fingerprint=run.fingerprint(weights),
+        fingerprint=_with_dtype(run.fingerprint(weights), dtype),
         device=device,
         dtype=dtype,
         batch_tokens=batch_tokens,
         trained_context=run.context,
         name=run.name,
     )
+
+
+def _from_hugging_face(folder: Path, name: str, *, dtype: Dtype, device: str, batch_tokens: int) -> NativeEngine:
+    tokenizer, markers = read_tokenizer(folder)
+    files = sorted([folder / CONFIG, *folder.glob("*.safetensors")])
+    fingerprint = digest([{file.name: sha256_file(file) for file in files}, tokenizer.fingerprint, markers])
+    config = read_json(folder / CONFIG)
+    return NativeEngine(
+        read_folder(folder, dtype=torch_dtype(dtype)),
+        tokenizer,
+        markers=markers,
+        # Of documents packed in a row it knows nothing: each is shown as if it were alone.
+        isolation="full",
+        fingerprint=_with_dtype(fingerprint, dtype),
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        trained_context=_context(folder, config),
+        end_tokens=_end_tokens(folder, config),
+        name=name,
+    )
+
+
+def _context(folder: Path, config: Mapping[str, Any]) -> int | None:
+    """Tokens that the model was made for: models without positions say it beside their tokenizer, if at all."""
+    path = folder / "tokenizer_config.json"
+    beside = read_json(path).get("model_max_length") if path.is_file() else None
+    found = config.get("max_position_embeddings") or beside
+    # Transformers writes a huge number where nothing is known.
+    return int(found) if found and found < NO_LIMIT else None
+
+
+def _end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end a text, one or several, as generation of transformers takes them."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = found if found is not None else config.get("eos_token_id")
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def _with_dtype(fingerprint: str, dtype: Dtype) -> str:
+    return fingerprint if dtype == "fp32" else digest([fingerprint, dtype])
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a path that is no folder of weights; what may be a hub id passes."""
+    if folder.exists():
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder} holds no {SUBJECT}, {SUBJECTS} or {CONFIG}", ALLOWED, "check the path")
+    elif folder.parent != Path() and folder.parent.is_dir():
+        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.iterdir()], n=1)
+        fix = f"did you mean `{folder.parent / near[0]}`?" if near else "check the path"
+        raise UserError(f"{folder} is not there", ALLOWED, fix)
