@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from longspan.models.mixers import registered
 from longspan.report.arms import arrange
 from longspan.report.data import ReportInput
 from longspan.report.palette import NAMES, letter_names, level_shades, mixer_shade, pattern_shades, split_layers
@@ -52,6 +53,11 @@ def test_the_colour_follows_the_true_mixer_and_not_the_letter() -> None:
     assert bound["AA"] == mixer_shade("attention")
     assert bound["BB"] != bound["AA"]
     assert len({mixer_shade(name) for name in ("moving_average", "running_sum", "attention")}) == 3
+
+
+def test_every_shipped_mixer_has_a_colour_of_its_own() -> None:
+    assert {letter: mixer.name for letter, mixer in registered().items()} == NAMES
+    assert len({mixer_shade(name).light for name in NAMES.values()}) == len(NAMES)
 
 
 def test_side_by_side_mixers_share_their_layer() -> None:
