@@ -56,7 +56,8 @@ def test_the_colour_follows_the_true_mixer_and_not_the_letter() -> None:
 
 
 def test_every_shipped_mixer_has_a_colour_of_its_own() -> None:
-    assert {letter: mixer.name for letter, mixer in registered().items()} == NAMES
+    shipped = {letter: mixer for letter, mixer in registered().items() if mixer.__module__.startswith("longspan.")}
+    assert {letter: mixer.name for letter, mixer in shipped.items()} == NAMES
     assert len({mixer_shade(name).light for name in NAMES.values()}) == len(NAMES)
 
 
