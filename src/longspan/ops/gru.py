@@ -89,9 +89,9 @@ def _side_by_side(
 ) -> tuple[Tensor, Tensor]:
     batch, time = x_BTD.shape[:2]
     order = ScanOrder.build(doc_BT, batch, time, x_BTD.device)
-    x_MD = x_BTD.flatten(0, 1)[order.tokens]
+    x_MD = x_BTD.flatten(0, 1).index_select(0, order.tokens)
     y_MH = _Scan.apply(x_MD, order.start(state_BH, time), *parameters, order.sizes)  # type: ignore[no-untyped-call]
-    y_BTH = y_MH[order.places(batch, time)]
+    y_BTH = y_MH.index_select(0, order.places(batch, time).flatten()).view(batch, time, -1)
     # A copy: a view would keep the outputs of the whole call alive.
     return y_BTH, y_BTH[:, -1].clone()
 

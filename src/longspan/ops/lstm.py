@@ -6,7 +6,6 @@ input, forget, cell, output.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, Literal
 
 import torch
@@ -96,13 +95,13 @@ def _side_by_side(
     weight_input, weight_hidden, *biases = parameters
     bias = biases[0] + biases[1] if biases else weight_input.new_zeros(weight_input.shape[0])
     order = ScanOrder.build(doc_BT, batch, time, x_BTD.device)
-    x_MD = x_BTD.flatten(0, 1)[order.tokens]
+    x_MD = x_BTD.flatten(0, 1).index_select(0, order.tokens)
     starts = (order.start(state, time) for state in (hidden_BH, cell_BH))
     y_MH, cell_MH = _Scan.apply(  # type: ignore[no-untyped-call]
         x_MD, *starts, weight_input, weight_hidden, bias, order.sizes
     )
     place_BT = order.places(batch, time)
-    y_BTH = y_MH[place_BT]
+    y_BTH = y_MH.index_select(0, place_BT.flatten()).view(batch, time, -1)
     # A copy: a view would keep the outputs of the whole call alive.
     return y_BTH, y_BTH[:, -1].clone(), cell_MH[place_BT[:, -1]]
 
@@ -128,17 +127,16 @@ class _Scan(torch.autograd.Function):
         width = hidden_NH.shape[1]
         gates_M4H = torch.addmm(bias, x_MD, weight_input.T)
         y_MH, cell_MH, squashed_MH = (gates_M4H.new_empty(x_MD.shape[0], width) for _ in range(3))
-        hidden, cell, offset, weight = hidden_NH, cell_NH, 0, weight_hidden.T
-        for size in sizes:
-            span = slice(offset, offset + size)
-            gates = gates_M4H[span].addmm_(hidden[:size], weight)
-            admit, forget, new, emit = gates.chunk(4, dim=1)
-            gates[:, : 2 * width].sigmoid_()
-            new.tanh_()
-            emit.sigmoid_()
-            cell = torch.mul(forget, cell[:size], out=cell_MH[span]).addcmul_(admit, new)
-            hidden = torch.mul(emit, torch.tanh(cell, out=squashed_MH[span]), out=y_MH[span])
-            offset += size
+        hidden, cell, weight = hidden_NH, cell_NH, weight_hidden.T
+        steps = zip(sizes, *(torch.split(z, sizes) for z in (gates_M4H, y_MH, cell_MH, squashed_MH)), strict=True)
+        for size, gates, y, cell_after, squashed in steps:
+            if size < hidden.shape[0]:
+                hidden, cell = hidden[:size], cell[:size]
+            gates.addmm_(hidden, weight)
+            admit_forget, new, emit = gates.split((2 * width, width, width), dim=1)
+            admit, forget = admit_forget.sigmoid_().chunk(2, dim=1)
+            cell = torch.mul(forget, cell, out=cell_after).addcmul_(admit, new.tanh_())
+            hidden = torch.mul(emit.sigmoid_(), torch.tanh(cell, out=squashed), out=y)
         ctx.save_for_backward(
             x_MD, hidden_NH, cell_NH, weight_input, weight_hidden, gates_M4H, y_MH, cell_MH, squashed_MH
         )
@@ -163,23 +161,21 @@ class _Scan(torch.autograd.Function):
         )
 
         doutput_MH, dcell_MH = (d.clone(memory_format=torch.contiguous_format) for d in (dy_MH, dcell_MH))
-        offsets = [0, *itertools.accumulate(sizes)]
         dhidden_NH, dcell_NH = torch.zeros_like(hidden_NH), torch.zeros_like(cell_NH)
-        for step in reversed(range(len(sizes))):
-            span = slice(offsets[step], offsets[step + 1])
-            dhidden = doutput_MH[span]
-            dcell = dcell_MH[span].addcmul_(dhidden, to_cell[span])
-            factors = factors_M4H[span]
-            factors[:, :3].mul_(dcell[:, None])
-            factors[:, 3].mul_(dhidden)
-            if step == 0:
-                before_hidden, before_cell = dhidden_NH, dcell_NH
-            else:
-                before = slice(offsets[step - 1], offsets[step - 1] + sizes[step])
-                before_hidden, before_cell = doutput_MH[before], dcell_MH[before]
-            before_hidden[: sizes[step]].addmm_(factors.flatten(1), weight_hidden)
-            before_cell[: sizes[step]].addcmul_(dcell, forget[span])
+        dy, dc, to_cells, forgets, by_cell, by_output = (
+            torch.split(z, sizes)
+            for z in (doutput_MH, dcell_MH, to_cell, forget, factors_M4H[:, :3], factors_M4H[:, 3])
+        )
         dgates_M4H = factors_M4H.flatten(1)
+        for step, dgates in reversed(list(enumerate(torch.split(dgates_M4H, sizes)))):
+            dhidden, dcell = dy[step], dc[step].addcmul_(dy[step], to_cells[step])
+            by_cell[step].mul_(dcell[:, None])
+            by_output[step].mul_(dhidden)
+            before = (dhidden_NH, dcell_NH) if step == 0 else (dy[step - 1], dc[step - 1])
+            if sizes[step] < before[0].shape[0]:
+                before = before[0][: sizes[step]], before[1][: sizes[step]]
+            before[0].addmm_(dgates, weight_hidden)
+            before[1].addcmul_(dcell, forgets[step])
         return (
             dgates_M4H @ weight_input,
             dhidden_NH,
