@@ -24,6 +24,7 @@ from longspan.ops.attention import attention
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.gru import gru
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
+from longspan.ops.lstm import lstm
 from longspan.ops.ssd import ssd
 
 WARM_UP = 2
@@ -140,6 +141,23 @@ def attention_lines(rows: int, context: int) -> Iterator[Line]:
         return F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in leaves), attn_mask=mask).transpose(1, 2)
 
     yield Line("attention", "documents", "SDPA, bool mask", masked, lambda: attention(*leaves, q_doc_BT=doc), leaves)
+    distance = torch.arange(context)[:, None] - torch.arange(context)
+    for window in (32, 128, 512):
+        if window < context:
+            band = (distance >= 0) & (distance < window)
+
+            def banded(band: Tensor = band) -> Tensor:
+                heads_first = (z.transpose(1, 2) for z in leaves)
+                return F.scaled_dot_product_attention(*heads_first, attn_mask=band).transpose(1, 2)
+
+            yield Line(
+                "attention",
+                f"window {window}",
+                "SDPA, bool mask",
+                banded,
+                lambda window=window: attention(*leaves, window=window),
+                leaves,
+            )
 
 
 def gru_lines(rows: int, context: int) -> Iterator[Line]:
@@ -164,12 +182,36 @@ def gru_lines(rows: int, context: int) -> Iterator[Line]:
     )
 
 
+def lstm_lines(rows: int, context: int) -> Iterator[Line]:
+    x, weights = leaf(rows, context, WIDTH), [leaf(4 * WIDTH, WIDTH, scale=0.05) for _ in range(2)]
+    doc = documents(rows, context, 128)
+    yield Line(
+        "lstm",
+        "documents",
+        "loop over time",
+        lambda: lstm(x, *weights, doc_BT=doc, backend="reference")[0],
+        lambda: lstm(x, *weights, doc_BT=doc)[0],
+        [x, *weights],
+    )
+    biases = [torch.zeros(4 * WIDTH, requires_grad=True) for _ in range(2)]
+    zeros = x.new_zeros(1, rows, WIDTH)
+    yield Line(
+        "lstm",
+        "one document",
+        "torch.lstm",
+        lambda: torch.lstm(x, (zeros, zeros), [*weights, *biases], True, 1, 0.0, False, False, True)[0],
+        lambda: lstm(x, *weights, *biases)[0],
+        [x, *weights, *biases],
+    )
+
+
 LINES = {
     "ssd": ssd_lines,
     "conv": conv_lines,
     "cross_entropy": cross_entropy_lines,
     "attention": attention_lines,
     "gru": gru_lines,
+    "lstm": lstm_lines,
 }
 
 
