@@ -16,6 +16,7 @@ from longspan.ops.gated_delta import gated_delta
 from longspan.ops.gru import gru
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
 from longspan.ops.selective_scan import selective_scan
+from longspan.ops.lstm import lstm
 from longspan.ops.ssd import ssd
 
 pytestmark = pytest.mark.gpu
@@ -167,6 +168,17 @@ def test_gru():
     compare(
         lambda *z: gru(*z, doc_BT=doc.cuda())[0],
         lambda *z: gru(*z, doc_BT=doc, backend="reference")[0],
+        tensors,
+        [torch.float32] * 5,
+    )
+
+
+def test_lstm():
+    doc = documents()
+    tensors = [normal(BATCH, TIME, 8), normal(64, 8, seed=1), normal(64, 16, seed=2) * 0.3, normal(64), normal(64)]
+    compare(
+        lambda *z: lstm(*z, doc_BT=doc.cuda())[0],
+        lambda *z: lstm(*z, doc_BT=doc, backend="reference")[0],
         tensors,
         [torch.float32] * 5,
     )
