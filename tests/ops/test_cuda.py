@@ -15,8 +15,8 @@ from longspan.ops.decay_mixture import decay_mixture
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.gru import gru
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
-from longspan.ops.selective_scan import selective_scan
 from longspan.ops.lstm import lstm
+from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
 
 pytestmark = pytest.mark.gpu
