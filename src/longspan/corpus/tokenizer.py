@@ -77,7 +77,8 @@ class TokenizerConfig(Config):
         min_frequency: how often a pair must occur to be merged (`byte_bpe`).
         character_coverage: share of characters that get a piece of their own; the rest are bytes (`sentencepiece`).
         training_bytes: train on a fixed sample of documents of about this many UTF-8 bytes at most (trained kinds).
-        pretrained: a `tokenizer.json`, a folder that holds one, or a Hugging Face id (`pretrained`).
+        pretrained: a `tokenizer.json`, a folder that holds one, or a Hugging Face id (`pretrained`). A tokenizer that
+            Longspan wrote is taken as it is, special ids included.
         revision: branch, tag or commit of the Hugging Face id.
         boundary, pad: the existing special token to use, e.g. `<|endoftext|>`; None appends a new id beyond the
             vocabulary (`pretrained`).
@@ -307,8 +308,26 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> dict[str, Any]:
     from longspan.corpus.bpe import find_tokenizer_file
 
     assert config.pretrained is not None
+    if (own := _own_tokenizer(config)) is not None:
+        return {"longspan": Tokenizer.load(own).fingerprint}
     path = find_tokenizer_file(config.pretrained, config.revision)
     return {**config.model_dump(mode="json", exclude={"pretrained", "revision"}), "sha256": sha256_file(path)}
+
+
+def _own_tokenizer(config: TokenizerConfig) -> Path | None:
+    """The folder of a tokenizer that Longspan wrote, None where `pretrained` names none.
+
+    Raises:
+        UserError: settings that would change it.
+    """
+    folder = Path(config.pretrained or "").expanduser()
+    if not (folder / _META).is_file():
+        return None
+    for name in ("revision", "boundary", "pad", "prefix_space"):
+        if value := getattr(config, name):
+            given = f"tokenizer.{name} = {value!r} for {folder}"
+            raise UserError(given, "a tokenizer of Longspan as it is", f"remove `{name}`")
+    return folder
 
 
 class _Counted:
@@ -330,6 +349,8 @@ def _pretrained(config: TokenizerConfig) -> Tokenizer:
     from longspan.corpus.bpe import BpeEncoder, find_tokenizer_file
 
     assert config.pretrained is not None
+    if (own := _own_tokenizer(config)) is not None:
+        return Tokenizer.load(own)
     path = find_tokenizer_file(config.pretrained, config.revision)
     encoder = BpeEncoder.adopt(path, config.pretrained, prefix_space=config.prefix_space)
     following = len(encoder.token_bytes)

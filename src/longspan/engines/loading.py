@@ -133,14 +133,19 @@ def _from_hugging_face(folder: Path, name: str, *, dtype: Dtype, device: str, ba
         device=device,
         dtype=dtype,
         batch_tokens=batch_tokens,
-        trained_context=_context(folder, config),
+        trained_context=trained_context(folder),
         end_tokens=_end_tokens(folder, config),
         name=name,
     )
 
 
-def _context(folder: Path, config: Mapping[str, Any]) -> int | None:
-    """Tokens that the model was made for: models without positions say it beside their tokenizer, if at all."""
+def trained_context(folder: Path) -> int | None:
+    """Tokens that Hugging Face weights were made for, where their files say it (without positions: the tokenizer's).
+
+    Args:
+        folder: with config.json.
+    """
+    config = read_json(folder / CONFIG)
     path = folder / "tokenizer_config.json"
     beside = read_json(path).get("model_max_length") if path.is_file() else None
     found = config.get("max_position_embeddings") or beside

@@ -27,7 +27,7 @@ SUBJECT = "subject.json"
 TRAINING = "training"
 FORMAT = 1
 Weights = Literal["best", "last"]
-_TOKENIZER, _PLUGINS = "tokenizer", "plugins"
+TOKENIZER, _PLUGINS = "tokenizer", "plugins"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class TrainedRun:
         tokenizer: the one it was trained with.
         markers: whether a boundary token precedes each document.
         isolation: what was kept apart in training.
-        context: tokens of a training row.
+        context: tokens of a training row; None where a model from elsewhere does not say.
+        vocab_size: rows of the embedding, at least those of the tokenizer.
         description: all of `subject.json`.
     """
 
@@ -51,7 +52,8 @@ class TrainedRun:
     tokenizer: Tokenizer
     markers: bool
     isolation: Isolation
-    context: int
+    context: int | None
+    vocab_size: int
     description: Mapping[str, Any]
 
     @staticmethod
@@ -75,10 +77,11 @@ class TrainedRun:
             folder=folder,
             name=found["name"],
             model=ModelConfig.parse(found["model"], f"{path}: model"),
-            tokenizer=Tokenizer.load(folder / _TOKENIZER),
+            tokenizer=Tokenizer.load(folder / TOKENIZER),
             markers=found["markers"],
             isolation=found["isolation"],
             context=found["context"],
+            vocab_size=found["vocab_size"],
             description=found,
         )
 
@@ -107,9 +110,14 @@ class TrainedRun:
             raise UserError(f"{folder} holds no {WEIGHTS}", "a run that wrote a checkpoint", "train it further")
         return folder
 
+    @property
+    def plugins(self) -> list[Path]:
+        """The user's own files that the model needs."""
+        return [self.folder / _PLUGINS / name for name in self.description["plugins"]]
+
     def load_model(self, weights: Weights = "best") -> LanguageModel:
         """The model with its trained weights, fp32 on the CPU."""
-        model = LanguageModel(self.model, self.tokenizer.vocab_size)
+        model = LanguageModel(self.model, self.vocab_size)
         load_weights(self.checkpoint(weights), model)
         return model
 
@@ -131,8 +139,9 @@ def describe_run(
     tokenizer: Tokenizer,
     markers: bool,
     isolation: Isolation,
-    context: int,
+    context: int | None,
     plugins: Sequence[str | Path] = (),
+    vocab_size: int | None = None,
 ) -> None:
     """Make `folder` a run's folder, `subject.json` last; training then writes below `training/`.
 
@@ -140,10 +149,11 @@ def describe_run(
         folder: may have a run in it already; then the same is written again.
         model: the configuration as plain data.
         plugins: the user's own files, copied.
+        vocab_size: rows of the embedding; None: those of the tokenizer.
 
     The other arguments are the attributes of `TrainedRun`.
     """
-    with atomic_directory(folder / _TOKENIZER) as partial:
+    with atomic_directory(folder / TOKENIZER) as partial:
         tokenizer.save(partial)
     names = [f"{number}-{Path(plugin).name}" for number, plugin in enumerate(plugins)]
     with atomic_directory(folder / _PLUGINS) as partial:
@@ -153,7 +163,7 @@ def describe_run(
         "format": FORMAT,
         "name": name,
         "model": dict(model),
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": vocab_size or tokenizer.vocab_size,
         "markers": markers,
         "isolation": isolation,
         "context": context,

@@ -24,7 +24,7 @@ from longspan.study.environment import hardware
 from longspan.study.expand import Match, Subject, expand, match_model
 from longspan.study.jobs import DONE, SPECIFICATION
 from longspan.study.plan import ASSUMED_EFFICIENCY, describe_mixers, matmul_rate, trained_tokens
-from longspan.study.schema import Study
+from longspan.study.schema import Study, SubjectConfig
 
 CONTEXTS = (512, 4096, 32_768, 131_072)
 ASSUMED_VOCABULARY = 32_768
@@ -164,11 +164,15 @@ def budget_table(
         if context < 1:
             raise UserError(f"context {context}", "at least 1 token", "e.g. --contexts 512,4096")
     expansion = expand(study)
+    trained = [subject for subject in expansion.subjects if isinstance(subject.config, SubjectConfig)]
+    if not trained:
+        raise UserError(f"{study.name} trains nothing", "a study with a model to train", "there is nothing to budget")
     notes = list(expansion.merged)
+    notes += [f"{source.label} is asked as it is and costs no training" for source in study.sources]
     vocabulary = _Vocabulary(vocab_size, notes)
     rate, earlier = matmul_rate(), _measured_rates(runs)
     groups: dict[str, list[Subject]] = {}
-    for subject in expansion.subjects:
+    for subject in trained:
         groups.setdefault(_what_costs(subject), []).append(subject)
     budgets = [_budget(group, vocabulary, contexts, rate, earlier) for group in groups.values()]
     return BudgetTable(study.name, budgets, [*notes, *_explained(budgets, rate)])
@@ -176,9 +180,14 @@ def budget_table(
 
 def _what_costs(subject: Subject) -> str:
     """Equal for subjects that cost the same: packing, isolation, corpus and seed do not matter."""
-    config = subject.config
+    config = _trained(subject)
     training = config.training.model_copy(update={"seed": 0})
     return "".join(part.model_dump_json() for part in (config.model, config.tokenizer, training))
+
+
+def _trained(subject: Subject) -> SubjectConfig:
+    assert isinstance(subject.config, SubjectConfig)
+    return subject.config
 
 
 def _common_label(group: Sequence[Subject]) -> str:
@@ -187,7 +196,7 @@ def _common_label(group: Sequence[Subject]) -> str:
     if len({subject.label for subject in group}) == 1:
         return first.label
     shared = [level for name, level in first.factors.items() if all(s.factors.get(name) == level for s in group)]
-    return " · ".join(shared) or first.config.model.pattern
+    return " · ".join(shared) or _trained(first).model.pattern
 
 
 def _budget(
@@ -197,7 +206,7 @@ def _budget(
     rate: float,
     earlier: Sequence[tuple[dict[str, Any], float]],
 ) -> SubjectBudget:
-    config = group[0].config
+    config = _trained(group[0])
     rows = vocabulary.size(config.tokenizer)
     model, match = match_model(config, rows)
     training = config.training

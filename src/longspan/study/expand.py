@@ -8,10 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from longspan.engines.trained_run import Weights
 from longspan.foundation.errors import UserError
 from longspan.models.config import ModelConfig
 from longspan.models.matching import match
-from longspan.study.schema import Study, SubjectConfig, apply_settings, apply_variant, resolve_key, set_path
+from longspan.study.schema import (
+    AskedConfig,
+    ExaminedConfig,
+    Study,
+    SubjectConfig,
+    apply_settings,
+    apply_variant,
+    resolve_key,
+    set_path,
+)
 
 
 @dataclass(frozen=True)
@@ -22,13 +32,23 @@ class Subject:
         label: the arm, the same for all its seeds, e.g. `AMAM` or `MMMM · full · markers`.
         factors: what distinguishes the arm, key → value as shown.
         seed: seeds initialisation and data order.
-        config: everything that determines the subject.
+        config: everything that determines the subject; `ExaminedConfig` for a model that is asked as it is.
     """
 
     label: str
     factors: dict[str, str]
     seed: int
-    config: SubjectConfig
+    config: SubjectConfig | ExaminedConfig
+
+    @property
+    def who(self) -> str:
+        """The arm and its seed, e.g. `AMAM seed 0`; a model that is asked as it is has no seed."""
+        return self.label if isinstance(self.config, ExaminedConfig) else f"{self.label} seed {self.seed}"
+
+    @property
+    def stored_weights(self) -> Weights:
+        """Which weights the probes see, of those that its run's folder holds."""
+        return "best" if isinstance(self.config, ExaminedConfig) else self.config.weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,7 @@ def expand(study: Study) -> Expansion:
     subjects: dict[tuple[str, int], Subject] = {}
     given: dict[tuple[str, int], dict[str, str]] = {}
     same: dict[str, set[str]] = {}
-    for factors, seed, config in _combinations(study):
+    for factors, seed, config in _combinations(study) if _trains(study) else ():
         told_apart = _effective(config)
         isolation, named = told_apart.packing.isolation, config.packing.isolation
         effective = {**factors, "isolation": isolation} if "isolation" in factors else factors
@@ -78,6 +98,14 @@ def expand(study: Study) -> Expansion:
             continue
         given[label, seed] = factors
         subjects[label, seed] = Subject(label, effective, seed, told_apart)
+    for source in study.sources:
+        if any(source.label == subject.label for subject in subjects.values()):
+            raise UserError(
+                f"two subjects are called {source.label!r}", "a name each", "give the model another `name:`"
+            )
+        shared = {key: study.base[key] for key in AskedConfig.model_fields if key in study.base}
+        examined = ExaminedConfig.parse({**shared, "source": source.model_dump()}, "study")
+        subjects[source.label, 0] = Subject(source.label, {}, 0, examined)
     return Expansion(
         list(subjects.values()),
         [
@@ -85,6 +113,11 @@ def expand(study: Study) -> Expansion:
             for pattern, names in same.items()
         ],
     )
+
+
+def _trains(study: Study) -> bool:
+    """Whether a study trains anything: one that only names `subjects:` has no model of its own."""
+    return not (study.sources and "model" not in study.base and "training" not in study.base)
 
 
 def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectConfig]]:

@@ -52,17 +52,18 @@ def _total(counts: Any) -> int:
 
 def _packing(plan: Plan, runs: Path) -> list[LedgerEntry]:
     rows: list[Row] = []
-    for planned in plan.subjects:
+    for planned in plan.trained:
         facts = planned.train.result(runs)["packing"]
         rows.append({"subject": planned.subject.label, "seed": planned.subject.seed, **_flat(facts)})
-    return [LedgerEntry("info", "packing", "What packing did with the tokens of the training split.", rows)]
+    text = "What packing did with the tokens of the training split."
+    return [LedgerEntry("info", "packing", text, rows)] if rows else []
 
 
 def _training(plan: Plan, runs: Path) -> list[LedgerEntry]:
     entries = []
-    for planned in plan.subjects:
+    for planned in plan.trained:
         training = planned.train.result(runs)["training"]
-        who = f"{planned.subject.label} seed {planned.subject.seed}"
+        who = planned.subject.who
         if training["sessions"] > 1:
             text = f"{who}: resumed, {training['sessions']} sessions; the result equals an uninterrupted run on CPU"
             entries.append(LedgerEntry("info", "training", text))

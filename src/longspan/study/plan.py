@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
 from longspan.foundation.config import unknown_key
 from longspan.foundation.errors import UserError
@@ -15,9 +16,10 @@ from longspan.foundation.files import sha256_file
 from longspan.models.budget import Parameters, count_parameters, training_flops_per_token
 from longspan.models.config import ModelConfig
 from longspan.report.numbers import duration, relative, scaled
+from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job
-from longspan.study.schema import DEFAULT_PRIMARY, Study
+from longspan.study.schema import DEFAULT_PRIMARY, ExaminedConfig, Study, SubjectConfig
 from longspan.training.config import TrainingConfig
 
 ASSUMED_EFFICIENCY = 0.35
@@ -26,7 +28,7 @@ ASSUMED_EFFICIENCY = 0.35
 
 @dataclass(frozen=True)
 class PlannedSubject:
-    """A subject with its model solved and its jobs made."""
+    """A subject with its model solved and its jobs made; `train` imports a model that is asked as it is."""
 
     subject: Subject
     model: ModelConfig
@@ -35,6 +37,7 @@ class PlannedSubject:
     prepare: Job
     train: Job
     probes: dict[str, Job]
+    trained_context: int | None
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -47,20 +50,32 @@ class PlannedSubject:
         return tuple(self.model.mixer(letter)[0].name for letter in self.model.layers())
 
     @cached_property
+    def training(self) -> TrainingConfig | None:
+        """How it is trained; None for a model that is asked as it is."""
+        config = self.subject.config
+        return config.training if isinstance(config, SubjectConfig) else None
+
+    @cached_property
     def training_flops(self) -> float:
-        """FLOPs of the whole training run (3 × forward, recomputation not counted)."""
-        training = self.subject.config.training
+        """FLOPs of the whole training run (3 × forward, recomputation not counted); 0 where nothing is trained."""
+        training = self.training
+        if training is None:
+            return 0.0
         return training_flops_per_token(self.model, self.vocab_size, training.context) * trained_tokens(training)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study unfolded: its subjects with their jobs, and the table that a person sees first."""
+    """A study unfolded: its subjects with their jobs, and the table that a person sees first.
+
+    `context` is the tokens of the items, the same for every subject.
+    """
 
     study: Study
     subjects: list[PlannedSubject]
     notes: list[str]
     seconds: float
+    context: int
 
     columns = ("<subject", "seeds", "<mixers", "parameters", "non-embedding", "match", "tokens", "training FLOPs")
 
@@ -79,11 +94,16 @@ class Plan:
                     scaled(first.parameters.total),
                     scaled(first.parameters.non_embedding),
                     residual,
-                    scaled(trained_tokens(first.subject.config.training)),
-                    scaled(first.training_flops),
+                    scaled(trained_tokens(first.training)) if first.training else "as it is",
+                    scaled(first.training_flops) if first.training else "–",
                 )
             )
         return rows
+
+    @property
+    def trained(self) -> list[PlannedSubject]:
+        """The subjects that the study trains."""
+        return [planned for planned in self.subjects if planned.training is not None]
 
     def arms(self) -> dict[str, list[PlannedSubject]]:
         """label → its subjects, one a seed."""
@@ -111,7 +131,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
     expansion: Expansion = expand(study)
     _check_primary(study, expansion)
     # Items must be the same for every subject, whatever context it was trained at.
-    context = max(subject.config.training.context for subject in expansion.subjects)
+    context = _items_context(study, expansion)
     subjects = [_plan_subject(subject, runs, study.plugins, context) for subject in expansion.subjects]
     pending = sum(planned.training_flops for planned in subjects if not planned.train.is_done(runs))
     notes = list(expansion.merged)
@@ -120,7 +140,20 @@ def make_plan(study: Study, runs: Path) -> Plan:
         notes.append(
             f"training needs {scaled(pending, 'FLOP')}, about {duration(seconds)} on this machine; probes come on top"
         )
-    return Plan(study, subjects, notes, seconds)
+    return Plan(study, subjects, notes, seconds, context)
+
+
+def _items_context(study: Study, expansion: Expansion) -> int:
+    """Tokens of the items, the same for every subject."""
+    contexts = [study.context] if study.context else []
+    contexts += [each.config.training.context for each in expansion.subjects if isinstance(each.config, SubjectConfig)]
+    if not contexts:
+        raise UserError(
+            "nothing is trained, so no training context says how long the items are",
+            "a number of tokens in `probe_context`",
+            "add `probe_context: 1024`",
+        )
+    return max(contexts)
 
 
 def _check_primary(study: Study, expansion: Expansion) -> None:
@@ -140,31 +173,18 @@ def _check_primary(study: Study, expansion: Expansion) -> None:
 
 def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], context: int) -> PlannedSubject:
     config = subject.config
-    prepare = Job(
-        "prepare",
-        "prepare corpus",
-        {
-            "corpus": config.corpus.fingerprint(runs / DOWNLOADS),
-            "tokenizer": tokenizer_fingerprint(config.tokenizer),
-        },
-        # Where the inputs lie is not part of what they are.
-        details={
-            "plugins": list(plugins),
-            # As written: settings that exclude each other are told apart by what was given.
-            "corpus": config.corpus.model_dump(mode="json", exclude_unset=True),
-            "tokenizer": config.tokenizer.model_dump(mode="json", exclude_unset=True),
-        },
-    )
+    if isinstance(config, ExaminedConfig):
+        return _plan_examined(subject, config, runs, plugins, context)
+    prepare = _prepare_job(config.corpus, config.tokenizer, runs, plugins)
     vocab_size = prepare.result(runs)["vocab_size"] if prepare.is_done(runs) else _vocab_size(config.tokenizer)
     model, match = match_model(config, vocab_size)
     packing = config.packing.model_dump(mode="json")
     # A user's own mixer or probe is part of what a job computes; studies without one keep their keys.
     code = {"plugins": [sha256_file(Path(plugin)) for plugin in plugins]} if plugins else {}
-    who = f"{subject.label} seed {subject.seed}"
     places = {"prepare": prepare.folder(runs).name, "plugins": list(plugins)}
     train = Job(
         "train",
-        f"train {who}",
+        f"train {subject.who}",
         {
             "model": model.model_dump(mode="json"),
             "vocab_size": vocab_size,
@@ -175,33 +195,81 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], contex
         needs=(prepare.key,),
         details={**places, "tracking": config.tracking.model_dump(mode="json")},
     )
-    shared: dict[str, Any] = {
-        "model": model.model_dump(mode="json"),
-        "packing": packing,
+    shared = {"model": train.specification["model"], "packing": packing, **code}
+    probes = _probe_jobs(subject, train, runs, places, shared, context, config.training.context)
+    return PlannedSubject(subject, model, vocab_size, match, prepare, train, probes, config.training.context)
+
+
+def _plan_examined(
+    subject: Subject, config: ExaminedConfig, runs: Path, plugins: tuple[str, ...], context: int
+) -> PlannedSubject:
+    found = examine(config.source)
+    prepare = _prepare_job(config.corpus, found.tokenizer, runs, plugins)
+    # How it was trained is how it is asked.
+    kept = {"markers": found.markers, "isolation": found.isolation}
+    packing = config.packing.model_copy(update=kept).model_dump(mode="json")
+    places = {"prepare": prepare.folder(runs).name, "plugins": list(plugins)}
+    model = found.model.model_dump(mode="json")
+    load = Job(
+        "import",
+        f"import {subject.who}",
+        {"source": found.fingerprint, **kept},
+        needs=(prepare.key,),
+        details={**places, "source": config.source.model_dump()},
+    )
+    probes = _probe_jobs(subject, load, runs, places, {"model": model, "packing": packing}, context, found.context)
+    return PlannedSubject(subject, found.model, found.vocab_size, None, prepare, load, probes, found.context)
+
+
+def _prepare_job(corpus: CorpusConfig, tokenizer: TokenizerConfig, runs: Path, plugins: tuple[str, ...]) -> Job:
+    return Job(
+        "prepare",
+        "prepare corpus",
+        {"corpus": corpus.fingerprint(runs / DOWNLOADS), "tokenizer": tokenizer_fingerprint(tokenizer)},
+        # Where the inputs lie is not part of what they are.
+        details={
+            "plugins": list(plugins),
+            # As written: settings that exclude each other are told apart by what was given.
+            "corpus": corpus.model_dump(mode="json", exclude_unset=True),
+            "tokenizer": tokenizer.model_dump(mode="json", exclude_unset=True),
+        },
+    )
+
+
+def _probe_jobs(
+    subject: Subject,
+    weights: Job,
+    runs: Path,
+    places: dict[str, Any],
+    shared: dict[str, Any],
+    context: int,
+    trained_context: int | None,
+) -> dict[str, Job]:
+    """name in the study → job."""
+    asked = {
+        **shared,
         "seed": subject.seed,
-        "weights": config.weights,
+        "weights": subject.stored_weights,
         "context": context,
-        "trained_context": config.training.context,
-        **code,
+        "trained_context": trained_context,
     }
-    probes = {
+    return {
         name: Job(
             "probe",
-            f"{name} {who}",
+            f"{name} {subject.who}",
             # How answers are read is no part of what is asked.
-            {**shared, "probe": probe.protocol(), "name": name},
-            needs=(train.key,),
+            {**asked, "probe": probe.protocol(), "name": name},
+            needs=(weights.key,),
             details={
                 **places,
-                "train": train.folder(runs).name,
+                "train": weights.folder(runs).name,
                 "name": name,
                 "subject": subject.label,
                 "settings": probe.model_dump(mode="json"),
             },
         )
-        for name, probe in config.make_probes().items()
+        for name, probe in subject.config.make_probes().items()
     }
-    return PlannedSubject(subject, model, vocab_size, match, prepare, train, probes)
 
 
 def trained_tokens(training: TrainingConfig) -> int:

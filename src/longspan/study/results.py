@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from longspan.study.jobs import DONE
 from longspan.study.ledger import ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
+from longspan.study.schema import ExaminedConfig
 from longspan.study.stages import CORPUS, ITEMS_SEED, RECORDS
 from longspan.training.metrics import read_metrics
 
@@ -40,7 +42,6 @@ ITEMS_SHOWN = 40
 
 def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
     """All that the report shows, from the records of finished jobs."""
-    first = plan.subjects[0]
     prepared = {
         planned.prepare.key: PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS, verify=False)
         for planned in plan.subjects
@@ -58,11 +59,11 @@ def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
         subjects=[_subject(label, arm, runs) for label, arm in plan.arms().items()],
         probes=sections,
         primary=plan.study.primary,
-        training=[_curve(planned, runs) for planned in plan.subjects],
+        training=[_curve(planned, runs) for planned in plan.trained],
         ledger=ledger(plan, runs, prepared),
         items=items,
         notes=_notes(plan, runs),
-        context=first.subject.config.training.context,
+        context=next((each.training.context for each in plan.subjects if each.training), plan.context),
         tokenizer=", ".join(dict.fromkeys(corpus.tokenizer.name for corpus in prepared.values())),
         reproduce=Reproduce(
             command=command,
@@ -89,27 +90,20 @@ def _finished(folder: Path) -> str:
 
 def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFacts:
     first = arm[0]
+    facts = _model_facts(label, first)
+    if first.training is None:
+        return facts
     results = [planned.train.result(runs)["training"] for planned in arm]
     rates = [result["tokens_per_second"] for result in results if result["tokens_per_second"]]
-    counted = first.parameters
     # Early stopping may have ended a run before its budget.
     tokens = statistics.mean(result["tokens"] for result in results)
-    embedding = counted.embedding + counted.head
-    return SubjectFacts(
-        label=label,
-        letters="".join(first.model.layers()),
-        mixers=first.mixers,
-        factors=first.subject.factors,
-        parameters=ParameterFacts(counted.total, embedding, counted.non_embedding, counted.mixers, counted.mlp),
-        training_flops=first.training_flops * tokens / trained_tokens(first.subject.config.training),
+    return replace(
+        facts,
+        training_flops=first.training_flops * tokens / trained_tokens(first.training),
         tokens_trained=round(tokens),
         tokens_per_second=statistics.median(rates) if rates else None,
         peak_memory_bytes=max(result["peak_memory_bytes"] for result in results),
         peak_memory_of=results[0]["peak_memory_of"],
-        state_bytes={context: float(state_bytes(first.model, context)) for context in COST_CONTEXTS},
-        forward_flops={
-            context: forward_flops_per_token(first.model, first.vocab_size, context) for context in COST_CONTEXTS
-        },
         match_quantity=first.match.quantity if first.match else "",
         match_target=first.match.target if first.match else None,
         match_residual=first.match.residual if first.match else None,
@@ -118,8 +112,28 @@ def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFa
         dtype=results[0]["dtype"],
         best_loss=statistics.mean(result["best"]["loss"] for result in results),
         last_loss=statistics.mean(result["final"]["loss"] for result in results),
-        weights=first.subject.config.weights,
         wall_seconds=statistics.mean(result["seconds"] for result in results),
+    )
+
+
+def _model_facts(label: str, planned: PlannedSubject) -> SubjectFacts:
+    """What a subject is and costs, whoever trained it."""
+    counted = planned.parameters
+    embedding = counted.embedding + counted.head
+    source = planned.subject.config.source if isinstance(planned.subject.config, ExaminedConfig) else None
+    return SubjectFacts(
+        label=label,
+        letters="".join(planned.model.layers()),
+        mixers=planned.mixers,
+        kind="trained" if source is None else "checkpoint" if source.checkpoint else "pretrained",
+        factors=planned.subject.factors,
+        parameters=ParameterFacts(counted.total, embedding, counted.non_embedding, counted.mixers, counted.mlp),
+        state_bytes={context: float(state_bytes(planned.model, context)) for context in COST_CONTEXTS},
+        forward_flops={
+            context: forward_flops_per_token(planned.model, planned.vocab_size, context) for context in COST_CONTEXTS
+        },
+        weights=planned.subject.stored_weights,
+        notes="" if source is None else f"asked as it is: {source.checkpoint or source.pretrained}",
     )
 
 
@@ -225,14 +239,16 @@ def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, reco
 
 
 def _notes(plan: Plan, runs: Path) -> list[str]:
-    dtypes = {planned.train.result(runs)["training"]["dtype"] for planned in plan.subjects}
+    dtypes = {planned.train.result(runs)["training"]["dtype"] for planned in plan.trained}
+    if not dtypes:
+        return ["Nothing was trained: the models were asked as they are, in fp32."]
     return [f"Trained in {', '.join(sorted(dtypes))}; the probes ran in fp32."] if dtypes != {"fp32"} else []
 
 
 def _hashes(plan: Plan, runs: Path) -> dict[str, str]:
     hashes = {}
     for planned in plan.subjects:
-        who = f"{planned.subject.label} seed {planned.subject.seed}"
+        who = planned.subject.who
         hashes[f"corpus {planned.prepare.key[:8]}"] = planned.prepare.key
-        hashes[f"weights {who}"] = planned.train.result(runs)["weights"].get(planned.subject.config.weights, "")
+        hashes[f"weights {who}"] = planned.train.result(runs)["weights"].get(planned.subject.stored_weights, "")
     return hashes

@@ -123,7 +123,7 @@ def forget_stale_probes(plan: Plan, runs: Path) -> list[str]:
     """
     lines = []
     for planned in plan.subjects:
-        weights = planned.train.result(runs)["weights"].get(planned.subject.config.weights)
+        weights = planned.train.result(runs)["weights"].get(planned.subject.stored_weights)
         for job in planned.probes.values():
             if job.is_done(runs) and job.result(runs)["weights"] != weights:
                 (job.folder(runs) / DONE).unlink()
@@ -205,4 +205,6 @@ def headline(job: Job, result: dict[str, Any]) -> str:
         rate = training["tokens_per_second"]
         speed = f", {rate:,.0f} tok/s" if rate else ""
         return f"validation {training['best']['bits_per_byte']:.4f} bits/byte{speed}"
+    if job.kind == "import":
+        return f"weights {result['weights']['best'][:8]}"
     return f"{result['items']} items"

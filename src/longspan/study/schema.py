@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -16,6 +16,7 @@ from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.sources import SOURCES
 from longspan.corpus.tokenizer import TokenizerConfig
+from longspan.engines.trained_run import Weights
 from longspan.foundation.config import Config, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
@@ -37,25 +38,34 @@ class ModelSection(ModelConfig):
         return ModelConfig(**self.model_dump(exclude={"match"}))
 
 
-class SubjectConfig(Config):
-    """Everything that determines one trained subject and what it is asked; one arm of a study at one seed.
-
-    `weights` says which weights the probes see: those with the lowest full-validation loss, or the last ones.
-    """
+class AskedConfig(Config):
+    """What any subject is asked, on which text."""
 
     corpus: CorpusConfig
-    tokenizer: TokenizerConfig
     packing: PackingConfig = PackingConfig()
-    model: ModelSection
-    training: TrainingConfig
-    tracking: TrackingConfig = TrackingConfig()
-    weights: Literal["best", "last"] = "best"
     probes: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("probes", mode="after")
     @classmethod
     def _probes_exist(cls, probes: dict[str, Any]) -> dict[str, Any]:
         return {name: make_probe(name, settings).model_dump(mode="json") for name, settings in probes.items()}
+
+    def make_probes(self) -> dict[str, Probe]:
+        """name in the study → probe."""
+        return {name: make_probe(name, settings) for name, settings in self.probes.items()}
+
+
+class SubjectConfig(AskedConfig):
+    """Everything that determines one trained subject and what it is asked; one arm of a study at one seed.
+
+    `weights` says which weights the probes see: those with the lowest full-validation loss, or the last ones.
+    """
+
+    tokenizer: TokenizerConfig
+    model: ModelSection
+    training: TrainingConfig
+    tracking: TrackingConfig = TrackingConfig()
+    weights: Weights = "best"
 
     @model_validator(mode="after")
     def _rows_advance(self) -> Self:
@@ -64,9 +74,45 @@ class SubjectConfig(Config):
             raise UserError(f"packing.overlap = {overlap}", f"less than the context ({context})", "lower the overlap")
         return self
 
-    def make_probes(self) -> dict[str, Probe]:
-        """name in the study → probe."""
-        return {name: make_probe(name, settings) for name, settings in self.probes.items()}
+
+class ModelSource(Config):
+    """One entry of `subjects:`, a model that is asked as it is.
+
+    Attributes:
+        checkpoint: the folder of a run that Longspan trained.
+        pretrained: a folder with Hugging Face weights, or a hub id.
+        revision: branch, tag or commit of the hub id.
+        weights: of a checkpoint, `best` or `last`.
+        name: what reports call it; default the last part of its path or id.
+    """
+
+    checkpoint: str | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+    weights: Weights = "best"
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.checkpoint is None) == (self.pretrained is None):
+            given = "neither" if self.checkpoint is None else "both"
+            raise UserError(f"{given} of `checkpoint` and `pretrained`", "exactly one of the two", "name one model")
+        if self.revision is not None and self.pretrained is None:
+            raise UserError(f"revision = {self.revision!r} of a checkpoint", "revisions of hub ids only", "remove it")
+        if self.weights != "best" and self.checkpoint is None:
+            raise UserError(f"weights = {self.weights!r} of {self.pretrained}", "checkpoints only", "remove it")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name or Path(self.checkpoint or self.pretrained or "").name
+
+
+class ExaminedConfig(AskedConfig):
+    """Everything that determines what a model that is asked as it is answers."""
+
+    source: ModelSource
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -77,7 +123,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingConfig,
     "tracking": TrackingConfig,
 }
-STUDY_KEYS = ("study", "question", "primary", "variants", "variant", "vary", "plugins", *SubjectConfig.model_fields)
+STUDY_KEYS = (
+    "study", "question", "primary", "variants", "variant", "vary", "plugins", "subjects", "probe_context",
+    *SubjectConfig.model_fields,
+)  # fmt: skip
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 
 
@@ -95,6 +144,8 @@ class Study:
         overrides: what the command line changed, as written.
         settings: the same as (path, value), in the order they are set; they come after every variant.
         plugins: the user's own files (mixers, probes) that the study needs.
+        sources: models that are asked as they are, beside those that are trained.
+        context: tokens of the items; None: the longest training context.
     """
 
     name: str
@@ -107,6 +158,8 @@ class Study:
     overrides: tuple[str, ...] = ()
     settings: tuple[tuple[tuple[str, ...], Any], ...] = ()
     plugins: tuple[str, ...] = ()
+    sources: tuple[ModelSource, ...] = ()
+    context: int | None = None
 
     def resolved(self) -> dict[str, Any]:
         """The whole study as plain data: what is written beside every result."""
@@ -116,6 +169,8 @@ class Study:
             "primary": self.primary,
             **({"variant": self.variant} if self.variant else {}),
             **({"plugins": list(self.plugins)} if self.plugins else {}),
+            **({"subjects": [each.model_dump(exclude_none=True) for each in self.sources]} if self.sources else {}),
+            **({"probe_context": self.context} if self.context else {}),
             **copy.deepcopy(dict(self.base)),
             **({"vary": copy.deepcopy(dict(self.vary))} if self.vary else {}),
         }
@@ -152,7 +207,7 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     for key, value in sorted(changes, key=lambda change: change[0] not in ("source", "corpus.source")):
         if key == "variant":
             continue
-        if key in ("question", "study", "primary"):
+        if key in ("question", "study", "primary", "subjects", "probe_context"):
             raw[key] = value
         elif key.startswith("vary."):
             name = key.removeprefix("vary.")
@@ -180,7 +235,26 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         overrides=tuple(overrides),
         settings=tuple(settings),
         plugins=plugins,
+        sources=_sources(raw.get("subjects") or []),
+        context=_context(raw.get("probe_context")),
     )
+
+
+def _sources(entries: Any) -> tuple[ModelSource, ...]:
+    if not isinstance(entries, list):
+        raise UserError(f"subjects = {entries!r}", "a list of models", "write `- {pretrained: FOLDER_OR_ID}`")
+    sources = tuple(ModelSource.parse(entry, f"subjects[{number}]") for number, entry in enumerate(entries))
+    labels = [source.label for source in sources]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"two subjects are called {label!r}", "a name each", "add `name:` to one of them")
+    return sources
+
+
+def _context(value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise UserError(f"probe_context = {value!r}", "a number of tokens, at least 1", "change it")
+    return value
 
 
 def apply_variant(

@@ -19,7 +19,9 @@ from longspan.models.config import ModelConfig
 from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
 from longspan.records.store import Record, RecordStore
+from longspan.study.examined import import_model
 from longspan.study.jobs import DOWNLOADS, Job
+from longspan.study.schema import ModelSource
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
@@ -125,6 +127,13 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     return {"training": result.to_json(), "packing": batches[-1].ledger(), "weights": weights}
 
 
+def import_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
+    """A model from elsewhere → a run's folder, so that it is asked like a trained one."""
+    source = ModelSource.parse(job.details["source"], "subjects")
+    import_model(source, folder, job.title.removeprefix("import "))
+    return {"weights": {"best": TrainedRun.open(folder).weights_sha256()}}
+
+
 def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
     """What the items of a probe job are drawn from."""
     if "test" not in prepared.shards:
@@ -177,5 +186,6 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
 STAGES: dict[str, Callable[[Job, Path, Path, Report, str], dict[str, Any]]] = {
     "prepare": prepare_stage,
     "train": train_stage,
+    "import": import_stage,
     "probe": probe_stage,
 }

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from longspan.models.interchange.choose import architecture_of
 from longspan.models.interchange.hub import resolve
-from longspan.models.interchange.read import DTYPES, read_folder
-from longspan.models.interchange.tokenizer_files import read_tokenizer
+from longspan.models.interchange.read import DTYPES, read_config, read_folder
+from longspan.models.interchange.tokenizer_files import read_tokenizer, tokenizer_settings
 from longspan.models.interchange.write import Written, write_folder
 
-__all__ = ["DTYPES", "Written", "architecture_of", "read_folder", "read_tokenizer", "resolve", "write_folder"]
+__all__ = [
+    "DTYPES",
+    "Written",
+    "architecture_of",
+    "read_config",
+    "read_folder",
+    "read_tokenizer",
+    "resolve",
+    "tokenizer_settings",
+    "write_folder",
+]

@@ -9,14 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from longspan.foundation.errors import DataError, UserError
+from longspan.models.config import ModelConfig
 from longspan.models.interchange.architecture import Architecture
 from longspan.models.interchange.checkpoint_files import CheckpointFiles
 from longspan.models.interchange.choose import ARCHITECTURES
 from longspan.models.interchange.config_keys import ConfigKeys
-from longspan.models.interchange.layout import Part, Weight
+from longspan.models.interchange.layout import Multipliers, Part, Weight
 from longspan.models.language_model import LanguageModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_config(path: Path) -> tuple[ModelConfig, int]:
+    """The configuration and the vocabulary size of the model that a folder describes; no weights are read.
+
+    Raises:
+        UserError: an architecture or a setting that cannot be honoured, by key and value.
+    """
+    _, config, _, vocab_size = _understand(path)
+    return config, vocab_size
 
 
 def read_folder(path: Path, *, dtype: torch.dtype | None = None) -> LanguageModel:
@@ -34,11 +45,7 @@ def read_folder(path: Path, *, dtype: torch.dtype | None = None) -> LanguageMode
         UserError: an architecture or a setting that cannot be honoured, by key and value; weights as pickles only.
         DataError: a file is damaged, or a tensor is missing, unknown or of another shape.
     """
-    keys = ConfigKeys.load(path)
-    architecture = _architecture(keys)
-    config, by = architecture.understand(keys)
-    vocab_size = keys.integer("vocab_size")
-    keys.finish()
+    architecture, config, by, vocab_size = _understand(path)
     model = LanguageModel(config, vocab_size, device="meta")
     weights = list(architecture.weights(config, by))
     with CheckpointFiles(path) as files:
@@ -50,6 +57,15 @@ def read_folder(path: Path, *, dtype: torch.dtype | None = None) -> LanguageMode
 def fp32_parameters(model: LanguageModel) -> frozenset[str]:
     """Names of the parameters that stay in fp32."""
     return frozenset(f"layers.{i}.mixer.{name}" for i, block in enumerate(model.blocks) for name in block.mixer.fp32)
+
+
+def _understand(path: Path) -> tuple[Architecture, ModelConfig, Multipliers, int]:
+    keys = ConfigKeys.load(path)
+    architecture = _architecture(keys)
+    config, by = architecture.understand(keys)
+    vocab_size = keys.integer("vocab_size")
+    keys.finish()
+    return architecture, config, by, vocab_size
 
 
 def _architecture(keys: ConfigKeys) -> Architecture:

@@ -69,22 +69,36 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, markers: bool, contex
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
     """The tokenizer of a folder with Hugging Face weights, and whether it puts the boundary token before a text.
 
-    The boundary token is bos, or eos where there is no bos; pad is pad, or else the boundary token.
-
     Raises:
         UserError: no tokenizer.json, or one that loses text.
         DataError: a file is damaged.
     """
-    config = {**_read(folder / SPECIAL_TOKENS), **_read(folder / TOKENIZER_CONFIG)}
-    bos, eos, pad = (_content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
-    boundary = bos or eos
-    settings = {"pretrained": str(folder), "boundary": boundary, "pad": pad or boundary, "prefix_space": True}
-    tokenizer = train_tokenizer(TokenizerConfig.parse(settings, str(folder)), [])
+    tokenizer = train_tokenizer(tokenizer_settings(folder), [])
+    config = _described(folder)
     begins = config.get("add_bos_token")
     if not isinstance(begins, bool):
         rust = RustTokenizer.from_file(str(folder / TOKENIZER))
         begins = tokenizer.special.boundary in rust.encode("a").ids[:1]
     return tokenizer, begins
+
+
+def tokenizer_settings(folder: Path) -> TokenizerConfig:
+    """The settings that load the tokenizer of a folder with Hugging Face weights, for a corpus too.
+
+    The boundary token is bos, or eos where there is no bos; pad is pad, or else the boundary token.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    config = _described(folder)
+    bos, eos, pad = (_content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
+    boundary = bos or eos
+    settings = {"pretrained": str(folder), "boundary": boundary, "pad": pad or boundary, "prefix_space": True}
+    return TokenizerConfig.parse(settings, str(folder))
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    return {**_read(folder / SPECIAL_TOKENS), **_read(folder / TOKENIZER_CONFIG)}
 
 
 def _name(description: dict[str, Any], index: int, wanted: str) -> str:

@@ -1,0 +1,116 @@
+"""Models that a study asks as they are: what they are, and how they become a run's folder like any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig
+from longspan.engines.loading import locate_run, trained_context
+from longspan.engines.trained_run import TOKENIZER, TRAINING, TrainedRun, describe_run
+from longspan.foundation.errors import UserError
+from longspan.foundation.files import sha256_file, write_json
+from longspan.models.config import ModelConfig
+from longspan.models.interchange import read_config, read_folder, read_tokenizer, resolve, tokenizer_settings
+from longspan.models.segments import Isolation
+from longspan.study.schema import ModelSource
+from longspan.training.checkpoint import TrainingState, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        folder: where it lies.
+        model, vocab_size: its configuration and the rows of its embedding.
+        tokenizer: settings that load its tokenizer for the corpus it is asked about.
+        markers: whether a boundary token precedes each document.
+        isolation: what it was trained with; a model from elsewhere sees each document as if it were alone.
+        context: tokens of a training row; None where its files do not say.
+        fingerprint: all that determines its answers.
+    """
+
+    folder: Path
+    model: ModelConfig
+    vocab_size: int
+    tokenizer: TokenizerConfig
+    markers: bool
+    isolation: Isolation
+    context: int | None
+    fingerprint: dict[str, Any]
+
+
+@cache
+def examine(source: ModelSource) -> Examined:
+    """Find a model and read its description; the files of a hub id are fetched.
+
+    Raises:
+        UserError: it is not there, or of a kind that cannot be represented.
+    """
+    if source.checkpoint is not None:
+        return _checkpoint(source, Path(source.checkpoint).expanduser())
+    assert source.pretrained is not None
+    folder = resolve(source.pretrained, source.revision)
+    model, vocab_size = read_config(folder)
+    tokenizer, markers = read_tokenizer(folder)
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    return Examined(
+        folder=folder,
+        model=model,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer_settings(folder),
+        markers=markers,
+        isolation="full",
+        context=trained_context(folder),
+        fingerprint={"files": {file.name: sha256_file(file) for file in files}, "tokenizer": tokenizer.fingerprint},
+    )
+
+
+def _checkpoint(source: ModelSource, folder: Path) -> Examined:
+    found = locate_run(folder, {})
+    if found is None:
+        raise UserError(
+            f"checkpoint {source.checkpoint} holds no run of Longspan",
+            "a run's folder, e.g. runs/jobs/train-0123456789abcdef",
+            "check the path; for Hugging Face weights write `pretrained:`",
+        )
+    run = TrainedRun.open(found)
+    return Examined(
+        folder=found,
+        model=run.model,
+        vocab_size=run.vocab_size,
+        tokenizer=TokenizerConfig(kind="pretrained", pretrained=str(found / TOKENIZER)),
+        markers=run.markers,
+        isolation=run.isolation,
+        context=run.context,
+        fingerprint={"weights": run.weights_sha256(source.weights), "model": run.description["model"]},
+    )
+
+
+def import_model(source: ModelSource, folder: Path, name: str) -> None:
+    """Make `folder` a run's folder that holds the model as it is, in fp32."""
+    found = examine(source)
+    plugins: list[Path] = []
+    tokenizer: Tokenizer
+    if source.checkpoint is not None:
+        run = TrainedRun.open(found.folder)
+        model, tokenizer, plugins = run.load_model(source.weights), run.tokenizer, run.plugins
+    else:
+        model, tokenizer = read_folder(found.folder).float(), read_tokenizer(found.folder)[0]
+    describe_run(
+        folder,
+        name=name,
+        model=model.config.model_dump(mode="json"),
+        vocab_size=model.vocab_size,
+        tokenizer=tokenizer,
+        markers=found.markers,
+        isolation=found.isolation,
+        context=found.context,
+        plugins=plugins,
+    )
+    training = folder / TRAINING
+    save_checkpoint(training / "checkpoints" / "best", found.fingerprint, TrainingState(), model)
+    write_json(training / "result.json", {"imported": str(found.folder)})

@@ -1,0 +1,124 @@
+"""Models that are asked as they are: runs, and folders with Hugging Face weights, beside trained subjects or alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longspan.engines.trained_run import TrainedRun
+from longspan.foundation.errors import UserError
+from longspan.models.interchange import write_folder
+from longspan.report.data import ReportInput, load
+from longspan.study.plan import make_plan
+from longspan.study.run import run_study
+from longspan.study.schema import load_study
+from longspan.terminal import Terminal
+
+CORPUS = """
+corpus: {source: synthetic, max_documents: 100, splits: {train: 0.6, validation: 0.2, test: 0.2}, dedup: null}
+probes:
+  - perplexity: {max_tokens: 128, max_documents: 8}
+  - suffix_identification: {contexts: [8, 32], suffix: 4, num_items: 12}
+"""
+TRAINED = f"""
+question: What does each of them reach?
+{CORPUS}
+tokenizer: {{kind: byte_bpe, vocab_size: 300}}
+model: {{width: 32, heads: 2, state: 8, mamba_head_dim: 16, mlp_width: 48}}
+training: {{context: 48, batch_tokens: 192, tokens: 1_920, peak_lr: 3.0e-3, warmup: 2}}
+vary: {{pattern: [AM, AA]}}
+"""
+
+
+def run(path: Path, runs: Path, *overrides: str) -> ReportInput:
+    outcome = run_study(str(path), overrides, runs, until="report", terminal=Terminal(quiet=True))
+    return load(Path(outcome.data["report"]).with_name("report.json"))
+
+
+def measured(facts: ReportInput, probe: str) -> dict[str, list[float]]:
+    """subject → the values of all measurements of a probe."""
+    section = next(section for section in facts.probes if section.kind == probe)
+    found: dict[str, list[float]] = {}
+    for each in section.summary.measurements:
+        found.setdefault(each.subject, []).append(each.value)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReportInput, TrainedRun]:
+    """A study's runs, its report, and the run of `AM`."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "both.yaml").write_text(TRAINED)
+    facts = run(folder / "both.yaml", folder / "runs")
+    plan = make_plan(load_study(str(folder / "both.yaml")), folder / "runs")
+    return folder, facts, TrainedRun.open(plan.subjects[0].train.folder(folder / "runs"))
+
+
+def test_a_checkpoint_and_its_export_answer_as_the_subject_they_come_from(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
+) -> None:
+    _, facts, found = trained
+    exported = tmp_path / "exported"
+    write_folder(found.load_model(), exported, tokenizer=found.tokenizer, markers=found.markers, context=found.context)
+    study = tmp_path / "asked.yaml"
+    subjects = f"subjects: [{{checkpoint: {found.folder}, name: run}}, {{pretrained: {exported}}}]"
+    study.write_text(f"question: The same?\n{subjects}\nprobe_context: 48\n{CORPUS}")
+    asked = run(study, tmp_path / "runs")
+    for probe in ("perplexity", "suffix_identification"):
+        wanted = measured(facts, probe)["AM"]
+        assert measured(asked, probe) == {
+            "run": pytest.approx(wanted, rel=1e-5),
+            "exported": pytest.approx(wanted, rel=1e-5),
+        }
+    kinds = {subject.label: (subject.kind, subject.mixers) for subject in asked.subjects}
+    assert kinds == {
+        "run": ("checkpoint", ("attention", "mamba2")),
+        "exported": ("pretrained", ("attention", "mamba2")),
+    }
+    assert not asked.training
+
+
+def test_a_checkpoint_stands_beside_subjects_that_are_trained(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
+) -> None:
+    folder, _, found = trained
+    before = set((folder / "runs" / "jobs").iterdir())
+    facts = run(folder / "both.yaml", folder / "runs", f"subjects=[{{checkpoint: {found.folder}, name: again}}]")
+    assert [subject.label for subject in facts.subjects] == ["AM", "AA", "again"]
+    values = measured(facts, "perplexity")
+    assert values["again"] == values["AM"]
+    # Only its own import and probes are new; the corpus is prepared once more, under the run's tokenizer.
+    made = sorted(path.name.partition("-")[0] for path in set((folder / "runs" / "jobs").iterdir()) - before)
+    assert made == ["import", "prepare", "probe", "probe"]
+
+
+@pytest.mark.parametrize(
+    ("subjects", "given"),
+    [
+        ("[{}]", "neither of `checkpoint` and `pretrained`"),
+        ("[{checkpoint: a, pretrained: b}]", "both of"),
+        ("[{pretrained: nowhere/at/all}]", "nowhere/at/all is not there"),
+        ("[{checkpoint: nowhere}]", "nowhere holds no run"),
+        ("[{checkpoint: a, revision: main}]", "revision = 'main' of a checkpoint"),
+        ("[{pretrained: a/x}, {pretrained: b/x}]", "two subjects are called 'x'"),
+        ("[{pretrained: a, weights: last}]", "weights = 'last' of a"),
+        ("{pretrained: a}", "subjects = "),
+        ("[{pretraned: a}]", "pretraned"),
+    ],
+)
+def test_entries_that_name_no_model_are_refused(tmp_path: Path, subjects: str, given: str) -> None:
+    study = tmp_path / "asked.yaml"
+    study.write_text(f"question: Which?\nsubjects: {subjects}\nprobe_context: 48\n{CORPUS}")
+    with pytest.raises(UserError) as refused:
+        make_plan(load_study(str(study)), tmp_path / "runs")
+    assert given in refused.value.given
+
+
+def test_without_training_the_length_of_the_items_must_be_said(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
+) -> None:
+    study = tmp_path / "asked.yaml"
+    study.write_text(f"question: Which?\nsubjects: [{{checkpoint: {trained[2].folder}}}]\n{CORPUS}")
+    with pytest.raises(UserError, match="probe_context"):
+        make_plan(load_study(str(study)), tmp_path / "runs")
