@@ -32,6 +32,7 @@ Overrides = Annotated[
 Subject = Annotated[
     str, typer.Argument(help="runs/jobs/train-..., runs/STUDY, or Hugging Face weights (folder or id)", metavar="RUN")
 ]
+RunOnly = Annotated[str, typer.Argument(help="runs/jobs/train-... or runs/STUDY", metavar="RUN")]
 Select = Annotated[
     list[str] | None,
     typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="[KEY=VALUE]..."),
@@ -128,6 +129,38 @@ def generate(
         select=parse_selectors(select or []),
     )
     write(engine, text, sampling, json=json)
+
+
+@app.command()
+def export(
+    run: RunOnly,
+    to: Annotated[Path, typer.Option("--to", help="a new or empty folder")],
+    select: Select = None,
+    weights: Annotated[str, typer.Option("--weights", help="best or last")] = "best",
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16")] = "fp32",
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="tokens that servers may show; default the training context")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="compare logits with transformers too")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a trained run as a Hugging Face folder, which stock transformers loads, and compare what it computes."""
+    from longspan.commands.export import export as write
+    from longspan.commands.export import find_trained_run
+    from longspan.engines.run_index import parse_selectors
+
+    write(
+        find_trained_run(run, parse_selectors(select or [])),
+        to.expanduser(),
+        weights=weights,  # type: ignore[arg-type]
+        dtype=dtype,
+        context=context,
+        check=check,
+        replace=force,
+        json=json,
+    )
 
 
 @app.command()

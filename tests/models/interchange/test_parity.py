@@ -108,7 +108,7 @@ def test_rounded_weights_load_as_such(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["AA", "AA without positions", "MAM", "MM", "MM bare", "mm", "MAMA bare"])
+@pytest.mark.parametrize("name", ["AA", "AA without positions", "MAM", "MM", "MM bare", "mm", "MAMA bare", "AA bare"])
 def test_200_tokens_of_text_are_the_same(name, tmp_path):
     texts = [f"The {noun} {verb} the other {noun}." for noun in ("senate", "house") for verb in ("asks", "answers")]
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=270, min_frequency=1), texts)
