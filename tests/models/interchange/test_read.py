@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.randomness import torch_generator
-from longspan.models.interchange import read_folder
+from longspan.models.budget import count_parameters
+from longspan.models.interchange import read_config, read_folder
 
 from .conftest import VOCAB, batch, case, logits
 
@@ -129,6 +130,7 @@ REFUSED = [
     ("AA", {"hidden_act": "gelu"}, '`hidden_act` = "gelu"'),
     ("AA", {"head_dim": 16}, "`head_dim` = 16"),
     ("AA", {"pretraining_tp": 2}, "`pretraining_tp` = 2"),
+    ("AA", {"rope_interleaved": True}, "`rope_interleaved` = true"),
     ("AA", {"num_key_value_heads": 3}, "kv_heads = 3"),
     ("AA", {"sliding_window": 4096}, "unknown key `sliding_window` = 4096"),
     ("AA", {"quantization_config": {"bits": 4}}, 'unknown key `quantization_config` = {"bits": 4}'),
@@ -171,7 +173,6 @@ REFUSED = [
     ("MM bare", {"rms_norm": False}, "`rms_norm` = false"),
     ("MM bare", {"time_step_limit": [0.0, 1.0]}, "`time_step_limit`"),
     ("mm", {"intermediate_size": 48}, "`intermediate_size` = 48"),
-    ("mm", {"ssm_cfg": {"layer": "Mamba2"}}, "`ssm_cfg`"),
     ("mm", {"use_bias": True}, "`use_bias` = true"),
     ("MAMA bare", {"time_step_min": 0.001}, "`time_step_min` = 0.001"),
     ("MAMA bare", {"hybrid_override_pattern": "M*M-"}, '`hybrid_override_pattern` = "M*M-"'),
@@ -185,6 +186,75 @@ def test_what_cannot_be_honoured_is_refused_by_key_and_value(name, changes, said
     with pytest.raises(UserError) as refusal:
         read_folder(folder(name, **changes))
     assert said in str(refusal.value)
+
+
+PUBLISHED = {
+    # meta-llama/Llama-3.2-1B
+    "A16": (
+        1_235_814_400,
+        {
+            "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+            "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+            "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+            "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+        },
+    ),
+    # HuggingFaceTB/SmolLM2-135M
+    "A30": (
+        134_515_008,
+        {
+            "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+            "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
+            "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+            "vocab_size": 49152,
+        },
+    ),
+    # state-spaces/mamba-130m-hf
+    "m24": (
+        129_135_360,
+        {
+            "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 1536, "d_model": 768,
+            "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu", "hidden_size": 768,
+            "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon": 1e-05, "model_type": "mamba",
+            "n_layer": 24, "num_hidden_layers": 24, "pad_token_id": 0, "pad_vocab_size_multiple": 8,
+            "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True, "ssm_cfg": {},
+            "state_size": 16, "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1,
+            "time_step_min": 0.001, "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32",
+            "transformers_version": "4.39.0.dev0", "use_bias": False, "use_cache": True, "use_conv_bias": True,
+            "vocab_size": 50280,
+        },
+    ),
+    # AntonV/mamba2-780m-hf
+    "M48": (
+        780_161_280,
+        {
+            "chunk_size": 256, "conv_kernel": 4, "expand": 2, "head_dim": 64, "hidden_act": "silu", "hidden_size": 1536,
+            "layer_norm_epsilon": 1e-05, "model_type": "mamba2", "n_groups": 1, "num_heads": 48,
+            "num_hidden_layers": 48, "residual_in_fp32": True, "rms_norm": True, "state_size": 128,
+            "tie_word_embeddings": True, "time_step_limit": [0.0, "Infinity"], "use_bias": False,
+            "use_conv_bias": True, "vocab_size": 50288,
+        },
+    ),
+}  # fmt: skip
+"""pattern -> parameters and keys of config.json, as published; the parameters of M48 are counted from its shapes."""
+
+
+@pytest.mark.parametrize("pattern", PUBLISHED)
+def test_published_configurations_are_understood(pattern, tmp_path):
+    parameters, values = PUBLISHED[pattern]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, vocab_size = read_config(tmp_path)
+    assert config.pattern == pattern
+    assert count_parameters(config, vocab_size).total == parameters
 
 
 # Keys of published checkpoints, each with the values it has there.

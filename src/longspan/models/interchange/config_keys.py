@@ -18,7 +18,8 @@ WITHOUT_INFLUENCE = frozenset({
     "chunk_size_feed_forward", "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing",
     "hidden_dropout", "id2label", "initializer_range", "label2id", "max_position_embeddings", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "rescale_prenorm_residual", "residual_in_fp32",
-    "return_dict", "sep_token_id", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+    "return_dict", "sep_token_id", "task_specific_params", "torch_dtype", "transformers.js_config",
+    "transformers_version", "use_cache",
 })  # fmt: skip
 
 

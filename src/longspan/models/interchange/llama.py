@@ -56,6 +56,8 @@ class Llama(Architecture):
         """See `Architecture.understand`."""
         keys.only("hidden_act", "silu", "swish")
         keys.only("pretraining_tp", 1)
+        keys.only("rope_interleaved", False)
+        keys.without_influence(["is_llama_config"])
         base, scaling = understand_rope(keys)
         width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         if width % heads or keys.take("head_dim", None) not in (None, width // heads):

@@ -17,10 +17,12 @@ from longspan.models.interchange.architecture import (
 from longspan.models.interchange.config_keys import ConfigKeys
 from longspan.models.interchange.layout import Multipliers, Weight, embedding_and_head, mamba1, same
 
-# Initialisation, choice of kernel, and leftovers of the original repository in the published conversions.
+# Initialisation, choice of kernel, and what the published conversions took over from the original repository: none of
+# it is read by transformers.
 WITHOUT_INFLUENCE = (
     *("time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme", "time_step_floor"),
     *("use_mambapy", "use_associative_scan", "fused_add_norm", "pad_vocab_size_multiple"),
+    *("d_inner", "d_model", "n_layer", "rms_norm", "ssm_cfg"),
 )
 
 
@@ -60,23 +62,13 @@ class MambaLm(Architecture):
         keys.only("use_bias", False)
         keys.only("use_conv_bias", True)
         keys.only("hidden_act", "silu", "swish")
-        keys.only("rms_norm", True)
-        keys.only("ssm_cfg", {}, None)
         keys.without_influence(WITHOUT_INFLUENCE)
         width, expand = keys.integer("hidden_size"), keys.integer("expand", 2)
-        layers = keys.integer("num_hidden_layers")
-        # Names of the original repository beside those of transformers.
-        for name, value in (
-            ("intermediate_size", expand * width),
-            ("d_inner", expand * width),
-            ("d_model", width),
-            ("n_layer", layers),
-        ):
-            keys.only(name, value)
+        keys.only("intermediate_size", expand * width)
         rank = math.ceil(width / 16) if keys.take("time_step_rank", "auto") == "auto" else None
         config = ModelConfig.parse(
             {
-                "pattern": f"m{layers}",
+                "pattern": f"m{keys.integer('num_hidden_layers')}",
                 "width": width,
                 "mlp": "none",
                 "norm_eps": keys.number("layer_norm_epsilon", 1e-5),
