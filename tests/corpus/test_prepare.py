@@ -289,8 +289,17 @@ def test_settings_of_the_source_may_stand_beside_its_name(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"unknown key `corpus\.min_char`") as refused:
         CorpusConfig.parse({"source": "sotu", "min_char": 5}, "corpus")
     assert "min_chars" in refused.value.fix
-    with pytest.raises(UserError, match=r"corpus\.source"):
+    with pytest.raises(UserError, match=r"corpus\.source = 'sotuu'") as refused:
         CorpusConfig.parse({"source": "sotuu"}, "corpus")
+    assert refused.value.fix == "did you mean `sotu`?"
+    with pytest.raises(UserError, match=r"^corpus\.path is missing"):
+        CorpusConfig.parse({"source": "text"}, "corpus")
+    with pytest.raises(UserError, match=r"^corpus\.max_documents = 0") as refused:
+        CorpusConfig.parse({"source": "sotu", "max_documents": 0}, "corpus")
+    assert refused.value.fix == "change `corpus.max_documents`"
+    with pytest.raises(UserError, match=r"`corpus\.path` is no setting of the source `sotu`") as refused:
+        CorpusConfig.parse({"source": "sotu", "path": "x"}, "corpus")
+    assert "text or jsonl" in refused.value.fix
 
 
 def test_without_dedup_copies_stay(tmp_path: Path) -> None:
@@ -301,10 +310,15 @@ def test_without_dedup_copies_stay(tmp_path: Path) -> None:
 
 def test_an_empty_split_is_refused_by_name_with_what_was_dropped(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", rows(3))
-    with pytest.raises(DataError, match="the split `train` is empty: of 3 documents") as refused:
+    with pytest.raises(DataError, match="the split `train` is empty: 3 documents were read") as refused:
         run(config(path, min_chars=100_000), tmp_path / "out")
-    assert "3 too_short" in refused.value.given
+    assert "3 too short" in refused.value.given
     assert not (tmp_path / "out" / "ledger.json").exists()
+
+
+def test_a_source_without_a_document_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the source gives no document"):
+        run(config(write_jsonl(tmp_path / "d.jsonl", [])), tmp_path / "out")
 
 
 def test_a_vocabulary_larger_than_the_text_supports_is_refused_and_nothing_is_lost(tmp_path: Path, jsonl: Path) -> None:

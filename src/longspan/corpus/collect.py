@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from array import array
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from longspan.corpus.document import SPLITS, Document, assign_split, check_ratio
 from longspan.corpus.sources import SOURCES, AnySource
 from longspan.corpus.spool import Part, SpoolWriter
 from longspan.corpus.tokenizer import is_utf8
-from longspan.foundation.config import Config
+from longspan.foundation.config import Config, ConfigError, unknown_key
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.files import atomic_directory, read_json, write_json
 from longspan.foundation.progress import Progress, Report
@@ -77,13 +78,18 @@ class CorpusConfig(Config):
     def _gather_source(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("source"), str):
             return data
+        named = {str(kind.model_fields["source"].default): kind for kind in SOURCES}
         name = data["source"]
-        fields = next(
-            (set(kind.model_fields) for kind in SOURCES if kind.model_fields["source"].default == name), set()
-        )
-        beside = {key: value for key, value in data.items() if key in fields - set(cls.model_fields)}
+        if name not in named:
+            near = difflib.get_close_matches(name, named, n=1, cutoff=0.5)
+            fix = f"did you mean `{near[0]}`?" if near else "name one of these"
+            raise ConfigError("source", f"{ConfigError.PLACE} = {name!r}", ", ".join(sorted(named)), fix)
+        own = set(named[name].model_fields) - set(cls.model_fields)
+        beside = {key: value for key, value in data.items() if key in own}
         rest = {key: value for key, value in data.items() if key not in beside}
-        return {**rest, "source": {"source": name, **beside}}
+        for key in rest.keys() - set(cls.model_fields):
+            raise _not_of_the_source(str(key), name, {*own, *cls.model_fields})
+        return {**rest, "source": named[name].parse({"source": name, **beside}, "")}
 
     @model_validator(mode="after")
     def _keep_something(self) -> CorpusConfig:
@@ -114,6 +120,14 @@ class CorpusConfig(Config):
             drawn = assign_split(document.id, ratios, seed)
             return drawn if drawn in self.carve else given
         return given
+
+
+def _not_of_the_source(key: str, name: str, allowed: set[str]) -> ConfigError:
+    others = [str(kind.model_fields["source"].default) for kind in SOURCES if key in kind.model_fields]
+    if not others:
+        return unknown_key(key, key, allowed)
+    given = f"`{ConfigError.PLACE}` is no setting of the source `{name}`"
+    return ConfigError(key, given, ", ".join(sorted(allowed)), f"remove it, or set the source to {' or '.join(others)}")
 
 
 class Collected:
@@ -217,24 +231,30 @@ def _unfit(document: Document, min_chars: int) -> str | None:
 
 
 def _refuse_empty(config: CorpusConfig, text_bytes: Mapping[str, int], facts: dict[str, Any]) -> None:
+    seen = facts["seen"]
+    if not seen["documents"]:
+        raise DataError("the source gives no document", "one document or more", "check `corpus.path` and what is there")
     for split in SPLITS:
         if text_bytes[split] or not config.splits.ratios()[split]:
             continue
-        seen = facts["seen"]
-        lost = ", ".join(f"{entry['documents']} {reason}" for reason, entry in facts["dropped"].items()) or "none"
+        lost = ", ".join(
+            f"{entry['documents']} {reason.replace('_', ' ')}" for reason, entry in facts["dropped"].items()
+        )
         sorted_by_source = config.given_splits == "honour" and set(seen["given_splits"]) - {"None"}
         if sorted_by_source and split != "train":
             fix = (
                 f"add `carve: [{split}]` to the corpus to take its share out of train, give the source documents of"
-                f" that split, or set `splits.{split}: 0` (and raise another share) to do without it"
+                f" that split, or set `corpus.splits.{split}: 0` (and raise another share) to do without it"
             )
         else:
-            fix = f"use more documents, raise `splits.{split}`, or lower `min_chars`"
+            fix = f"use more documents, raise `corpus.splits.{split}`, or try another `corpus.splits.seed`"
+            if "too_short" in facts["dropped"]:
+                fix = f"use more or longer documents, raise `corpus.splits.{split}`, or lower `corpus.min_chars`"
         named = {name: count for name, count in seen["given_splits"].items() if name != "None"}
         given = f" ({json.dumps(named)} as given by the source)" if named else ""
         raise DataError(
-            f"the split `{split}` is empty: of {seen['documents']} documents"
-            f"{given} none is left for it; dropped: {lost}",
+            f"the split `{split}` is empty: {seen['documents']} documents were read"
+            f"{given}, and none is left for it; dropped: {lost or 'none'}",
             "at least one document in each split whose share is not 0",
             fix,
         )

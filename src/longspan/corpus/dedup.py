@@ -206,7 +206,7 @@ class Deduplicator:
                     raise DataError(
                         f"two documents have the id {self._id(facts, first)!r} and different texts",
                         "one id per document",
-                        "name another id field in corpus.source, or mend the ids",
+                        "name another field with corpus.id_field, or mend the ids",
                     )
                 kept_for[others], reason[others] = first, code
         if self.config.near:

@@ -61,7 +61,11 @@ def check_ratios(ratios: Mapping[str, float]) -> None:
         raise UserError(f"unknown split `{unknown[0]}`", ", ".join(SPLITS), "use these names")
     if any(not 0 <= share <= 1 for share in ratios.values()) or abs(sum(ratios.values()) - 1) > 1e-9:
         given = ", ".join(f"{name} {share}" for name, share in ratios.items())
-        raise UserError(f"the split shares {given}", "shares from 0 to 1 that add up to 1", "change the shares")
+        raise UserError(
+            f"the split shares {given}",
+            "shares from 0 to 1 that add up to 1",
+            "give all three shares, e.g. {train: 0.8, validation: 0.05, test: 0.15}",
+        )
 
 
 def check_split(split: str, where: str) -> str:

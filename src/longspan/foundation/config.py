@@ -1,9 +1,11 @@
-"""Frozen, strict configuration: unknown keys are errors that name the nearest key."""
+"""Frozen, strict configuration: errors name the key as it is written, what is allowed there, and the nearest key."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,15 +13,23 @@ from pydantic_core import ErrorDetails
 
 from longspan.foundation.errors import UserError
 
+KEY_TABLES = "docs/write-a-study.md"
+"""Where every key of a study is explained."""
+MOST_KEYS = 24
+"""More allowed keys than these are not listed in an error."""
+_PATH = "\0"
+
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, no unknown keys.
+    """Base of every configuration: immutable, no unknown keys, no infinite numbers.
 
     Each component owns its configuration and builds itself from it. Validate data that crosses a boundary (YAML,
     command line) with `Config.parse`, which turns pydantic's errors into a `UserError`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @classmethod
     def parse(cls, data: Any, where: str) -> Self:
@@ -27,7 +37,7 @@ class Config(BaseModel):
 
         Args:
             data: a mapping, usually from YAML.
-            where: what the reader knows this section as, e.g. `study.model`.
+            where: what the reader knows this section as, e.g. `model`; empty for a whole study.
 
         Raises:
             UserError: naming the offending key and value, and the nearest allowed key.
@@ -38,56 +48,177 @@ class Config(BaseModel):
             raise _explain(error, cls, where) from None
 
 
+class ConfigError(UserError):
+    """A key or value that a configuration refuses; the path to it grows while the error goes up.
+
+    Args:
+        path: of the key within its configuration, dotted.
+        given, allowed, fix: as in `UserError`, with `PLACE` where the path belongs.
+    """
+
+    PLACE = _PATH
+
+    def __init__(self, path: str, given: str, allowed: str, fix: str) -> None:
+        self.path, self._texts = path, (given, allowed, fix)
+        super().__init__(*(text.replace(_PATH, path) for text in self._texts))
+
+    def under(self, where: str) -> ConfigError:
+        """The same error as seen from a configuration that holds this one at `where`."""
+        return ConfigError(_joined(where, self.path), *self._texts)
+
+
+def unknown_key(path: str, key: str, allowed: Iterable[str]) -> ConfigError:
+    """The error for an unknown key: names the nearest allowed one, and all of them where they are few."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(key, allowed, n=3, cutoff=0.5)
+    fix = f"did you mean `{near[0]}`?" if near else f"remove it; {KEY_TABLES} explains every key"
+    return ConfigError(path, f"unknown key `{_PATH}`", listed_keys(allowed, near), fix)
+
+
+def listed_keys(allowed: Sequence[str], near: Sequence[str] = ()) -> str:
+    """All keys where they are few, else the nearest ones and where the others are."""
+    if not allowed:
+        return "no keys here"
+    if len(allowed) <= MOST_KEYS:
+        return ", ".join(allowed)
+    nearest = f"{', '.join(near)}, and others: " if near else ""
+    return f"{nearest}{len(allowed)} keys, all in {KEY_TABLES}"
+
+
+def shown_value(value: Any) -> str:
+    """A value as YAML writes it, shortened."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- from pydantic's errors to ours -----------------------------------------------------------------------------------
+
+
 def _explain(error: ValidationError, config: type[BaseModel], where: str) -> UserError:
     details = error.errors()
     # An unknown key is almost always the cause of whatever else is wrong with the section.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    path = ".".join([where, *(str(part) for part in detail["loc"])])
-    if detail["type"] == "extra_forbidden":
-        return unknown_key(path, str(detail["loc"][-1]), _keys_at(config, detail))
+    keys, annotation = _locate(config, detail)
+    path = _joined(where, ".".join(keys))
     cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause.under(path)
     if isinstance(cause, UserError):
-        return UserError(f"{path}: {cause.given}", cause.allowed, cause.fix)
+        return UserError(f"{path}: {cause.given}" if path else cause.given, cause.allowed, cause.fix)
+    if detail["type"] == "extra_forbidden":
+        return unknown_key(path, keys[-1], _keys_of(annotation))
     if detail["type"] == "missing":
-        return UserError(f"{path} is missing", "a value for every required key", f"add `{detail['loc'][-1]}:` there")
-    message = detail["msg"].removeprefix("Value error, ")
-    return UserError(f"{path} = {detail['input']!r}", message, f"change `{path}`")
+        return ConfigError(path, f"{_PATH} is missing", "a value: it has no default", f"add `{_PATH}`")
+    # The members of a union fail one by one; each says what it would have taken.
+    together = [d for d in details if _locate(config, d)[0] == keys]
+    wanted = list(dict.fromkeys(_wanted(d, annotation) for d in together))
+    if _takes_none(annotation):
+        wanted.append("null")
+    return ConfigError(path, f"{_PATH} = {shown_value(detail['input'])}", _either(wanted), _fix(detail, wanted))
 
 
-def unknown_key(path: str, key: str, allowed: Iterable[str]) -> UserError:
-    """The error for an unknown key: names the nearest allowed one."""
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
-    fix = f"did you mean `{near[0]}`?" if near else "remove it"
-    return UserError(f"unknown key `{path}`", ", ".join(allowed) or "no keys", fix)
+def _joined(*parts: str) -> str:
+    return ".".join(filter(None, parts))
 
 
-def _keys_at(config: type[BaseModel], detail: ErrorDetails) -> list[str]:
-    current: type[BaseModel] | None = config
-    for part in detail["loc"][:-1]:
-        if current is None:
-            break
-        field = current.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        models = [a for a in _flatten(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if field is None:
-            # A tagged union puts the tag into the location; stay on the model that carries it.
-            continue
-        current = _by_tag(models, detail) or (models[0] if models else None)
-    return list(current.model_fields) if current else []
+def _either(options: Sequence[str]) -> str:
+    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
 
 
-def _by_tag(models: list[type[BaseModel]], detail: ErrorDetails) -> type[BaseModel] | None:
-    tags = {str(part) for part in detail["loc"]}
-    for model in models:
-        for field in model.model_fields.values():
-            if tags & {str(value) for value in getattr(field.annotation, "__args__", ())}:
-                return model
-    return None
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping, e.g. `{key: value}`",
+    "tuple": "a list, e.g. `[a, b]`",
+    "list": "a list, e.g. `[a, b]`",
+    "path": "the path of a file or folder",
+    "none": "null",
+    "finite": "a finite number",
+}
+"""The first word of pydantic's error types → what was wanted."""
 
 
-def _flatten(annotation: Any) -> list[Any]:
-    arguments = getattr(annotation, "__args__", None)
-    if not arguments:
-        return [annotation]
-    return [leaf for argument in arguments for leaf in _flatten(argument)]
+def _wanted(detail: ErrorDetails, annotation: Any) -> str:
+    """What one of pydantic's errors asks for, in words."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    bounds = {"greater_than": "above {gt:g}", "greater_than_equal": "of {ge:g} or more", "less_than": "below {lt:g}",
+              "less_than_equal": "of {le:g} or less"}  # fmt: skip
+    if kind in bounds:
+        number = "a whole number" if int in _members(annotation) and float not in _members(annotation) else "a number"
+        return f"{number} {bounds[kind].format(**context)}"
+    if kind in ("literal_error", "enum"):
+        return ", ".join(_choices(detail))
+    if kind in ("model_type", "model_attributes_type"):
+        return f"a mapping with keys of: {', '.join(_keys_of(annotation))}"
+    if kind in ("too_short", "too_long"):
+        bound = context.get("min_length", context.get("max_length"))
+        return f"a list of {'at least' if kind == 'too_short' else 'at most'} {bound}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return _WANTED.get(kind.split("_")[0], message)
+
+
+def _choices(detail: ErrorDetails) -> list[str]:
+    expected = detail.get("ctx", {}).get("expected", "")
+    return [choice.strip("'") for part in expected.split(", ") for choice in part.split(" or ")]
+
+
+def _fix(detail: ErrorDetails, wanted: Sequence[str]) -> str:
+    if detail["type"] == "literal_error":
+        near = difflib.get_close_matches(str(detail["input"]), _choices(detail), n=1, cutoff=0.5)
+        return f"did you mean `{near[0]}`?" if near else f"change `{_PATH}`"
+    if isinstance(detail["input"], list) and not any("list" in each for each in wanted):
+        return f"give one value, or make a subject of each with `vary.{_PATH}=[...]`"
+    return f"change `{_PATH}`"
+
+
+def _locate(config: type[BaseModel], detail: ErrorDetails) -> tuple[list[str], Any]:
+    """The path of an error as the reader writes it (unions put names of their own into it), and what is wanted there.
+
+    For an unknown key the second is the configuration that does not know it.
+    """
+    keys: list[str] = []
+    annotation: Any = config
+    for at, part in enumerate(detail["loc"]):
+        members = _members(annotation)
+        models = [each for each in members if isinstance(each, type) and issubclass(each, BaseModel)]
+        owners = [model for model in models if part in model.model_fields]
+        if owners:
+            keys.append(str(part))
+            annotation = owners[0].model_fields[str(part)].annotation
+        elif detail["type"] == "extra_forbidden" and at == len(detail["loc"]) - 1:
+            keys.append(str(part))
+        elif holder := _holder(members, part):
+            keys.append(str(part))
+            annotation = next(each for each in reversed(typing.get_args(holder)) if each is not Ellipsis)
+    return keys, annotation
+
+
+def _holder(members: Sequence[Any], part: int | str) -> Any:
+    """The list or mapping among some annotations that a part of a path leads into, None where none does."""
+    kinds = (list, tuple) if isinstance(part, int) else (dict, Mapping)
+    return next((each for each in members if typing.get_origin(each) in kinds), None)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The members of a union, nested ones too; an annotation that is none is its own."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [leaf for each in typing.get_args(annotation) for leaf in _members(each)]
+    return [annotation]
+
+
+def _takes_none(annotation: Any) -> bool:
+    return types.NoneType in _members(annotation)
+
+
+def _keys_of(annotation: Any) -> list[str]:
+    models = [each for each in _members(annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return [name for model in models for name in model.model_fields]

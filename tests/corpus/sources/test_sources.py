@@ -69,6 +69,20 @@ def test_json_lines_come_plain_and_compressed(tmp_path: Path, ending: str) -> No
     assert [d.split for d in JsonlSource(path=path, split_field=None).documents(tmp_path)] == [None] * 3
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines(ROWS))
+    assert [document.id for document in JsonlSource(path=path).documents(tmp_path)] == ["a", "2", "c"]
+
+
+def test_a_line_without_an_id_says_how_to_do_without(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines([{"text": "x"}]))
+    with pytest.raises(DataError) as error:
+        list(JsonlSource(path=path).documents(tmp_path))
+    assert "corpus.id_field=null" in error.value.fix
+
+
 def test_fields_may_have_other_names_and_ids_may_come_from_the_text(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines([{"body": "same"}, {"body": "other"}, {"body": "same"}]))
@@ -84,6 +98,7 @@ def test_fields_may_have_other_names_and_ids_may_come_from_the_text(tmp_path: Pa
         (b"[1, 2]", "a list"),
         (b'{"id": "b"}', "no field `text`"),
         (b'{"id": "b", "text": null}', "a string"),
+        (b'{"id": "b", "text": 5}', "a string"),
         (b'{"text": "x"}', "no field `id`"),
         (b'{"id": "b", "text": "x", "split": "dev"}', "train, validation, test"),
         (b'{"id": "b", "text": "\\ud800"}', "surrogate"),

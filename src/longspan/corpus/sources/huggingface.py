@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,12 @@ from longspan.foundation.files import digest, read_json, write_json
 from longspan.foundation.progress import Progress, Report
 
 Split = Literal["train", "validation", "test"]
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What the hub's libraries raise; the HTTP client of the newer ones has errors of its own."""
+    client = sys.modules.get("httpx")
+    return (ValueError, OSError) if client is None else (ValueError, OSError, client.HTTPError)
 
 
 class HuggingFaceSource(SourceConfig):
@@ -59,7 +66,7 @@ class HuggingFaceSource(SourceConfig):
                     streaming=self.streaming,
                     cache_dir=str(cache / "huggingface"),
                 )
-            except (ValueError, OSError) as error:
+            except _load_errors() as error:
                 raise self._unloadable(error) from None
             columns = rows.column_names
             for column in (self.text_column, self.id_column, self.title_column):
@@ -73,7 +80,7 @@ class HuggingFaceSource(SourceConfig):
     def inputs(self, cache: Path) -> dict[str, Any]:
         """The commit of the dataset on the hub, or size and sha256 of each file of a local one."""
         if self._local():
-            return {"files": describe_files(named_files([Path(self._path())], ("*",), "corpus.source.dataset"))}
+            return {"files": describe_files(named_files([Path(self._path())], ("*",), "corpus.dataset"))}
         return {"dataset": self.dataset, "commit": self._commit(cache)}
 
     def _wanted(self) -> list[tuple[str | None, str]]:
@@ -93,10 +100,12 @@ class HuggingFaceSource(SourceConfig):
         note = cache / "huggingface" / f"{digest([self.dataset, self.revision])[:16]}.resolved.json"
         if note.is_file():
             return str(read_json(note)["commit"])
+        # Without the extra nothing could be read, reachable or not.
+        require("hub")
         hub = require("hub", "huggingface_hub")
         try:
             commit = hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
-        except (ValueError, OSError) as error:
+        except _load_errors() as error:
             raise self._unloadable(error) from None
         write_json(note, {"dataset": self.dataset, "revision": self.revision, "commit": commit})
         return str(commit)
@@ -107,7 +116,8 @@ class HuggingFaceSource(SourceConfig):
         return DataError(
             f"the dataset {name} cannot be loaded: {cause}",
             "an existing dataset, configuration and split on a reachable hub, or a local folder",
-            "check `dataset`, `config`, `hub_splits` and `revision` of the corpus, and the network",
+            "check the network, and `dataset`, `config`, `hub_splits` and `revision` of the corpus; "
+            "or take files that you have with another source (jsonl, text, wikitext)",
         )
 
     def _rows(

@@ -36,6 +36,8 @@ class JsonlSource(SourceConfig):
         """Lines in order; blank lines are passed over. A bad line is refused as `file:line`."""
         for file in self._files().values():
             for number, line in enumerate(read_lines(file), start=1):
+                if number == 1:
+                    line = line.removeprefix("\ufeff")
                 if not line.isspace():
                     yield self._document(line, f"{file}:{number}")
 
@@ -44,29 +46,36 @@ class JsonlSource(SourceConfig):
         return {"files": describe_files(self._files())}
 
     def _files(self) -> dict[str, Path]:
-        return named_files(as_paths(self.path), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"), "corpus.source.path")
+        return named_files(as_paths(self.path), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"), "corpus.path")
 
     def _document(self, line: str, where: str) -> Document:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg})", "one JSON object a line", "mend the line") from None
+            raise DataError(
+                f"{where}: not JSON ({error.msg}, column {error.colno})", "one JSON object a line", "mend the line"
+            ) from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: a {type(row).__name__}", "one JSON object a line", "mend the line")
-        text = _string(row, self.text_field, where)
+        text = _string(row, self.text_field, "text_field", where)
+        if not isinstance(row[self.text_field], str):
+            raise DataError(f"{where}: field `{self.text_field}` is {text}", "a string", "mend the line")
         split = row.get(self.split_field) if self.split_field else None
+        has_title = self.title_field is not None and self.title_field in row
         return Document(
-            id=_string(row, self.id_field, where) if self.id_field else content_id(text),
+            id=_string(row, self.id_field, "id_field", where) if self.id_field else content_id(text),
             text=text,
-            title=_string(row, self.title_field, where) if self.title_field in row and self.title_field else "",
+            title=_string(row, str(self.title_field), "title_field", where) if has_title else "",
             split=None if split is None else check_split(split, where),
         )
 
 
-def _string(row: dict[str, Any], field: str, where: str) -> str:
+def _string(row: dict[str, Any], field: str, setting: str, where: str) -> str:
     if field not in row:
-        near = ", ".join(map(str, row)) or "none"
-        raise DataError(f"{where}: no field `{field}`", f"one of the line's fields: {near}", "name it in the source")
+        named = ", ".join(map(str, row)) or "none"
+        without = "; `corpus.id_field=null` makes ids from the texts" if setting == "id_field" else ""
+        fix = f"name the right one in `corpus.{setting}`{without}"
+        raise DataError(f"{where}: no field `{field}`", f"one of the line's fields: {named}", fix)
     value = row[field]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

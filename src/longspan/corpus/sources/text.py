@@ -36,4 +36,4 @@ class TextSource(SourceConfig):
         return {"files": describe_files(self._files())}
 
     def _files(self) -> dict[str, Path]:
-        return named_files(as_paths(self.path), self.patterns, "corpus.source.path")
+        return named_files(as_paths(self.path), self.patterns, "corpus.path")

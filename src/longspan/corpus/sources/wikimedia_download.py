@@ -129,7 +129,7 @@ def _record(target: Path, file: DumpFile) -> dict[str, object]:
 
 def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"mirror {url}", "an http:// or https:// address", "change corpus.source.mirror")
+        raise UserError(f"mirror {url}", "an http:// or https:// address", "change corpus.mirror")
     request = urllib.request.Request(url, headers=_HEADERS | headers)
     response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     return response

@@ -86,7 +86,7 @@ def read_dump(dump: Path, cleaning: CleaningConfig, workers: int, report: Report
         DataError: the dump is damaged, truncated or not a MediaWiki dump; by name.
     """
     if not dump.is_file():
-        raise DataError(f"{dump} does not exist", "a .xml.bz2 file", "change corpus.source.path")
+        raise DataError(f"{dump} does not exist", "a .xml.bz2 file", "change corpus.path")
     counts = PageCounts()
     total = dump.stat().st_size
     settings = _Settings(dump, cleaning, _namespaces(dump))

@@ -70,7 +70,7 @@ class WikitextSource(SourceConfig):
                     )
                 yield Document(id=f"{split}-{number:05d}", text=text, title=title, split=split)
             if number < 0:
-                raise DataError(f"{file} is empty", "a raw WikiText file", f"change corpus.source.path.{split}")
+                raise DataError(f"{file} is empty", "a raw WikiText file", f"change corpus.path.{split}")
 
     def inputs(self, cache: Path) -> dict[str, Any]:
         """Size and sha256 of each split's file."""
@@ -81,6 +81,6 @@ class WikitextSource(SourceConfig):
         files: dict[str, Path] = {split: path.expanduser() for split, path in in_order}
         for split, file in files.items():
             if not file.is_file():
-                where = f"corpus.source.path.{split}"
+                where = f"corpus.path.{split}"
                 raise UserError(f"{where}: {file} is not a file", "a raw WikiText file", f"change `{where}`")
         return files
