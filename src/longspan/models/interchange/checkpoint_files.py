@@ -35,7 +35,7 @@ class CheckpointFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         try:
             for path in _paths(folder):
                 self._add(path)
@@ -63,13 +63,25 @@ class CheckpointFiles:
         Raises:
             DataError: there is none of this name.
         """
+        file, stored = self._find(name)
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors calls it, e.g. `BF16`; nothing is read.
+
+        Raises:
+            DataError: there is no such tensor.
+        """
+        file, stored = self._find(name)
+        return str(file.get_slice(stored).get_dtype())
+
+    def _find(self, name: str) -> tuple[Any, str]:
         if name not in self._files:
             raise DataError(
                 f"{self.folder} has no tensor `{name}`", "the weights that config.json describes", "fetch it"
             )
-        file, stored = self._files[name]
-        tensor: Tensor = file.get_tensor(stored)
-        return tensor
+        return self._files[name]
 
     def _add(self, path: Path) -> None:
         try:

@@ -18,6 +18,7 @@ from longspan.models.interchange.layout import Multipliers, Part, Weight
 from longspan.models.language_model import LanguageModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_config(path: Path) -> tuple[ModelConfig, int]:
@@ -79,19 +80,26 @@ def _architecture(keys: ConfigKeys) -> Architecture:
 
 def _check_names(weights: Iterable[Weight], files: CheckpointFiles, tied: bool) -> None:
     """Every tensor must have a place; a tied head may be stored again, rotary frequencies are computed."""
-    known = {part.name for weight in weights for part in weight.parts}
+    places = {part.name: weight.name for weight in weights for part in weight.parts}
+    embedding = next(name for name, ours in places.items() if ours == "embedding.weight")
     for name in files:
-        if name in known or name.endswith("rotary_emb.inv_freq"):
-            continue
-        embedding = next(part.name for weight in weights if weight.name == "embedding.weight" for part in weight.parts)
-        if tied and name == "lm_head.weight" and torch.equal(files.tensor(name), files.tensor(embedding)):
-            continue
-        reason = "differs from the embedding that it is tied to" if tied and name == "lm_head.weight" else "is unknown"
-        raise DataError(
-            f"{files.folder}: tensor `{name}` {reason}",
-            "the tensors that config.json describes",
-            "use another checkpoint; nothing in it is ignored",
-        )
+        if name in places:
+            if files.dtype(name) not in STORED:
+                given = f"{files.folder}: tensor `{name}` is {files.dtype(name)}"
+                raise UserError(given, ", ".join(STORED), "use a checkpoint that is not quantised")
+        elif tied and name == "lm_head.weight":
+            if not torch.equal(files.tensor(name), files.tensor(embedding)):
+                raise _unexpected(files, name, "differs from the embedding that it is tied to")
+        elif not name.endswith("rotary_emb.inv_freq"):
+            raise _unexpected(files, name, "is unknown")
+
+
+def _unexpected(files: CheckpointFiles, name: str, problem: str) -> DataError:
+    return DataError(
+        f"{files.folder}: tensor `{name}` {problem}",
+        "the tensors that config.json describes",
+        "use another checkpoint; nothing in it is ignored",
+    )
 
 
 def _fill(model: LanguageModel, weights: list[Weight], files: CheckpointFiles, dtype: torch.dtype | None) -> None:
@@ -99,15 +107,13 @@ def _fill(model: LanguageModel, weights: list[Weight], files: CheckpointFiles, d
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert {weight.name for weight in weights} == shapes.keys(), "the architecture has a place for every parameter"
     if dtype is None:
-        dtype = _widest(
-            files.tensor(part.name).dtype for weight in weights if weight.name not in kept for part in weight.parts
-        )
+        dtype = _widest(files, (part.name for weight in weights if weight.name not in kept for part in weight.parts))
     for weight in weights:
         tensors = [_tensor(weight, part, shapes[weight.name], files) for part in weight.parts]
+        # Always a copy, since tensors mapped from a file are not aligned as torch's own, and that can change last bits.
         value = torch.cat(tensors).to(torch.float32 if weight.name in kept else dtype)
         owner, _, leaf = weight.name.rpartition(".")
-        # Cloned, since tensors mapped from a file are not aligned as torch's own, and that can change last bits.
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.clone(memory_format=torch.contiguous_format)))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
 
 def _tensor(weight: Weight, part: Part, shape: torch.Size, files: CheckpointFiles) -> Tensor:
@@ -120,17 +126,15 @@ def _tensor(weight: Weight, part: Part, shape: torch.Size, files: CheckpointFile
             "weights of the shape that config.json describes",
             "fetch the folder again",
         )
-    if tensor.dtype not in DTYPES.values():
-        given = f"{files.folder}: tensor `{part.name}` is {tensor.dtype}"
-        raise UserError(given, ", ".join(DTYPES), "use a checkpoint that is not quantised")
     if weight.channel_axis:
         tensor = tensor.squeeze(1)
     return tensor if part.to_ours == 1.0 else tensor.float() * part.to_ours
 
 
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def _widest(files: CheckpointFiles, names: Iterable[str]) -> torch.dtype:
     widest: torch.dtype | None = None
-    for dtype in dtypes:
+    for name in names:
+        dtype = STORED[files.dtype(name)]
         widest = dtype if widest is None else torch.promote_types(widest, dtype)
     assert widest is not None
     return widest
