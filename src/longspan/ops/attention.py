@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops.compiling import never_compiled
 
 Backend = Literal["sdpa", "reference", "flex"]
 
@@ -67,13 +68,22 @@ def attention(
         return _flex(q_BTHP, k_BSGP, v_BSGP, block_mask, rules)
     if backend == "reference":
         return _reference(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
-    aligned = q_offset == 0 and q_BTHP.shape[1] == k_BSGP.shape[1]
     if q_doc_BT is not None and k_doc_BS is not None and q_BTHP.device.type == "cpu":
-        if _one_document(q_doc_BT, k_doc_BS):
-            q_doc_BT = k_doc_BS = None
-        elif not aligned or not (k_doc_BS is q_doc_BT or torch.equal(q_doc_BT, k_doc_BS)):
-            pass
-        elif (lengths := _document_lengths(q_doc_BT, q_BTHP.shape[2], rules.window)) is not None:
+        return _by_documents(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
+    return _fused(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
+
+
+@never_compiled
+def _by_documents(
+    q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, q_doc_BT: Tensor, k_doc_BS: Tensor, rules: _Rules
+) -> Tensor:
+    """What the documents allow to be left out; a compiler could not know it before it sees them."""
+    if _one_document(q_doc_BT, k_doc_BS):
+        return _fused(q_BTHP, k_BSGP, v_BSGP, None, None, rules)
+    aligned = rules.q_offset == 0 and q_BTHP.shape[1] == k_BSGP.shape[1]
+    if aligned and (k_doc_BS is q_doc_BT or torch.equal(q_doc_BT, k_doc_BS)):
+        lengths = _document_lengths(q_doc_BT, q_BTHP.shape[2], rules.window)
+        if lengths is not None:
             return _per_document(q_BTHP, k_BSGP, v_BSGP, lengths, rules)
     return _fused(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)
 

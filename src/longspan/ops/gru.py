@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
+from longspan.ops.compiling import never_compiled
 from longspan.ops.scan_order import ScanOrder, before_each
 
 
+@never_compiled
 def gru(
     x_BTD: Tensor,
     weight_input_3HD: Tensor,
@@ -84,6 +86,7 @@ def _reference(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, s
     return torch.stack(outputs, dim=1), state
 
 
+@never_compiled
 def _side_by_side(
     x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, state_BH: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
+from longspan.ops.compiling import never_compiled
 from longspan.ops.scan_order import ScanOrder, before_each
 
 
+@never_compiled
 def lstm(
     x_BTD: Tensor,
     weight_input_4HD: Tensor,
@@ -88,6 +90,7 @@ def _reference(
     return torch.stack(outputs, dim=1), hidden, cell
 
 
+@never_compiled
 def _side_by_side(
     x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, hidden_BH: Tensor, cell_BH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
