@@ -34,6 +34,8 @@ def test_attention_in_pieces_too(letter, cost, tiny, tokens, monkeypatch):
 
 
 def assert_same_when_compiled(model: LanguageModel, batch: torch.Tensor) -> None:
+    # Otherwise the compiler gives up after so many models and runs the next ones as they are.
+    torch._dynamo.reset()
     parameters = list(model.parameters())
     results = []
     for loss in (model.loss, torch.compile(model.loss, dynamic=False)):

@@ -86,7 +86,6 @@ def _reference(x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, s
     return torch.stack(outputs, dim=1), state
 
 
-@never_compiled
 def _side_by_side(
     x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, state_BH: Tensor
 ) -> tuple[Tensor, Tensor]:

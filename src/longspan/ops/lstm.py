@@ -90,7 +90,6 @@ def _reference(
     return torch.stack(outputs, dim=1), hidden, cell
 
 
-@never_compiled
 def _side_by_side(
     x_BTD: Tensor, parameters: list[Tensor], doc_BT: Tensor | None, hidden_BH: Tensor, cell_BH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

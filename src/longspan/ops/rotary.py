@@ -108,6 +108,8 @@ def rotary(x_BTHP: Tensor, rotation: Rotation) -> Tensor:
     Returns:
         The rotated tensor, (B, T, H, P), in the dtype of `x_BTHP`.
     """
+    if torch.compiler.is_compiling():
+        return _turn_plainly(x_BTHP, *rotation)
     if not (torch.is_grad_enabled() and x_BTHP.requires_grad):
         return _turn(x_BTHP, *rotation, 1.0)
     y: Tensor = _Rotary.apply(x_BTHP, *rotation)  # type: ignore[no-untyped-call]
@@ -122,6 +124,12 @@ def _turn(x_BTHP: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     torch.mul(first, cos, out=y[..., :pairs]).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=y[..., pairs:]).addcmul_(first, sin, value=direction)
     return y.to(x_BTHP.dtype)
+
+
+def _turn_plainly(x_BTHP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """For a compiler, which fuses it, and which cannot follow writes into halves of a tensor."""
+    first, second = x_BTHP.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHP.dtype)
 
 
 class _Rotary(torch.autograd.Function):
