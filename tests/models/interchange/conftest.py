@@ -19,13 +19,13 @@ VOCAB = 101
 CONTEXT = 64
 TINY = {"width": 32, "heads": 4, "kv_heads": 2, "state": 8, "mamba_head_dim": 16, "chunk": 16, "mlp_width": 48}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_context": 16}
-BARE = {"mlp": "none", "tied": False, "positions": "nope"}
+BARE = {"mlp": "none", "tied": False, "positions": "nope", "norm_eps": 1e-3}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "AA": ("LlamaForCausalLM", {}),
     "AA biases, untied": (
         "LlamaForCausalLM",
-        {"attention_bias": True, "mlp_bias": True, "tied": False, "rope_base": 5e4, "kv_heads": None},
+        {"attention_bias": True, "mlp_bias": True, "tied": False, "rope_base": 5e4, "kv_heads": None, "norm_eps": 1e-3},
     ),
     "AA llama3": ("LlamaForCausalLM", {"mixers": {"A": {"rope_scaling": LLAMA3}}}),
     "AA multiplied": ("GraniteMoeHybridForCausalLM", {"embedding_multiplier": 3.0}),
@@ -34,14 +34,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybridForCausalLM",
         {"mixers": {"A": {"rope_scaling": {"kind": "linear", "factor": 4.0}}}, "attention_bias": True, "tied": False},
     ),
-    "MAM": ("GraniteMoeHybridForCausalLM", {"expand": 1, "conv": 2, "rope_base": 5e4}),
+    "MAM": ("GraniteMoeHybridForCausalLM", {"expand": 1, "conv": 2, "rope_base": 5e4, "norm_eps": 1e-3}),
     "MM": ("GraniteMoeHybridForCausalLM", {}),
-    "MM bare": ("Mamba2ForCausalLM", {"mlp": "none", "norm_eps": 1e-3}),
+    "MM bare": ("Mamba2ForCausalLM", {"mlp": "none", "norm_eps": 1e-3, "conv": 3, "expand": 3}),
     "MM bare, untied, multiplied": ("Mamba2ForCausalLM", {"mlp": "none", "tied": False, "embedding_multiplier": 3.0}),
     "mm": ("MambaForCausalLM", {"mlp": "none"}),
     "mm multiplied": (
         "MambaForCausalLM",
-        {"mlp": "none", "embedding_multiplier": 4.0, "mixers": {"m": {"mamba1_state": 6, "dt_rank": 3}}},
+        {
+            "mlp": "none",
+            "norm_eps": 1e-3,
+            "embedding_multiplier": 4.0,
+            "mixers": {"m": {"mamba1_state": 6, "dt_rank": 3, "conv": 3, "expand": 3}},
+        },
     ),
     "MAMA bare": ("NemotronHForCausalLM", BARE),
     "AA bare": ("NemotronHForCausalLM", BARE),
