@@ -192,3 +192,110 @@ def test_runs_that_are_a_file_are_refused(study_file: Path, tmp_path: Path) -> N
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         claim_study_folder(load_study(str(study_file)), tmp_path / "taken" / "small")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "allowed", "fix"),
+    [
+        (["foo=5"], "unknown key `foo`", "docs/write-a-study.md", "remove it"),
+        (["variant=x"], "no variant is called 'x'", "wide, quiet", "name one of these"),
+        (["vary=5"], "override `vary`", "one varied key each", "vary.KEY=[...]"),
+        (["width=[16, 32]"], "model.width = [16, 32]", "a whole number", "`vary.model.width=[...]`"),
+        (["peak_lr=.inf"], "training.peak_lr = inf", "a finite number", "change"),
+        (["vocab_size=100"], "vocab_size = 100", "at least 258", "raise"),
+        (["positions=learned", "max_positions=8"], "model.max_positions = 8", "every token of a row", "to 32"),
+        (["probes.perplexity=3"], "probes.perplexity = 3", "a mapping", "perplexity: {"),
+        (["corpus.path=x"], "`corpus.path` is no setting of the source `synthetic`", "num_documents", "text or jsonl"),
+        (["study=../away"], "study = '../away'", "no slash", "rename"),
+        (["study=jobs"], "study = 'jobs'", "not downloads and jobs", "rename"),
+        (["study="], "study = null", "a name", "rename"),
+        (["question="], "has no `question`", "one sentence", "question"),
+        (["tokens=[1"], "a bracket of line 1 is not closed", "a YAML value", "for the shell"),
+        (["patterns=[*.txt]"], "`*` begins an alias", "a YAML value", "YAML and the shell"),
+    ],
+)
+def test_a_wrong_override_is_explained(
+    study_file: Path, overrides: list[str], given: str, allowed: str, fix: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        expand(load_study(str(study_file), overrides))
+    assert given in caught.value.given
+    assert allowed in caught.value.allowed
+    assert fix in caught.value.fix
+    assert "study." not in caught.value.given
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "fix"),
+    [
+        ("question: x\ncorpus: {source: sotu\nmodel: {}\n", "line 3", "close the bracket"),
+        ("question: x\ncorpus:\n\tsource: sotu\n", "a tab where the indentation should be", "spaces"),
+        ("question: what: this\n", "a second `: ` on the line", "quotes"),
+        (
+            "question: x\ncorpus:\n  source: sotu\n  source: text\n",
+            "line 4: the key `source` stands twice, first on line 3",
+            "keep one",
+        ),
+        ("", "holds nothing", "docs/write-a-study.md"),
+        ("- a\n", "holds a list", "docs/write-a-study.md"),
+        (f"{SMALL}plugins: mine.py\n", "plugins = 'mine.py'", "[FILE.py]"),
+        (f"{SMALL}modl: {{}}\n", "unknown key `modl`", "did you mean `model`?"),
+        (
+            SMALL.replace("probes: [perplexity]", "probes: [perplexity, perplexity]"),
+            "`perplexity` stands twice",
+            "kind",
+        ),
+        (SMALL.replace("probes: [perplexity]", "probes: [{perplexity: 3}]"), "probes.perplexity = 3", "{name: ...}"),
+        (SMALL.replace("vary: {pattern: [AA, MM], seed: [0, 1]}", "vary: [AA]"), "vary = ['AA']", "vary: {"),
+        (SMALL.replace("wide: {model: {width: 64}}", "wide: 3"), "variants.wide = 3", "variants.wide: {"),
+        (SMALL.replace("corpus: {", "corpsu: {"), "unknown key `corpsu`", "`corpus`"),
+        (SMALL.replace("tokenizer: {kind: byte_bpe, vocab_size: 300}", ""), "no `tokenizer` section", "add"),
+        (SMALL.replace("source: synthetic", "sorce: synthetic"), "unknown key `corpus.sorce`", "`source`"),
+    ],
+)
+def test_a_wrong_study_file_is_explained(tmp_path: Path, text: str, given: str, fix: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        expand(load_study(str(path)))
+    assert given in caught.value.given
+    assert fix in caught.value.fix
+
+
+def test_a_line_that_is_not_yaml_is_shown_with_its_place(study_file: Path) -> None:
+    study_file.write_text("question: x\nmodel: {width: 8}}\n")
+    with pytest.raises(UserError) as caught:
+        load_study(str(study_file))
+    assert caught.value.given.endswith("\n    model: {width: 8}}\n                     ^")
+
+
+def test_a_variant_of_a_study_without_variants_is_refused_as_that(study_file: Path) -> None:
+    study_file.write_text(SMALL[: SMALL.index("variants:")])
+    with pytest.raises(UserError, match="this study has none"):
+        load_study(str(study_file), ["variant=cpu"])
+
+
+def test_several_seeds_vary_also_where_the_study_has_one(study_file: Path) -> None:
+    study_file.write_text(SMALL.replace(", seed: [0, 1]", ""))
+    subjects = expand(load_study(str(study_file), ["seed=[0,1,2]", "pattern=AA"])).subjects
+    assert [subject.seed for subject in subjects] == [0, 1, 2]
+
+
+def test_the_later_of_two_overrides_wins_also_over_a_list_that_varies(study_file: Path) -> None:
+    widths = ["vary.width=[16, 32]", "width=64"]
+    for overrides, wanted in ((widths, {64}), (widths[::-1], {16, 32})):
+        subjects = expand(load_study(str(study_file), overrides)).subjects
+        assert {subject.config.model.width for subject in subjects} == wanted
+
+
+def test_steps_take_the_place_of_tokens(study_file: Path) -> None:
+    training = expand(load_study(str(study_file), ["steps=7"])).subjects[0].config.training
+    assert (training.steps, training.tokens) == (7, None)
+    study_file.write_text(SMALL + "  short: {training: {steps: 3}}\n")
+    training = expand(load_study(str(study_file), ["variant=short"])).subjects[0].config.training
+    assert (training.steps, training.tokens) == (3, None)
+
+
+def test_another_kind_of_tokenizer_takes_the_settings_of_the_old_one_away(study_file: Path) -> None:
+    given = ["tokenizer.pretrained=gpt2.json", "tokenizer.kind=pretrained"]
+    assert load_study(str(study_file), given).base["tokenizer"] == {"kind": "pretrained", "pretrained": "gpt2.json"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from array import array
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from longspan.corpus.document import SPLITS, Document, assign_split, check_ratio
 from longspan.corpus.sources import SOURCES, AnySource
 from longspan.corpus.spool import Part, SpoolWriter
 from longspan.corpus.tokenizer import is_utf8
-from longspan.foundation.config import Config, ConfigError, unknown_key
+from longspan.foundation.config import Config, ConfigError, did_you_mean, unknown_key
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.files import atomic_directory, read_json, write_json
 from longspan.foundation.progress import Progress, Report
@@ -81,8 +80,7 @@ class CorpusConfig(Config):
         named = {str(kind.model_fields["source"].default): kind for kind in SOURCES}
         name = data["source"]
         if name not in named:
-            near = difflib.get_close_matches(name, named, n=1, cutoff=0.5)
-            fix = f"did you mean `{near[0]}`?" if near else "name one of these"
+            fix = did_you_mean(name, named, "name one of these")
             raise ConfigError("source", f"{ConfigError.PLACE} = {name!r}", ", ".join(sorted(named)), fix)
         own = set(named[name].model_fields) - set(cls.model_fields)
         beside = {key: value for key, value in data.items() if key in own}

@@ -118,6 +118,12 @@ class TokenizerConfig(Config):
                 "a tokenizer.json, a folder that holds one, or a Hugging Face id",
                 "add `pretrained: PATH_OR_ID`",
             )
+        if self.kind == "byte_bpe" and self.vocab_size < 256 + NUM_SPECIAL:
+            raise UserError(
+                f"vocab_size = {self.vocab_size}",
+                f"at least {256 + NUM_SPECIAL}: one token per byte value and {NUM_SPECIAL} special ids",
+                "raise tokenizer.vocab_size",
+            )
         return self
 
 
@@ -126,6 +132,11 @@ _HONOURED = {
     "sentencepiece": {"vocab_size", "character_coverage", "training_bytes"},
     "pretrained": {"pretrained", "revision", "boundary", "pad", "prefix_space"},
 }
+
+
+def settings_of_kind(kind: Any) -> frozenset[str]:
+    """The settings that a kind of tokenizer honours; all of them for a kind that is none."""
+    return frozenset({"kind", *_HONOURED.get(kind, TokenizerConfig.model_fields)})
 
 
 class Tokenizer:

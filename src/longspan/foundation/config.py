@@ -71,8 +71,14 @@ def unknown_key(path: str, key: str, allowed: Iterable[str]) -> ConfigError:
     """The error for an unknown key: names the nearest allowed one, and all of them where they are few."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(key, allowed, n=3, cutoff=0.5)
-    fix = f"did you mean `{near[0]}`?" if near else f"remove it; {KEY_TABLES} explains every key"
+    fix = did_you_mean(key, allowed, f"remove it; {KEY_TABLES} explains every key")
     return ConfigError(path, f"unknown key `{_PATH}`", listed_keys(allowed, near), fix)
+
+
+def did_you_mean(word: str, allowed: Iterable[str], otherwise: str) -> str:
+    """The question after the nearest allowed word, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(word, sorted(allowed), n=1, cutoff=0.5)
+    return f"did you mean `{near[0]}`?" if near else otherwise
 
 
 def listed_keys(allowed: Sequence[str], near: Sequence[str] = ()) -> str:
@@ -170,8 +176,7 @@ def _choices(detail: ErrorDetails) -> list[str]:
 
 def _fix(detail: ErrorDetails, wanted: Sequence[str]) -> str:
     if detail["type"] == "literal_error":
-        near = difflib.get_close_matches(str(detail["input"]), _choices(detail), n=1, cutoff=0.5)
-        return f"did you mean `{near[0]}`?" if near else f"change `{_PATH}`"
+        return did_you_mean(str(detail["input"]), _choices(detail), f"change `{_PATH}`")
     if isinstance(detail["input"], list) and not any("list" in each for each in wanted):
         return f"give one value, or make a subject of each with `vary.{_PATH}=[...]`"
     return f"change `{_PATH}`"

@@ -32,7 +32,7 @@ from longspan.corpus.packing import PackingConfig
 from longspan.corpus.shards import TokenShards
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine
-from longspan.foundation.config import Config, unknown_key
+from longspan.foundation.config import Config, did_you_mean, shown_value
 from longspan.foundation.errors import UserError
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
@@ -235,20 +235,22 @@ def registered() -> Mapping[str, type[Probe]]:
     return dict(_PROBES)
 
 
-def make_probe(name: str, settings: Mapping[str, Any] | None = None) -> Probe:
+def make_probe(name: str, settings: Any = None) -> Probe:
     """A probe from a study.
 
     Args:
         name: what the study calls it; also its kind, unless the settings hold another `kind`.
-        settings: of the probe.
+        settings: of the probe, a mapping or None.
 
     Raises:
         UserError: an unknown kind or setting, with the nearest one.
     """
     kinds = registered()
+    if settings is not None and not isinstance(settings, Mapping):
+        problem = f"probes.{name} = {shown_value(settings)}"
+        raise UserError(problem, "a mapping of settings", f"write `{name}: {{setting: value}}`")
     kind = str((settings or {}).get("kind", name))
     if kind not in kinds:
-        error = unknown_key(f"probes.{kind}", kind, kinds)
-        fix = error.fix if "mean" in error.fix else "name one of these, or load your own file under `plugins:`"
-        raise UserError(f"no probe is called {kind!r}", error.allowed, fix)
+        fix = did_you_mean(kind, kinds, "name one of these, or load your own file under `plugins:`")
+        raise UserError(f"no probe is called {kind!r}", ", ".join(sorted(kinds)), fix)
     return kinds[kind].parse({**(settings or {}), "kind": kind}, f"probes.{name}")

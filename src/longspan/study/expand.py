@@ -104,7 +104,7 @@ def expand(study: Study) -> Expansion:
                 f"two subjects are called {source.label!r}", "a name each", "give the model another `name:`"
             )
         shared = {key: study.base[key] for key in AskedConfig.model_fields if key in study.base}
-        examined = ExaminedConfig.parse({**shared, "source": source.model_dump()}, "study")
+        examined = ExaminedConfig.parse({**shared, "source": source.model_dump()}, "")
         subjects[source.label, 0] = Subject(source.label, {}, 0, examined)
     return Expansion(
         list(subjects.values()),
@@ -138,12 +138,11 @@ def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectCo
             name = key.rpartition(".")[2]
             if name != "seed":
                 factors[name] = _shown(name, value)
-        if "model" not in base or "training" not in base:
-            missing = "model" if "model" not in base else "training"
+        if missing := next((each for each in ("corpus", "tokenizer", "model", "training") if each not in base), None):
             raise UserError(
                 f"the study has no `{missing}` section", "corpus, tokenizer, model, training", f"add `{missing}:`"
             )
-        config = SubjectConfig.parse(base, "study")
+        config = SubjectConfig.parse(base, "")
         yield factors, config.training.seed, config
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
-from longspan.foundation.config import unknown_key
+from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import sha256_file
 from longspan.models.budget import Parameters, count_parameters, training_flops_per_token
@@ -167,8 +167,8 @@ def _check_primary(study: Study, expansion: Expansion) -> None:
         if metric.compare
     }
     if metrics and study.primary not in metrics and study.primary != DEFAULT_PRIMARY:
-        error = unknown_key(f"primary: {study.primary}", study.primary, metrics)
-        raise UserError(f"primary = {study.primary!r}", error.allowed, error.fix)
+        fix = did_you_mean(study.primary, metrics, "name one of these")
+        raise UserError(f"primary = {study.primary!r}", ", ".join(sorted(metrics)), fix)
 
 
 def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], context: int) -> PlannedSubject:

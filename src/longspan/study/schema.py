@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.sources import SOURCES
-from longspan.corpus.tokenizer import TokenizerConfig
+from longspan.corpus.tokenizer import TokenizerConfig, settings_of_kind
 from longspan.engines.trained_run import Weights
-from longspan.foundation.config import Config, unknown_key
+from longspan.foundation.config import Config, did_you_mean, shown_value, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models.config import ModelConfig
 from longspan.models.matching import MatchConfig
 from longspan.probes.base import Probe, make_probe
 from longspan.study.shipped import find_study
+from longspan.study.yaml_text import read_mapping, read_override
 from longspan.training.config import TrainingConfig
 from longspan.training.trackers import TrackingConfig
 
@@ -72,6 +71,17 @@ class SubjectConfig(AskedConfig):
         overlap, context = self.packing.overlap, self.training.context
         if overlap >= context:
             raise UserError(f"packing.overlap = {overlap}", f"less than the context ({context})", "lower the overlap")
+        return self
+
+    @model_validator(mode="after")
+    def _positions_suffice(self) -> Self:
+        rows, context = self.model.max_positions, self.training.context
+        if self.model.positions == "learned" and rows is not None and rows < context:
+            raise UserError(
+                f"model.max_positions = {rows} with training.context = {context}",
+                "a learned position for every token of a row",
+                f"set model.max_positions to {context} or more, or train at a shorter context",
+            )
         return self
 
 
@@ -128,6 +138,11 @@ STUDY_KEYS = (
     *SubjectConfig.model_fields,
 )  # fmt: skip
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
+SEED = ("training", "seed")
+FOLDERS = {"jobs", "downloads"}
+"""What else lies beside the studies' folders."""
+RIVALS = {"tokens": "steps", "steps": "tokens"}
+"""Settings of training of which exactly one is given: the later takes the place of the other."""
 
 
 @dataclass(frozen=True)
@@ -186,34 +201,47 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         UserError: for unknown keys (with the nearest one), unreadable YAML or a missing section.
     """
     path = find_study(name)
-    raw = _read_yaml(path)
+    raw = read_mapping(path)
     for key in raw:
         if key not in STUDY_KEYS:
-            raise unknown_key(f"study.{key}", key, STUDY_KEYS)
-    plugins = tuple(str((path.parent / plugin).resolve()) for plugin in raw.get("plugins") or [])
+            raise unknown_key(str(key), str(key), STUDY_KEYS)
+    plugins = tuple(str((path.parent / plugin).resolve()) for plugin in _plugins(raw.get("plugins")))
     for plugin in plugins:
         load_file(plugin)
     raw.setdefault("study", path.stem)
     raw["probes"] = _named_probes(raw.get("probes") or [])
-    changes = [_split_override(text) for text in overrides]
+    changes = [read_override(text) for text in overrides]
     chosen = next((str(value) for key, value in reversed(changes) if key == "variant"), str(raw.get("variant") or ""))
-    variants = raw.get("variants") or {}
+    variants = {
+        name: _mapping(f"variants.{name}", overlay)
+        for name, overlay in _mapping("variants", raw.get("variants")).items()
+    }
     base = {key: raw[key] for key in SubjectConfig.model_fields if key in raw}
-    vary = dict(raw.get("vary") or {})
+    vary = dict(_mapping("vary", raw.get("vary")))
     apply_variant(chosen, variants, base, vary)
     varied = {resolve_key(key): key for key in vary if key != "variant"}
     settings: list[tuple[tuple[str, ...], Any]] = []
-    # Another source takes the settings of the one before it away, so it comes first wherever it was written.
-    for key, value in sorted(changes, key=lambda change: change[0] not in ("source", "corpus.source")):
+    # Another source or kind takes the settings of the one before it away, so it comes first wherever it was written.
+    for key, value in sorted(
+        changes, key=lambda change: change[0] not in ("source", "corpus.source", "tokenizer.kind")
+    ):
         if key == "variant":
             continue
         if key in ("question", "study", "primary", "subjects", "probe_context"):
             raw[key] = value
-        elif key.startswith("vary."):
-            name = key.removeprefix("vary.")
-            vary[varied.get(resolve_key(name), name) if name != "variant" else name] = _listed(value)
+        elif key == "vary" or key.startswith("vary."):
+            name = key.removeprefix("vary").removeprefix(".")
+            if not name:
+                raise UserError(
+                    f"override `{key}`", "one varied key each", "write `vary.KEY=[...]`, e.g. vary.width=[64, 96]"
+                )
+            path_of = ("variant",) if name == "variant" else resolve_key(name)
+            vary[varied.setdefault(path_of, name)] = _listed(value)
         elif (path_of := resolve_key(key)) in varied:
             vary[varied[path_of]] = _listed(value)
+        elif path_of == SEED and isinstance(value, list):
+            vary["seed"] = value
+            varied[SEED] = "seed"
         else:
             settings.append((path_of, value))
     apply_settings(settings, base)
@@ -222,11 +250,9 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
             resolve_key(key)
         if not isinstance(vary[key], list) or not vary[key]:
             raise UserError(f"vary.{key} = {vary[key]!r}", "a list with at least one value", f"write `{key}: [..]`")
-    if "question" not in raw:
-        raise UserError(f"{path} has no `question`", "one sentence that the report answers", "add `question: ...`")
     return Study(
-        name=str(raw["study"]),
-        question=str(raw["question"]),
+        name=_name(raw["study"]),
+        question=_question(path, raw.get("question")),
         base=base,
         variants=variants,
         variant=chosen,
@@ -251,6 +277,41 @@ def _sources(entries: Any) -> tuple[ModelSource, ...]:
     return sources
 
 
+def _name(value: Any) -> str:
+    """The study's name, which is a folder under that of all runs."""
+    name = "" if value is None else str(value).strip()
+    if not name or name in FOLDERS or name.startswith(".") or set(name) & set("/\\\0"):
+        taken = " and ".join(sorted(FOLDERS))
+        raise UserError(
+            f"study = {shown_value(value)}",
+            f"a name for its folder: no slash, no dot in front, not {taken}",
+            "rename it",
+        )
+    return name
+
+
+def _question(path: Path, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{path} has no `question`", "one sentence that the report answers", "add `question: ...`")
+    return value
+
+
+def _plugins(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise UserError(f"plugins = {shown_value(value)}", "a list of Python files", "write `plugins: [FILE.py]`")
+    return value
+
+
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key} = {shown_value(value)}", "a mapping", f"write `{key}: {{name: ...}}`")
+    return value
+
+
 def _context(value: Any) -> int | None:
     if value is not None and (not isinstance(value, int) or value < 1):
         raise UserError(f"probe_context = {value!r}", "a number of tokens, at least 1", "change it")
@@ -263,18 +324,20 @@ def apply_variant(
     """Lay the named variants (comma-separated, in order) over the sections in `base` and the lists in `vary`."""
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in variants:
-            error = unknown_key(f"variants.{name}", name, variants)
-            raise UserError(f"no variant is called {name!r}", error.allowed, error.fix)
+            if not variants:
+                raise UserError(f"variant = {name!r}", "no variant: this study has none", "leave `variant` out")
+            fix = did_you_mean(name, variants, "name one of these")
+            raise UserError(f"no variant is called {name!r}", ", ".join(variants), fix)
         for key, value in variants[name].items():
             if key == "vary":
-                vary.update(copy.deepcopy(value))
+                vary.update(copy.deepcopy(dict(_mapping(f"variants.{name}.vary", value))))
             elif key == "probes":
                 base["probes"] = _named_probes(value)
             elif key in SECTIONS:
                 below = base.get(key) or {}
                 if key == "corpus" and "source" in (value or {}):
                     below = _with_source(below, value["source"])
-                base[key] = _overlay(below, value)
+                base[key] = _overlay(_without_rivals(key, below, value or {}), value)
             elif key in SubjectConfig.model_fields:
                 base[key] = copy.deepcopy(value)
             else:
@@ -289,6 +352,11 @@ def apply_settings(settings: Iterable[tuple[tuple[str, ...], Any]], base: dict[s
         elif path == ("corpus", "source"):
             base["corpus"] = _with_source(base.get("corpus") or {}, value)
         else:
+            if path == ("tokenizer", "kind"):
+                base["tokenizer"] = {
+                    k: v for k, v in (base.get("tokenizer") or {}).items() if k in settings_of_kind(value)
+                }
+            base[path[0]] = _without_rivals(path[0], base.get(path[0]), path[1:])
             set_path(base, path, copy.deepcopy(value))
 
 
@@ -357,72 +425,34 @@ def _with_source(corpus: Mapping[str, Any], source: Any) -> dict[str, Any]:
     return {**{key: value for key, value in corpus.items() if key in CorpusConfig.model_fields}, "source": source}
 
 
+def _without_rivals(section: str, below: Any, given: Iterable[str]) -> Any:
+    """A section without the setting that a given one stands for: `steps` replaces `tokens`, and the other way."""
+    rivals = {RIVALS[key] for key in given if section == "training" and key in RIVALS} - set(given)
+    return (
+        {key: value for key, value in below.items() if key not in rivals}
+        if rivals and isinstance(below, Mapping)
+        else below
+    )
+
+
 def _named_probes(probes: Any) -> dict[str, Any]:
-    if isinstance(probes, Mapping):
-        return {str(name): dict(settings or {}) for name, settings in probes.items()}
-    return dict(_probe_entries(probes))
+    """name → settings, from a mapping or a list of names and of names with settings."""
+    named: dict[str, Any] = {}
+    for name, settings in probes.items() if isinstance(probes, Mapping) else _probe_entries(probes):
+        if name in named:
+            fix = f"give one another name: `{name}_again: {{kind: {name}}}`"
+            raise UserError(f"the probe `{name}` stands twice", "each name once", fix)
+        named[str(name)] = dict(_mapping(f"probes.{name}", settings))
+    return named
 
 
-def _probe_entries(probes: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _probe_entries(probes: Any) -> Iterator[tuple[str, Any]]:
     for entry in probes if isinstance(probes, list) else [probes]:
         if isinstance(entry, str):
             yield entry, {}
         elif isinstance(entry, Mapping) and len(entry) == 1:
-            ((name, settings),) = entry.items()
-            yield str(name), dict(settings or {})
+            yield next(iter(entry.items()))
         else:
             raise UserError(
                 f"probes: {entry!r}", "a probe's name, or one name with its settings", "write `- perplexity: {..}`"
             )
-
-
-def _split_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(
-            f"override {text!r}", "key=value, e.g. training.tokens=1_000_000", "put `=` between key and value"
-        )
-    try:
-        return key.strip(), yaml.load(value, Loader=StudyLoader)
-    except yaml.YAMLError as error:
-        fix = (
-            f"""quote it for YAML and the shell: '{key}="{value}"'""" if value[:1] in "[{" else "quote it for the shell"
-        )
-        raise UserError(f"override {text!r}: {_first_line(error)}", "a YAML value after `=`", fix) from None
-
-
-class StudyLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error and `4e-4` is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse repeated keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-StudyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=StudyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not readable YAML: {_first_line(error)}", "a YAML mapping", "mend that line"
-        ) from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path} holds {type(data).__name__}", "a mapping with `question:`, `corpus:` ...", "see `longspan studies`"
-        )
-    return data
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
 
 import yaml
 
+from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
 
 
@@ -28,13 +28,14 @@ def find_study(name: str) -> Path:
         return shipped[name]
     path = Path(name)
     if path.suffix in {".yaml", ".yml"} or path.exists():
+        if path.is_dir():
+            raise UserError(f"study file {path} is a folder", "a YAML file or a shipped study", "name the file in it")
         if not path.is_file():
             raise UserError(
                 f"study file {path} does not exist", "a YAML file or a shipped study", f"one of: {', '.join(shipped)}"
             )
         return path
-    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
-    fix = f"did you mean `{near[0]}`?" if near else "see `longspan studies`"
+    fix = did_you_mean(name, shipped, "see `longspan studies`")
     raise UserError(f"no study is called {name!r}", f"{', '.join(shipped)}, or a path to a .yaml file", fix)
 
 

@@ -64,7 +64,9 @@ class TrainingConfig(Config):
     def _check(self) -> Self:
         if (self.tokens is None) == (self.steps is None):
             given = "neither `tokens` nor `steps`" if self.tokens is None else "both `tokens` and `steps`"
-            raise UserError(given, "exactly one of the two", "say how long to train in one of them")
+            raise UserError(
+                given, "exactly one of the two", "say how long to train in one of them; `null` takes the other away"
+            )
         unit = self.context * self.accumulation
         if self.batch_tokens % unit:
             near = max(1, round(self.batch_tokens / unit)) * unit
