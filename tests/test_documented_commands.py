@@ -57,7 +57,7 @@ STAGES = ("run", "prepare", "train", "probe", "report")
 
 TINY = (
     "vocab_size=300 model.width=16 model.heads=2 model.kv_heads=null model.state=4 model.mamba_head_dim=8 "
-    "model.mlp_width=16 model.max_positions=32 training.context=32 training.batch_tokens=1024 training.tokens=2048 "
+    "model.mlp_width=16 model.delta_head_dim=4 model.max_positions=32 training.context=32 training.batch_tokens=1024 training.tokens=2048 "
     "training.warmup=1 training.evaluate_every=100 training.dtype=fp32 corpus.min_chars=50 "
     "corpus.splits={train: 0.5, validation: 0.2, test: 0.3}"
 )
@@ -77,6 +77,7 @@ TINY_PROBES = {
 TINY_LISTS = {
     "quickstart": {"pattern": "[A, M]"},
     "wikitext-baseline": {},
+    "hybrid-patterns": {"pattern": "[AM]"},
     "wiki-leakage": {"pattern": "[AM]", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
 }
 """Shorter lists to vary; a documented command that names one keeps its own."""
@@ -235,6 +236,10 @@ def shrunk(command: Command) -> list[str]:
         extra += ["corpus.source=synthetic", "corpus.num_documents=30", "corpus.min_words=80", "corpus.max_words=200"]
     elif corpus["source"] == "sotu":
         extra.append("corpus.max_documents=16")
+    if study.base["tokenizer"].get("pretrained"):
+        extra += ["tokenizer.kind=byte_bpe", "tokenizer.pretrained=null"]
+    if any("overlap" in variant.get("packing", {}) for variant in study.variants.values()):
+        extra.append("packing.overlap=0")
     if study.base["model"].get("match"):
         extra.append("model.match.tolerance=0.5")
     if "warmup" in study.base["training"] and "decay" in study.base["training"]:
