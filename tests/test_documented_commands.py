@@ -57,7 +57,8 @@ STAGES = ("run", "prepare", "train", "probe", "report")
 
 TINY = (
     "vocab_size=300 model.width=16 model.heads=2 model.kv_heads=null model.state=4 model.mamba_head_dim=8 "
-    "model.mlp_width=16 model.delta_head_dim=4 model.max_positions=32 training.context=32 training.batch_tokens=1024 training.tokens=2048 "
+    "model.mlp_width=16 model.delta_head_dim=4 model.max_positions=32 training.context=32 "
+    "training.batch_tokens=1024 training.tokens=2048 "
     "training.warmup=1 training.evaluate_every=100 training.dtype=fp32 corpus.min_chars=50 "
     "corpus.splits={train: 0.5, validation: 0.2, test: 0.3}"
 )
