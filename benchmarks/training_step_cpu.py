@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from longspan.foundation.machine import ALLOCATOR
 from taking_turns import Subject, count, measure, rows_of, show
 
 WIDTH, LAYERS, VOCAB, HEADS, STATE = 256, 4, 8192, 4, 128
-ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 
 
 # Models

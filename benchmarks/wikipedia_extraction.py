@@ -16,7 +16,6 @@ import bz2
 import html
 import importlib.metadata
 import json
-import os
 import re
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ import mwparserfromhell
 
 from longspan.corpus.cleaning import CleaningConfig
 from longspan.corpus.sources.wikimedia_dump import read_dump
+from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import silent
 
 SAMPLE = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     dump = arguments.dump or Path(str(importlib.metadata.distribution("gensim").locate_file(SAMPLE)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     with tempfile.TemporaryDirectory() as folder:
         large, size, texts = repeated(dump, arguments.copies, Path(folder))
         ways: dict[str, Callable[[], int]] = {

@@ -53,6 +53,57 @@ def test_wrong_use_exits_2() -> None:
     assert longspan("run").returncode == 2
 
 
+def failing(error: str) -> subprocess.CompletedProcess[str]:
+    """`longspan studies` in which listing the studies fails."""
+    code = (
+        "import errno, sys\n"
+        "import longspan.study.shipped as shipped\n"
+        "from longspan.cli import main\n"
+        "def fail(): raise " + error + "\n"
+        "shipped.list_studies = fail\n"
+        "sys.argv = ['longspan', 'studies']\n"
+        "main()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_ctrl_c_exits_3_wherever_it_strikes() -> None:
+    result = failing("KeyboardInterrupt")
+    assert result.returncode == 3
+    assert result.stderr == "stopped; run the same command again to go on from here\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("OSError(errno.EROFS, 'Read-only file system', 'runs/x')", "runs/x cannot be used: Read-only file system"),
+        ("NotADirectoryError(errno.ENOTDIR, 'Not a directory', 'runs/jobs')", "runs/jobs: Not a directory"),
+        ("MemoryError()", "not enough memory"),
+        ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "not enough memory: CUDA out of memory"),
+        ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", "not enough memory"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_defect(error: str, words: str) -> None:
+    result = failing(error)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert words in lines[0]
+    assert [line.split(":")[0] for line in lines] == ["error", "  allowed", "  fix"]
+
+
+def test_a_defect_is_told_as_one() -> None:
+    result = failing("RuntimeError('shapes differ')")
+    assert result.returncode == 1
+    assert "defect of Longspan" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("fly",), ("run",), ("run", "quickstart", "--fast")])
+def test_wrong_use_is_explained_in_three_lines(arguments: tuple[str, ...]) -> None:
+    result = longspan(*arguments)
+    assert result.returncode == 2
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["error", "  allowed", "  fix"]
+
+
 def test_studies_as_json_is_one_object_on_stdout() -> None:
     result = longspan("studies", "--json")
     assert result.returncode == 0

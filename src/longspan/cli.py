@@ -27,7 +27,7 @@ StudyName = Annotated[
     str, typer.Argument(help="a shipped study (see `longspan studies`) or a .yaml file", metavar="STUDY")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings to change, e.g. tokens=2e6 variant=cpu", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="settings to change, e.g. tokens=2e6 variant=cpu", metavar="KEY=VALUE")
 ]
 Subject = Annotated[
     str, typer.Argument(help="runs/jobs/train-..., runs/STUDY, or Hugging Face weights (folder or id)", metavar="RUN")
@@ -35,12 +35,13 @@ Subject = Annotated[
 RunOnly = Annotated[str, typer.Argument(help="runs/jobs/train-... or runs/STUDY", metavar="RUN")]
 Select = Annotated[
     list[str] | None,
-    typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="[KEY=VALUE]..."),
+    typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="KEY=VALUE"),
 ]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 DEFAULT_RUNS = Path("runs")
+INTERRUPTED = 130
 
 
 @app.command()
@@ -261,7 +262,7 @@ def _print_outcome(outcome: Any, json: bool) -> None:
 
 def _tune_allocator() -> None:
     """Start again under allocator settings that keep freed memory in the process (glibc reads them only at start)."""
-    from longspan.study.environment import ALLOCATOR
+    from longspan.foundation.machine import ALLOCATOR
 
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ or "LONGSPAN_NO_REEXEC" in os.environ:
         return
@@ -274,31 +275,53 @@ def main() -> None:
     """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped, can be resumed)."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
-    except LongspanError as error:
-        if debug:
-            traceback.print_exc()
-        _print_error(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        # Typer turns Ctrl-C into the code that shells use for it.
+        if app(standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
         _print_error(Stopped("stopped; run the same command again to go on from here"))
         sys.exit(Stopped.exit_code)
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        if type(error).__module__.startswith(("typer", "click")) and hasattr(error, "format_message"):
-            print(f"error: {error.format_message()}\n  fix: see `longspan --help`", file=sys.stderr)
-            sys.exit(2)
-        print(
-            f"error: unexpected {type(error).__name__}: {error}\n  this is a defect of Longspan, not of your input\n"
-            "  fix: run again with --debug and report the traceback",
-            file=sys.stderr,
-        )
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`); Python would complain about it once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong; the exit code."""
+    from longspan.foundation.failures import machine_error
+
+    told = error if isinstance(error, LongspanError) else _usage_error(error) or machine_error(error)
+    if told is not None:
+        _print_error(told)
+        return told.exit_code
+    print(
+        f"error: unexpected {type(error).__name__}: {error}\n  this is a defect of Longspan, not of your input\n"
+        "  fix: run again with --debug and report the traceback",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _usage_error(error: Exception) -> UserError | None:
+    """Wrong use of the command line, as Typer found it."""
+    if not type(error).__module__.startswith(("typer", "click")) or not hasattr(error, "format_message"):
+        return None
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "longspan"
+    usage = context.get_usage().removeprefix("Usage: ") if context is not None else "longspan COMMAND"
+    allowed = " ".join(usage.split())
+    if commands := getattr(context and context.command, "commands", None):
+        allowed = ", ".join(commands)
+    return UserError(error.format_message().rstrip("."), allowed, f"see `{path} --help`")
 
 
 def _print_error(error: LongspanError) -> None:

@@ -18,8 +18,9 @@ from longspan.corpus.document import Document
 from longspan.corpus.shards import OneShard, ShardEntry, write_index
 from longspan.corpus.spool import Part, read_part
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.foundation.errors import LongspanError
+from longspan.foundation.errors import MachineError
 from longspan.foundation.files import read_json, write_json
+from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
 
 _BATCH_CHARS = 1 << 19
@@ -76,13 +77,8 @@ def write_shards(
 def _num_workers(asked: int | None, tasks: list[_Task], total_bytes: int) -> int:
     if asked is None:
         # Alone, the tokenizer's own threads use all cores; a process costs a second or two to start.
-        asked = _num_cores() if total_bytes >= 2 * _WORTH_A_PROCESS else 1
+        asked = available_cores() if total_bytes >= 2 * _WORTH_A_PROCESS else 1
     return max(1, min(asked, len(tasks)))
-
-
-def _num_cores() -> int:
-    # A container may be given fewer cores than the machine has; macOS cannot say.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(tasks: list[_Task], tokenizer_folder: Path, workers: int) -> Iterator[int]:
@@ -101,9 +97,10 @@ def _run(tasks: list[_Task], tokenizer_folder: Path, workers: int) -> Iterator[i
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
-        raise LongspanError(
-            "a tokenizing process ended without a word (out of memory, or killed); finished shards are kept:"
-            " run the same command again"
+        raise MachineError(
+            "a tokenizing process ended without a word: most likely it was out of memory and killed",
+            "what this machine has, see `longspan doctor`",
+            "free some memory, then run the same command again: finished shards are kept",
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -36,6 +36,12 @@ class DataError(UserError):
     exit_code = 1
 
 
+class MachineError(UserError):
+    """The machine refused: no memory, no right to write, a folder in use, a process that was killed."""
+
+    exit_code = 1
+
+
 class DivergenceError(LongspanError):
     """Training met a loss or gradient that is not finite; the message names the step and the layer."""
 

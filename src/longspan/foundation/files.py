@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -52,6 +53,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when it was written whole and flushed to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with disk_errors(path):
@@ -73,15 +75,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a damaged file is refused by name."""
+    """Read JSON; a missing or damaged file is refused by name."""
+    allowed, fix = "the file as Longspan wrote it", f"remove {path.parent} and run the same command again"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing", allowed, fix) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{path} is not readable JSON ({error})",
-            "the file as Longspan wrote it",
-            f"remove {path.parent} and run again",
-        ) from None
+        raise DataError(f"{path} is not readable JSON ({error})", allowed, fix) from None
 
 
 def sync_directory(folder: Path) -> None:
@@ -99,6 +100,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     previous = path.with_name(f".{path.name}.previous")
+    _remove_abandoned(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -126,5 +128,28 @@ def recover_directory(path: Path) -> None:
             shutil.rmtree(previous)
         else:
             os.replace(previous, path)
-    for partial in path.parent.glob(f".{path.name}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    _remove_abandoned(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of `path`; what a living one is writing stays."""
+    for partial in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
+        if _is_alive(partial.name.rpartition("-")[2]):
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _is_alive(process: str) -> bool:
+    if not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # Another user's.
+        return True
+    return int(process) != os.getpid()

@@ -10,6 +10,13 @@ from types import ModuleType
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import sha256_file
 
+_PREFIX = "longspan_plugin_"
+
+
+def is_plugin(module: str) -> bool:
+    """Whether a module's name is that of a user's own file."""
+    return module.startswith(_PREFIX)
+
 
 def load_file(path: Path | str) -> ModuleType:
     """Import a Python file by its path; loading the same file or a copy of it again changes nothing.
@@ -20,7 +27,7 @@ def load_file(path: Path | str) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"plugin file {path} is not there", "a Python file that ends in .py", "check the path")
-    name = f"longspan_plugin_{sha256_file(file)[:16]}"
+    name = f"{_PREFIX}{sha256_file(file)[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, file)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from longspan.foundation.errors import LongspanError, UserError
+from longspan.foundation.errors import MachineError, UserError
 from longspan.foundation.files import digest, disk_errors, read_json, write_json
 from longspan.study.environment import git_state, hardware, versions
 
@@ -76,7 +76,7 @@ class Job:
 
         Raises:
             UserError: the directory belongs to another configuration.
-            LongspanError: another process is working in it.
+            MachineError: another process is working in it.
         """
         folder = self.folder(runs)
         with disk_errors(folder):
@@ -87,7 +87,11 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise LongspanError(f"{folder} is in use by process {lock.read().strip() or 'unknown'}") from None
+                raise MachineError(
+                    f"{folder} ({self.title}) is in use by process {lock.read().strip() or 'unknown'}",
+                    "one process at a time in a job's folder",
+                    "wait until that one ends, then run the same command again: what it did is kept",
+                ) from None
             lock.seek(0)
             lock.truncate()
             lock.write(str(os.getpid()))

@@ -19,6 +19,7 @@ from longspan.report.numbers import duration, relative, scaled
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job
+from longspan.study.plugin_laws import check_own_mixers
 from longspan.study.schema import DEFAULT_PRIMARY, ExaminedConfig, Study, SubjectConfig
 from longspan.training.config import TrainingConfig
 
@@ -130,6 +131,9 @@ def make_plan(study: Study, runs: Path) -> Plan:
     """
     expansion: Expansion = expand(study)
     _check_primary(study, expansion)
+    if study.plugins:
+        own = [each.config for each in expansion.subjects if isinstance(each.config, SubjectConfig)]
+        check_own_mixers(config.model.unmatched() for config in own)
     # Items must be the same for every subject, whatever context it was trained at.
     context = _items_context(study, expansion)
     subjects = [_plan_subject(subject, runs, study.plugins, context) for subject in expansion.subjects]

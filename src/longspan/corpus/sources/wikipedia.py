@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from longspan.corpus.sources.wikimedia_download import DumpFile, download, is_ve
 from longspan.corpus.sources.wikimedia_dump import read_dump
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import read_json, write_json
+from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Report, silent
 
 
@@ -55,14 +55,17 @@ class WikipediaSource(SourceConfig):
 
     def read(self, cache: Path, report: Report) -> Iterator[Document]:
         """Articles in page order; `id` is the page id."""
-        yield from read_dump(self.dump(cache, report), self.cleaning, self.workers or _cores(), report)
+        yield from read_dump(self.dump(cache, report), self.cleaning, self.workers or available_cores(), report)
 
     def inputs(self, cache: Path) -> dict[str, Any]:
         """The dump by checksum, and what cleans it."""
         cleaner = {"cleaning": VERSION, "mwparserfromhell": version("mwparserfromhell")}
         if self.path is not None:
             # Under one name whatever the file is called: what is in it counts.
-            return cleaner | {"dump": describe_files({"dump": self.path.expanduser()})}
+            dump = self.path.expanduser()
+            if not dump.is_file():
+                raise UserError(f"corpus.path: {dump} is no file", "a dump, .xml.bz2", "change `corpus.path`")
+            return cleaner | {"dump": describe_files({"dump": dump})}
         file = self._resolve(cache)
         return cleaner | {"dump": {"name": file.name, file.algorithm: file.checksum}}
 
@@ -85,7 +88,3 @@ class WikipediaSource(SourceConfig):
         file = resolve(self.mirror, self.wiki, self.date, self.file)
         write_json(note, {name: getattr(file, name) for name in DumpFile.__slots__})
         return file
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
