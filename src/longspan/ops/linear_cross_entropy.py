@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
+from longspan.ops.compiling import never_compiled
 
 
+@never_compiled
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
