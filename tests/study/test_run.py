@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,3 +217,95 @@ def appeared(folder: Path, name: str) -> bool:
     except FileNotFoundError:
         # A folder went away while it was listed.
         return False
+
+
+@pytest.fixture
+def copied(tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    """A finished study to do damage to."""
+    shutil.copytree(finished[0], tmp_path / "study")
+    (tmp_path / "study" / "mini.yaml").write_text(STUDY)
+    return tmp_path / "study"
+
+
+def test_answers_that_were_lost_are_asked_again_and_never_left_out_silently(copied: Path) -> None:
+    expected = results(copied)
+    path = next(p for p in (copied / "runs/jobs").rglob("records.jsonl") if '"probe":"perplexity"' in p.read_text())
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    report = longspan(copied, "report", "mini.yaml", check=False)
+    assert report.returncode == 2
+    assert "1 of 9 jobs" in report.stderr
+    again = longspan(copied, "run", "mini.yaml")
+    assert "has lost 2 answers: asked again" in again.stderr
+    assert results(copied) == expected
+
+
+def test_an_altered_test_split_is_named_before_anything_is_asked(copied: Path) -> None:
+    (prepare,) = (copied / "runs/jobs").glob("prepare-*")
+    shard = next((prepare / "corpus/test").glob("*.tokens"))
+    shard.write_bytes(b"xxxx" + shard.read_bytes()[4:])
+    for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
+        marker.unlink()
+    refused = longspan(copied, "run", "mini.yaml", check=False)
+    assert refused.returncode == 1
+    assert f"{shard.name} was altered" in refused.stderr
+    assert f"remove runs/jobs/{prepare.name} and" in refused.stderr
+    shutil.rmtree(prepare)
+    longspan(copied, "run", "mini.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("train", "training/checkpoints/best/model.safetensors"),
+        ("train", "training/metrics.jsonl"),
+        ("probe", "job.json"),
+    ],
+)
+def test_a_file_that_is_gone_from_a_finished_job_says_what_to_remove_and_that_helps(
+    copied: Path, kind: str, name: str
+) -> None:
+    expected = results(copied)
+    job = sorted((copied / "runs/jobs").glob(f"{kind}-*"))[0]
+    (job / name).unlink()
+    if kind == "train":
+        for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
+            marker.unlink()
+    refused = longspan(copied, "run", "mini.yaml", check=False)
+    assert refused.returncode == 1
+    assert Path(name).name in refused.stderr
+    assert f"remove runs/jobs/{job.name} and" in refused.stderr
+    shutil.rmtree(job)
+    longspan(copied, "run", "mini.yaml")
+    assert results(copied) == expected
+
+
+def test_the_report_of_another_version_of_a_study_moves_aside(copied: Path) -> None:
+    page = (copied / "runs/mini/report.html").read_bytes()
+    (copied / "mini.yaml").write_text(STUDY.replace("num_items: 20", "num_items: 12"))
+    changed = longspan(copied, "run", "mini.yaml")
+    (aside,) = (copied / "runs").glob("mini-was-*")
+    assert f"runs/{aside.name}" in changed.stderr
+    assert (aside / "report.html").read_bytes() == page
+    assert "num_items: 12" in (copied / "runs/mini/study.yaml").read_text()
+    (copied / "mini.yaml").write_text(STUDY)
+    back = longspan(copied, "run", "mini.yaml")
+    assert "mini-was-" in back.stderr
+    assert len(list((copied / "runs").glob("mini-was-*"))) == 2
+
+
+def test_a_corpus_without_validation_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY.replace("train: 0.6, validation: 0.2", "train: 0.8, validation: 0"))
+    refused = longspan(tmp_path, "train", "mini.yaml", check=False)
+    assert refused.returncode == 1
+    assert "the corpus has no validation split" in refused.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_no_defect(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/jobs").write_text("a file where a folder belongs")
+    for runs in ("mini.yaml/x", "/proc/longspan", "there"):
+        refused = longspan(tmp_path, "prepare", "mini.yaml", "--runs", runs, check=False)
+        assert refused.returncode in (1, 2)
+        assert "defect" not in refused.stderr
+        assert [line.split(":")[0] for line in refused.stderr.splitlines()[-3:]] == ["error", "  allowed", "  fix"]

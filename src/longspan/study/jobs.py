@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from longspan.foundation.errors import MachineError, UserError
+from longspan.foundation.errors import DataError, MachineError, UserError
 from longspan.foundation.files import digest, disk_errors, read_json, write_json
 from longspan.study.environment import git_state, hardware, versions
 
@@ -21,6 +21,22 @@ DONE = "done.json"
 DOWNLOADS = "downloads"
 VERSION = 2
 """Raised when the meaning of a job's files changes, so that older directories are not taken for new ones."""
+
+
+@contextmanager
+def finished_job(folder: Path) -> Iterator[Path]:
+    """The folder of a finished job, for reading.
+
+    Raises:
+        DataError: a file in it is damaged; the fix is for the whole folder, since its marker says that it is done.
+    """
+    try:
+        yield folder
+    except MachineError:
+        raise
+    except UserError as error:
+        fix = f"remove {folder} and run the same command again: that job is done anew, the others are kept"
+        raise DataError(error.given, error.allowed, fix) from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
     entries = []
     for corpus in prepared.values():
         entries += corpus_entries(corpus.ledger)
-    entries += [LedgerEntry("info", "subjects", note) for note in plan.notes if "listed once" in note]
+    entries += [LedgerEntry("info", "subjects", note) for note in plan.merged]
     entries += _packing(plan, runs)
     entries += _training(plan, runs)
     return entries

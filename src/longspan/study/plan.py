@@ -69,7 +69,8 @@ class PlannedSubject:
 class Plan:
     """A study unfolded: its subjects with their jobs, and the table that a person sees first.
 
-    `context` is the tokens of the items, the same for every subject.
+    `context` is the tokens of the items, the same for every subject; `merged` says which arms are listed once, being
+    the same run; `notes` is for the terminal, that included.
     """
 
     study: Study
@@ -77,6 +78,7 @@ class Plan:
     notes: list[str]
     seconds: float
     context: int
+    merged: tuple[str, ...] = ()
 
     columns = ("<subject", "seeds", "<mixers", "parameters", "non-embedding", "match", "tokens", "training FLOPs")
 
@@ -144,7 +146,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
         notes.append(
             f"training needs {scaled(pending, 'FLOP')}, about {duration(seconds)} on this machine; probes come on top"
         )
-    return Plan(study, subjects, notes, seconds, context)
+    return Plan(study, subjects, notes, seconds, context, tuple(expansion.merged))
 
 
 def _items_context(study: Study, expansion: Expansion) -> int:

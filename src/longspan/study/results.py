@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.corpus.prepare import PreparedCorpus
 from longspan.engines.trained_run import TRAINING
-from longspan.foundation.files import read_json
+from longspan.foundation.files import digest, read_json
 from longspan.models.budget import forward_flops_per_token, state_bytes
 from longspan.probes.base import Probe, ProbeData
 from longspan.records.observation import Observation, Summary, summarise
@@ -26,12 +26,12 @@ from longspan.report.data import (
     SubjectFacts,
     TrainingCurve,
 )
-from longspan.study.jobs import DONE
+from longspan.study.jobs import DONE, finished_job
 from longspan.study.ledger import ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
 from longspan.study.schema import ExaminedConfig
-from longspan.study.stages import CORPUS, ITEMS_SEED, RECORDS
+from longspan.study.stages import ITEMS_SEED, RECORDS, open_corpus
 from longspan.training.metrics import read_metrics
 
 COST_CONTEXTS = tuple(2**power for power in range(8, 18))
@@ -43,8 +43,7 @@ ITEMS_SHOWN = 40
 def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
     """All that the report shows, from the records of finished jobs."""
     prepared = {
-        planned.prepare.key: PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS, verify=False)
-        for planned in plan.subjects
+        planned.prepare.key: open_corpus(planned.prepare.folder(runs), verify=False) for planned in plan.subjects
     }
     sections, items = [], []
     for name in dict.fromkeys(name for planned in plan.subjects for name in planned.probes):
@@ -138,12 +137,13 @@ def _model_facts(label: str, planned: PlannedSubject) -> SubjectFacts:
 
 
 def _curve(planned: PlannedSubject, runs: Path) -> TrainingCurve:
-    path = planned.train.folder(runs) / TRAINING / "metrics.jsonl"
+    with finished_job(planned.train.folder(runs)) as folder:
+        lines = read_metrics(folder / TRAINING / "metrics.jsonl")
     return TrainingCurve(
         subject=planned.subject.label,
         seed=planned.subject.seed,
-        rows=_rows(read_metrics(path, "train")),
-        validation=_rows(read_metrics(path, "validation")),
+        rows=_rows(line for line in lines if line["kind"] == "train"),
+        validation=_rows(line for line in lines if line["kind"] == "validation"),
         best_step=planned.train.result(runs)["training"]["best"]["step"],
     )
 
@@ -246,7 +246,7 @@ def _notes(plan: Plan, runs: Path) -> list[str]:
 
 
 def _hashes(plan: Plan, runs: Path) -> dict[str, str]:
-    hashes = {}
+    hashes = {"study": digest(plan.study.resolved())}
     for planned in plan.subjects:
         who = planned.subject.who
         hashes[f"corpus {planned.prepare.key[:8]}"] = planned.prepare.key

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
 from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
+from longspan.records.store import RecordStore
 from longspan.study.environment import devices
 from longspan.study.executors.local import LocalExecutor
 from longspan.study.jobs import DONE, Job
@@ -21,10 +23,11 @@ from longspan.study.plan import Plan as Plan
 from longspan.study.plan import PlannedSubject, make_plan
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
-from longspan.study.stages import CORPUS, probe_data
+from longspan.study.stages import RECORDS, open_corpus, probe_data
 
 Stage = Literal["prepare", "train", "probe", "report"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "probe", "report")
+DEFAULT_RUNS = Path("runs")
 
 
 class Observer(Protocol):
@@ -69,7 +72,8 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     plan = make_plan(study, runs)
     terminal.plan(plan)
     folder = study_folder(study, runs)
-    claim_study_folder(study, folder)
+    if moved := claim_study_folder(study, folder):
+        terminal.line(f"note: {moved}")
     list_runs(folder, (listed(planned, runs) for planned in plan.subjects))
     executor = LocalExecutor(devices())
     jobs = plan.jobs_until(until)
@@ -85,7 +89,7 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
         check_items(plan, runs)
         executor.run(plan.jobs_until("train"), runs, terminal.observe, finished)
         for text in forget_stale_probes(plan, runs):
-            terminal.line(text)
+            terminal.line(f"note: {text}")
     executor.run(jobs, runs, terminal.observe, finished)
     seconds = time.monotonic() - started
     if until != "report":
@@ -106,17 +110,21 @@ def check_items(plan: Plan, runs: Path) -> None:
         UserError: too few or too short documents, with the numbers and what to do.
     """
     asked = set()
+    corpora: dict[str, PreparedCorpus] = {}
     for planned in plan.subjects:
         for job in planned.probes.values():
             question = digest([planned.prepare.key, job.details["settings"], job.specification["context"]])
-            if question not in asked and not job.is_done(runs):
-                asked.add(question)
-                prepared = PreparedCorpus.open(planned.prepare.folder(runs) / CORPUS, verify=False)
-                make_probe(job.specification["name"], job.details["settings"]).items(probe_data(job, prepared))
+            if question in asked or job.is_done(runs):
+                continue
+            asked.add(question)
+            if planned.prepare.key not in corpora:
+                corpora[planned.prepare.key] = open_corpus(planned.prepare.folder(runs))
+            data = probe_data(job, corpora[planned.prepare.key])
+            make_probe(job.specification["name"], job.details["settings"]).items(data)
 
 
 def forget_stale_probes(plan: Plan, runs: Path) -> list[str]:
-    """Take the completion marker from probe jobs that asked other weights than those that are there now.
+    """Take the completion marker from probe jobs that lost answers, or asked other weights than those there are now.
 
     Returns:
         A line for each, for the terminal.
@@ -125,10 +133,23 @@ def forget_stale_probes(plan: Plan, runs: Path) -> list[str]:
     for planned in plan.subjects:
         weights = planned.train.result(runs)["weights"].get(planned.subject.stored_weights)
         for job in planned.probes.values():
-            if job.is_done(runs) and job.result(runs)["weights"] != weights:
+            if not job.is_done(runs):
+                continue
+            reason = f"{job.title} has lost {lost} answers: asked again" if (lost := lost_answers(job, runs)) else ""
+            if job.result(runs)["weights"] != weights:
+                reason = f"{job.title} asked other weights than those of {planned.train.title} now: asked again"
+            if reason:
                 (job.folder(runs) / DONE).unlink()
-                lines.append(f"{job.title} asked other weights than those of {planned.train.title} now: asked again")
+                lines.append(reason)
     return lines
+
+
+def lost_answers(job: Job, runs: Path) -> int:
+    """How many answers of a finished probe job are not in its records any more."""
+    result = job.result(runs)
+    asked: int = result["items"]
+    kept: int = sum(record.fingerprint == result["fingerprint"] for record in RecordStore(job.folder(runs) / RECORDS))
+    return max(0, asked - kept)
 
 
 def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
@@ -139,16 +160,24 @@ def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
     """
     study = load_study(name, overrides)
     plan = make_plan(study, runs)
-    missing = [job for job in plan.jobs_until("report") if not job.is_done(runs)]
+    jobs = plan.jobs_until("report")
+    missing = [job for job in jobs if not job.is_done(runs) or (job.kind == "probe" and lost_answers(job, runs))]
     if missing:
         raise UserError(
-            f"{len(missing)} jobs of {study.name} are not done, first `{missing[0].title}`",
+            f"{len(missing)} of {len(jobs)} jobs of {study.name} are not done in {runs}, first `{missing[0].title}`",
             "a study whose records are complete",
-            " ".join(["longspan run", name, *overrides]),
+            command_line(name, study.overrides, runs),
         )
     folder = study_folder(study, runs)
-    claim_study_folder(study, folder)
-    return _write_report(plan, runs, folder, name, 0.0)
+    moved = claim_study_folder(study, folder)
+    outcome = _write_report(plan, runs, folder, name, 0.0)
+    return replace(outcome, lines=[*outcome.lines, *([f"note: {moved}"] if moved else [])])
+
+
+def command_line(name: str, overrides: Iterable[str], runs: Path = DEFAULT_RUNS) -> str:
+    """The command that runs a study, for a shell."""
+    where = [] if runs == DEFAULT_RUNS else ["--runs", str(runs)]
+    return shlex.join(["longspan", "run", name, *overrides, *where])
 
 
 def _write_report(plan: Plan, runs: Path, folder: Path, name: str, seconds: float) -> Outcome:
@@ -159,7 +188,7 @@ def _write_report(plan: Plan, runs: Path, folder: Path, name: str, seconds: floa
     from longspan.report.tables import summary_rows
     from longspan.study.results import collect
 
-    facts = collect(plan, runs, " ".join(["longspan run", name, *plan.study.overrides]))
+    facts = collect(plan, runs, command_line(name, plan.study.overrides))
     report_data.save(facts, folder / "report.json")
     page = write_report(facts, folder)
     decision = decide(facts)

@@ -20,7 +20,7 @@ from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
 from longspan.records.store import Record, RecordStore
 from longspan.study.examined import import_model
-from longspan.study.jobs import DOWNLOADS, Job
+from longspan.study.jobs import DOWNLOADS, Job, finished_job
 from longspan.study.schema import ModelSource
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
@@ -63,10 +63,22 @@ def prepare_stage(job: Job, folder: Path, runs: Path, report: Report, device: st
     }
 
 
+def open_corpus(folder: Path, *, verify: bool = True) -> PreparedCorpus:
+    """The corpus that a finished job left; see `PreparedCorpus.open`."""
+    with finished_job(folder):
+        return PreparedCorpus.open(folder / CORPUS, verify=verify)
+
+
 def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
     """Shards → weights, metrics and the cost of getting them."""
     specification = job.specification
-    prepared = PreparedCorpus.open(runs / "jobs" / job.details["prepare"] / CORPUS)
+    prepared = open_corpus(runs / "jobs" / job.details["prepare"])
+    if "validation" not in prepared.shards:
+        raise DataError(
+            "the corpus has no validation split",
+            "one for training, which keeps the best weights by it",
+            "raise corpus.splits.validation, or take it out of train with corpus.carve=[validation]",
+        )
     vocab_size = prepared.tokenizer.vocab_size
     if vocab_size != specification["vocab_size"]:
         raise LongspanError(
@@ -153,9 +165,11 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     specification = job.specification
     name, label, seed = job.details["name"], job.details["subject"], specification["seed"]
     probe = make_probe(name, job.details["settings"])
-    run, which = TrainedRun.open(runs / "jobs" / job.details["train"]), specification["weights"]
-    engine = engine_of(run, which, device=device)
-    data = probe_data(job, PreparedCorpus.open(runs / "jobs" / job.details["prepare"] / CORPUS))
+    which = specification["weights"]
+    with finished_job(runs / "jobs" / job.details["train"]) as trained:
+        run = TrainedRun.open(trained)
+        engine = engine_of(run, which, device=device)
+    data = probe_data(job, open_corpus(runs / "jobs" / job.details["prepare"]))
     items = probe.items(data)
     protocol = probe.protocol()
     with RecordStore(folder / RECORDS) as store:

@@ -92,8 +92,10 @@ def train(
     whole = run_configuration(model, training, isolation=isolation, device=device, more=configuration)
     directory.mkdir(parents=True, exist_ok=True)
     claim(directory, whole)
-    if (directory / "result.json").exists():
-        load_weights(recover_checkpoint(directory / "checkpoints" / "last"), model)
+    last = recover_checkpoint(directory / "checkpoints" / "last")
+    # Without its last weights a run is trained again, as it is where somebody removed them.
+    if (directory / "result.json").exists() and last.exists():
+        load_weights(last, model)
         return TrainingResult.read(directory / "result.json")
     # Dropout draws from torch's global generators; the caller's stay as they were.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), Interruption() as interruption:

@@ -54,7 +54,17 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`, all or those of one `kind` (`train`, `validation`); a torn last line is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1]
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    """Lines of `metrics.jsonl`, all or those of one `kind` (`train`, `validation`); a torn last line is left out.
+
+    Raises:
+        DataError: the file is missing or a line of it is damaged.
+    """
+    fix = f"remove {path.parent} and run the same command again: that run is trained anew"
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing", "the file as training wrote it", fix) from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error})", "the file as training wrote it", fix) from None
     return [record for record in records if kind is None or record["kind"] == kind]

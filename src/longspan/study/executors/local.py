@@ -6,10 +6,12 @@ import multiprocessing
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from longspan.foundation.errors import Stopped
+from longspan.foundation.failures import killed_process
 from longspan.foundation.progress import Progress
 from longspan.study.executors.base import Finished, Observe
 from longspan.study.jobs import Job
@@ -82,6 +84,9 @@ def _run_in_processes(
                     for future in done:
                         job = running.pop(future)
                         finished(job, future.result())
+                except BrokenProcessPool:
+                    failure = failure or killed_process(job.title)
+                    stop.set()
                 except BaseException as error:
                     failure = failure or error
                     stop.set()
