@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from longspan.foundation.errors import DataError
+from longspan.records import statistics
 from longspan.records.observation import Comparison, Measurement, Metric, Observation, Summary, summarise
 
 BPB = Metric("bits_per_byte", "Bits per byte", "bits/byte", "ratio", "lower")
@@ -115,6 +116,10 @@ def test_holm_covers_all_pairs_and_places_of_one_metric() -> None:
     summary = summarise(observations, [ACC])
     assert len(summary.comparisons) == 6
     assert {c.method for c in summary.comparisons} == {"exact McNemar"}
+    # Connor 1987: beside McNemar's test, from as many discordant items as there were.
+    assert {round(c.mde or 0, 3) for c in summary.comparisons} <= {
+        round(statistics.paired_proportion_mde(60, k / 60), 3) for k in range(1, 61)
+    }
     smallest = min(summary.comparisons, key=lambda c: c.p or 1)
     assert smallest.p_holm == pytest.approx(6 * (smallest.p or 1))
     assert [t.x for t in summary.ties] == [64.0, 256.0]

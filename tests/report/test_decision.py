@@ -70,6 +70,7 @@ def test_leaders_that_tie_are_named_together_and_the_rest_behind_them() -> None:
 def test_one_seed_is_said_to_leave_training_luck_unmeasured() -> None:
     one = decide(report([measurement("AA", 1.3)], [], seeds=(0,)))
     assert "seed to seed is unmeasured" in one.certainty
+    assert "paired" not in one.certainty
     three = decide(report([measurement("AA", 1.3)], [], seeds=(0, 1, 2)))
     assert "3 seeds were trained per subject" in three.certainty
 
@@ -79,7 +80,7 @@ def test_missing_intervals_and_missing_results_are_said_not_hidden() -> None:
     bare = decide(report([measurement("AA", 1.3, None), measurement("MM", 1.2, None)], [few]))
     assert bare.verdict == "undecided"
     assert "no interval" in bare.answer
-    assert "too few" in bare.certainty
+    assert "3 documents are too few. Intervals" in bare.certainty
     assert decide(report([], [])).verdict == "nothing"
     nan = decide(report([measurement("AA", float("nan")), measurement("MM", 1.2)], []))
     assert nan.verdict == "single"

@@ -167,6 +167,35 @@ def test_an_interval_that_says_nothing_does_not_flatten_the_others(quickstart_re
     assert max(map(abs, line["encoding"]["y"]["scale"]["domain"])) < 0.9
 
 
+def test_a_page_of_thousands_of_comparisons_stays_small_and_loses_none(
+    quickstart_report: ReportInput, tmp_path: Path
+) -> None:
+    section = quickstart_report.probes[0]
+    first = section.summary.comparisons[0]
+    many = tuple(replace(first, a=f"arm {i}", b=f"arm {i + 1}", p_holm=1 - i / 4000) for i in range(3000))
+    summary = replace(section.summary, comparisons=(*section.summary.comparisons, *many))
+    large = replace(quickstart_report, probes=[replace(section, summary=summary)])
+    size = page.write_report(large, tmp_path).stat().st_size
+    alone = page.write_report(replace(quickstart_report, probes=[section]), tmp_path / "alone").stat().st_size
+    assert size < alone + 200_000
+    text = (tmp_path / "report.html").read_text()
+    assert "The first 120 of" in text
+    # The clearest come first.
+    assert "arm 2999" in text
+    assert "arm 1000<" not in text
+    (data,) = (tmp_path / "figures").glob("*.csv")
+    assert f'href="figures/{data.name}"' in text
+    assert len(data.read_text().splitlines()) > 3000
+    assert (tmp_path / "report.md").stat().st_size < 200_000
+
+
+def test_probes_that_measure_the_same_are_told_apart_in_the_terminal_table(quickstart_report: ReportInput) -> None:
+    first = quickstart_report.probes[0]
+    twice = replace(quickstart_report, probes=[first, replace(first, kind="perplexity_as_trained")])
+    headings = [name for name, _ in summary_rows(twice).headings]
+    assert headings[3:5] == ["Bits per byte (perplexity)", "Bits per byte (perplexity_as_trained)"]
+
+
 def test_the_terminal_table_has_the_best_subject_first(quickstart_report: ReportInput) -> None:
     table = summary_rows(quickstart_report)
     assert [name for name, _ in table.headings][:4] == ["subject", "mixers", "parameters", "Bits per byte"]

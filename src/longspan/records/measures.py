@@ -139,7 +139,8 @@ class Comparison:
 class Ties:
     """Subjects of one metric at one x, best first, in groups that the data cannot tell apart.
 
-    Groups overlap where a ties with b and b with c, but a beats c. Show groups instead of ranks.
+    Two subjects share a group exactly where they cannot be told apart (`tie_groups`), so groups overlap where a ties
+    with b and b with c, but a beats c. Show groups instead of ranks.
     """
 
     metric: str

@@ -14,6 +14,7 @@ from longspan.foundation.errors import DataError
 from longspan.records import statistics
 from longspan.records.measures import Comparison, Measurement, Metric, Observation, Summary, Ties
 from longspan.records.statistics import Array, Bootstrap, SeedSpread
+from longspan.records.ties import tie_groups
 
 __all__ = ["Comparison", "Measurement", "Metric", "Observation", "Summary", "Ties", "summarise"]
 
@@ -279,7 +280,7 @@ def _comparison(
     pair: tuple[str, str],
     sides: Sequence[tuple[Array, Array]],
     boot: Bootstrap | None,
-    exact: float | None,
+    exact: tuple[float, float] | None,
 ) -> Comparison:
     ratios = [numerator.sum(0) / denominator.sum(0) for numerator, denominator in sides]
     seeds = min(len(side) for side in ratios)
@@ -302,12 +303,19 @@ def _comparison(
         if mde is not None and spread.freedom == 0:
             needed = statistics.clusters_needed(clusters, difference, mde)
     if exact is not None:
-        p, method = exact, "exact McNemar"
+        # Each item is a cluster of its own here, so the detectable difference is that of the test that is made.
+        (p, discordance), method = exact, "exact McNemar"
+        connor = statistics.paired_proportion_mde(clusters, discordance) if discordance else math.inf
+        mde = connor if math.isfinite(connor) else None
+        needed = None if mde is None else statistics.clusters_needed(clusters, difference, mde)
     return Comparison(metric.name, x, *pair, difference, low, high, p, None, mde, clusters, seeds, needed, method, note)
 
 
-def _mcnemar(metric: Metric, a: _Answers, b: _Answers, items: Sequence[str]) -> float | None:
-    """The exact test where it is valid: one seed a side, one item per cluster, answers right or wrong."""
+def _mcnemar(metric: Metric, a: _Answers, b: _Answers, items: Sequence[str]) -> tuple[float, float] | None:
+    """p and the share of items that one side alone got right, where the exact test is valid.
+
+    That is with one seed a side, one item per cluster, and answers right or wrong.
+    """
     if metric.kind != "proportion" or len(a.seeds) > 1 or len(b.seeds) > 1:
         return None
     if len({a.clusters[item] for item in items}) < len(items):
@@ -316,7 +324,8 @@ def _mcnemar(metric: Metric, a: _Answers, b: _Answers, items: Sequence[str]) -> 
     answers = [(*of_a[item], *of_b[item]) for item in items]
     if any(na not in (0.0, 1.0) or nb not in (0.0, 1.0) or da != 1.0 or db != 1.0 for na, da, nb, db in answers):
         return None
-    return statistics.mcnemar(sum(na > nb for na, _, nb, _ in answers), sum(nb > na for na, _, nb, _ in answers))
+    only_a, only_b = (sum(sign * (na - nb) > 0 for na, _, nb, _ in answers) for sign in (1, -1))
+    return statistics.mcnemar(only_a, only_b), (only_a + only_b) / len(answers)
 
 
 def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -332,16 +341,8 @@ def _ties(
     values: Mapping[tuple[float | None, str], float],
     comparisons: Sequence[Comparison],
 ) -> Ties:
-    """Maximal runs of the ordered subjects in which no pair differs."""
+    """The groups that cannot be told apart at one x; see `tie_groups`."""
     decided = {frozenset((c.a, c.b)) for c in comparisons if c.x == x and c.decided}
     order = sorted(subjects, key=lambda s: values[x, s], reverse=metric.better == "higher")
-    groups: list[tuple[str, ...]] = []
-    reach = 0
-    for start in range(len(order)):
-        end = start + 1
-        while end < len(order) and all(frozenset((order[end], s)) not in decided for s in order[start:end]):
-            end += 1
-        if end > reach:
-            groups.append(tuple(order[start:end]))
-            reach = end
+    groups = tie_groups(order, lambda a, b: frozenset((a, b)) in decided)
     return Ties(metric.name, x, tuple(groups))

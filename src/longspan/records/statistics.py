@@ -352,11 +352,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Benjamini-Hochberg adjusted p-values (false discovery rate), for exploratory slices."""
-    return [float(p) for p in stats.false_discovery_control(p_values)] if len(p_values) else []
-
-
 def minimum_detectable_effect(half_width: float, power: float = 0.8) -> float:
     """Smallest true difference that a two-sided 5 % test finds with this power, from its 95 % half-width."""
     z = float(stats.norm.ppf(0.975))

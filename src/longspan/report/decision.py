@@ -143,7 +143,7 @@ def _open_question(finding: Finding, best: str, others: list[str]) -> str:
     compared = [c for other in dict.fromkeys(others) if (c := findings.between(finding, best, other)) is not None]
     sized = [c for c in compared if c.mde and c.difference]
     if not sized:
-        return " ".join(dict.fromkeys(c.note for c in compared if c.note))
+        return " ".join(f"{note[:1].upper()}{note[1:]}." for note in dict.fromkeys(c.note for c in compared if c.note))
     comparison = max(sized, key=lambda c: abs(c.difference) / (c.mde or math.inf))
     mde = comparison.mde or math.nan
     proportion = finding.metric.kind in ("proportion", "difference")
@@ -222,6 +222,8 @@ def _basis(finding: Finding) -> str:
     if not sizes:
         return ""
     n = numbers.count(sizes[0]) if len(sizes) == 1 else f"{numbers.count(sizes[0])} to {numbers.count(sizes[-1])}"
+    if len(findings.measured(finding)) == 1:
+        return f"The interval is 95 %, from {n} documents."
     return f"Intervals are 95 %, from {n} documents; differences are paired on the same documents and Holm-adjusted."
 
 
@@ -229,6 +231,11 @@ def _seeds(report: ReportInput, finding: Finding) -> str:
     trained = [s for s in report.subjects if s.kind == "trained"]
     if not trained:
         return ""
+    if _one_seed(report) and len(report.subjects) == 1:
+        return (
+            "One seed was trained, so the variation from seed to seed is unmeasured: the interval says how the result "
+            "would change with other documents, not with another training run. It takes at least 3 seeds: seed=[0,1,2]."
+        )
     if _one_seed(report):
         return (
             "One seed was trained per subject, so the variation from seed to seed is unmeasured: the intervals say how "

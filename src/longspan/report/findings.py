@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from longspan.records.observation import Comparison, Measurement, Metric
+from longspan.records.ties import ranked_groups
 from longspan.report.data import ProbeSection, ReportInput
 from longspan.report.numbers import finite
 
@@ -86,14 +87,10 @@ def order(metric: Metric, measurements: Iterable[Measurement]) -> list[Measureme
 
 def tie_groups(finding: Finding) -> list[list[str]]:
     """Subjects in groups, best group first: a group is its best subject and all that cannot be told from it."""
-    rest = [m.subject for m in order(finding.metric, measured(finding).values())]
-    groups: list[list[str]] = []
-    while rest:
-        best = rest[0]
-        group = [best, *(other for other in rest[1:] if not decided(between(finding, best, other)))]
-        groups.append(group)
-        rest = [subject for subject in rest if subject not in group]
-    return groups
+    ranked = [m.subject for m in order(finding.metric, measured(finding).values())]
+    found = [c for c in pairs(finding.section, finding.metric.name) if c.x == finding.x and c.decided]
+    decided_pairs = {frozenset((c.a, c.b)) for c in found}
+    return ranked_groups(ranked, lambda a, b: frozenset((a, b)) in decided_pairs)
 
 
 def leads(finding: Finding, group: list[str]) -> bool:

@@ -79,7 +79,11 @@ def _markdown_figures(found: Sequence[Figure]) -> list[str]:
             "<details><summary>Table</summary>",
             "",
         ]
-        out += [f.table.markdown(), "", "</details>", ""]
+        out += [f.table.shortened().markdown(), ""]
+        if len(f.table.rows) > tables.MOST_ROWS:
+            out += [f"The first {tables.MOST_ROWS} of {len(f.table.rows):,} rows.", ""]
+        out += [f"[All data (CSV)](figures/{f.name}.csv)", ""] if f.table.is_large else []
+        out += ["</details>", ""]
     return out
 
 

@@ -59,6 +59,8 @@ def _write_figure(figure: Figure, arms: Arms, folder: Path) -> None:
     svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
     (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
     (folder / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+    if figure.table.is_large:
+        (folder / f"{figure.name}.csv").write_text(figure.table.csv_text, encoding="utf-8")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -82,6 +84,7 @@ def html(content: Content) -> str:
     text: str = template.render(
         report=report,
         arms=arms,
+        most_rows=tables.MOST_ROWS,
         decision=content.decision,
         by_label={s.label: s for s in report.subjects},
         mixers=list(letters.items()),
@@ -184,7 +187,7 @@ def _letter_name(letter: str) -> str:
 
 
 def _data_uri(table: Table) -> str:
-    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(table.csv().encode()).decode()
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(table.csv_text.encode()).decode()
 
 
 def _lone(found: Sequence[Figure]) -> list[tuple[Figure, bool]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from longspan.records.observation import Comparison, Measurement, Metric
@@ -13,6 +14,11 @@ from longspan.report import findings, numbers
 from longspan.report.data import ProbeSection, ReportInput, SubjectFacts
 from longspan.report.decision import difference_text, value_text
 from longspan.report.findings import Finding
+
+MOST_ROWS = 120
+"""Rows that the page and its Markdown twin show of a table."""
+MOST_DATA = 100_000
+"""Characters of data that the page holds for one table; more lie in a file beside it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,20 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     subjects: tuple[str, ...] = ()
     records: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @cached_property
+    def csv_text(self) -> str:
+        """`csv()`, worked out once."""
+        return self.csv()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its data lies in a file of its own beside the page."""
+        return len(self.csv_text) > MOST_DATA
+
+    def shortened(self) -> Table:
+        """The first rows, as many as are shown; the data stays whole."""
+        return replace(self, rows=self.rows[:MOST_ROWS])
 
     @property
     def headings(self) -> list[tuple[str, bool]]:
@@ -72,7 +92,8 @@ def summary_rows(report: ReportInput) -> Table:
     """The short table that a run ends with: best subject first, one column per quality probe."""
     primary = findings.primary_finding(report)
     quality = [f for section in report.probes if section.place == "quality" if (f := _finding(section, primary))]
-    columns = ["<subject", "<mixers", "parameters", *(_heading(f) for f in quality), "tok/s", "peak memory"]
+    headings = _headings(quality)
+    columns = ["<subject", "<mixers", "parameters", *headings, "tok/s", "peak memory"]
     rows: list[tuple[str, ...]] = []
     records: list[dict[str, Any]] = []
     for subject in _best_first(report, primary):
@@ -83,7 +104,7 @@ def summary_rows(report: ReportInput) -> Table:
         rows.append(tuple(cells))
         records.append(
             {"subject": subject.label}
-            | {_heading(f): m.value if m else None for f, m in zip(quality, values, strict=True)}
+            | {heading: m.value if m else None for heading, m in zip(headings, values, strict=True)}
             | {"tokens_per_second": subject.tokens_per_second, "peak_memory_bytes": subject.peak_memory_bytes}
         )
     labels = tuple(s.label for s in _best_first(report, primary))
@@ -105,6 +126,15 @@ def _heading(finding: Finding) -> str:
     if finding.x is None:
         return finding.metric.title
     return f"{finding.metric.title} @ {numbers.count(finding.x)}"
+
+
+def _headings(quality: Sequence[Finding]) -> list[str]:
+    """A heading for each; probes that measure the same are told apart by their names."""
+    plain = [_heading(f) for f in quality]
+    return [
+        f"{heading} ({f.section.kind})" if plain.count(heading) > 1 else heading
+        for heading, f in zip(plain, quality, strict=True)
+    ]
 
 
 def _letters_cell(subject: SubjectFacts, primary: Finding | None) -> str:
@@ -228,7 +258,11 @@ def comparison_table(metric: Metric, comparisons: Sequence[Comparison]) -> Table
     with_x = any(c.x is not None for c in comparisons)
     columns = ("<a", "<b", *([metric.x_name or "x"] if with_x else []), "a − b", "p (Holm)", "detectable", "documents")
     rows = []
-    for c in comparisons:
+    shown = list(comparisons)
+    if len(shown) > MOST_ROWS:
+        # Of many, the clearest first: not all rows are shown.
+        shown.sort(key=lambda c: (1.0 if c.p_holm is None else c.p_holm, -abs(c.difference)))
+    for c in shown:
         x = [numbers.count(c.x)] if with_x else []
         unit = 100.0 if metric.kind in ("proportion", "difference") else 1.0
         detectable = f"±{numbers.significant(unit * c.mde, 2)}{' pp' if unit > 1 else ''}" if c.mde else numbers.MISSING

@@ -61,7 +61,7 @@ def claim_study_folder(study: Study, folder: Path) -> str:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
             moved = f"the study was changed since its last report, which is in {aside} now"
-    elif any(folder.iterdir()):
+    elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(f"{folder} is not a study's folder", "an empty or new folder", "choose another one with --runs")
     with atomic_write(path) as file:
         file.write(resolved_yaml(study))
