@@ -36,4 +36,14 @@ def test_a_crossing_is_found_between_its_contexts_and_says_its_doubt() -> None:
     assert crossing.low is None
     unsure = {"A": [(64.0, 3.0, 2.0, 5.0), (1024.0, 16.0, 15.0, 17.0)], "M": exact["M"]}
     (crossing,) = crossovers(unsure)
-    assert (crossing.low, crossing.high) == (64.0, 64.0)
+    assert (crossing.low, crossing.high) == (64.0, 1024.0)
+    assert crossing.low < crossing.x < crossing.high
+
+
+def test_two_crossings_in_one_stretch_of_doubt_are_none() -> None:
+    steady = [(x, 2.0, 1.8, 2.2) for x in (64.0, 256.0, 1024.0)]
+    dips = [(64.0, 1.0, 0.9, 1.1), (256.0, 2.1, 1.7, 2.4), (1024.0, 1.0, 0.9, 1.1)]
+    assert crossovers({"A": steady, "M": dips}) == []
+    stays = [*dips[:2], (1024.0, 4.0, 3.5, 4.5)]
+    (crossing,) = crossovers({"A": steady, "M": stays})
+    assert (crossing.a, crossing.b, crossing.low, crossing.high) == ("A", "M", 64.0, 1024.0)

@@ -134,7 +134,15 @@ def _no_difference(finding: Finding, ranked: list[Measurement], what: str) -> tu
         f"Which of {names if len(ranked) <= 4 else names.lower()} is better on {what} cannot be decided with this data"
     )
     shown = value_text(finding.metric, best)
-    text += f": {best.subject} looks best at {shown}, but its difference to {widest.b} is {size}."
+    text += f": {best.subject} looks best at {shown}, but its difference to {widest.b} is {size}"
+    if (
+        widest.p_holm is not None
+        and widest.low is not None
+        and widest.high is not None
+        and widest.low * widest.high > 0
+    ):
+        text += f", which is not beyond doubt among so many (Holm-adjusted p {_equals(widest.p_holm)})"
+    text += "."
     return "undecided", text, _open_question(finding, best.subject, [r.subject for r in (*ranked[1:], last)])
 
 

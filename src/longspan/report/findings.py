@@ -141,7 +141,7 @@ def _letter(index: int) -> str:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where `a` falls below `b` along x; between `low` and `high` their intervals overlap (None: exact curves)."""
+    """Where `a` falls below `b` along x; between the measured `low` and `high` that is open (None: exact curves)."""
 
     a: str
     b: str
@@ -154,6 +154,9 @@ class Crossover:
 def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -> list[Crossover]:
     """Crossings of cost curves, interpolated linearly in log-log.
 
+    Where intervals overlap at the measured points around a crossing, several may lie in one stretch of doubt; then only
+    whether the order changes over the stretch counts.
+
     Args:
         curves: subject -> points (x, value, low, high) with rising x > 0 and value > 0; low = high = value if exact.
     """
@@ -163,7 +166,8 @@ def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -
         for second in names[i + 1 :]:
             by_x = {p[0]: p for p in curves[second]}
             shared = [(p, by_x[p[0]]) for p in curves[first] if p[0] in by_x and p[1] > 0 and by_x[p[0]][1] > 0]
-            for (p0, q0), (p1, q1) in pairwise(shared):
+            stretches: dict[tuple[float | None, float | None], list[Crossover]] = {}
+            for at, ((p0, q0), (p1, q1)) in enumerate(pairwise(shared)):
                 gap0, gap1 = math.log(p0[1] / q0[1]), math.log(p1[1] / q1[1])
                 if gap0 * gap1 >= 0:
                     continue
@@ -171,16 +175,20 @@ def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -
                 x = p0[0] * (p1[0] / p0[0]) ** share
                 y = p0[1] * (p1[1] / p0[1]) ** share
                 cheaper, dearer = (first, second) if gap1 < 0 else (second, first)
-                low, high = _doubt(shared)
-                found.append(Crossover(cheaper, dearer, x, y, low, high))
+                low, high = _doubt(shared, at)
+                key = (x, x) if low is None else (low, high)
+                stretches.setdefault(key, []).append(Crossover(cheaper, dearer, x, y, low, high))
+            found += [crossings[len(crossings) // 2] for crossings in stretches.values() if len(crossings) % 2]
     return found
 
 
 def _doubt(
-    shared: Sequence[tuple[tuple[float, float, float, float], tuple[float, float, float, float]]],
+    shared: Sequence[tuple[tuple[float, float, float, float], tuple[float, float, float, float]]], at: int
 ) -> tuple[float | None, float | None]:
-    """The x range in which the two intervals overlap; None, None where the curves are exact."""
+    """The measured x around a crossing behind `at` between which the order is open; None, None for exact curves."""
     if all(p[2] == p[3] and q[2] == q[3] for p, q in shared):
         return None, None
-    overlap = [p[0] for p, q in shared if p[2] <= q[3] and q[2] <= p[3]]
-    return (min(overlap), max(overlap)) if overlap else (None, None)
+    apart = [p[0] for p, q in shared if p[2] > q[3] or q[2] > p[3]]
+    here = shared[at][0][0]
+    below, above = [x for x in apart if x <= here], [x for x in apart if x > here]
+    return max(below, default=shared[0][0][0]), min(above, default=shared[-1][0][0])

@@ -276,7 +276,8 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = {name: any(isinstance(row.get(name), str) for row in rows) for name in names}
     cells = tuple(tuple(_plain(row.get(name)) for name in names) for row in rows)
-    return Table(tuple(f"<{name}" if text[name] else name for name in names), cells, (), tuple(rows))
+    headings = {name: name.replace("_", " ") for name in names}
+    return Table(tuple(f"<{headings[n]}" if text[n] else headings[n] for n in names), cells, (), tuple(rows))
 
 
 def _plain(value: Any) -> str:

@@ -33,7 +33,8 @@ def corpus_entries(facts: dict[str, Any]) -> list[LedgerEntry]:
         if entry["documents"]
     ]
     seen = facts["seen"].get("documents", facts["dedup"]["documents"])
-    entries.append(LedgerEntry("info", "corpus", f"{seen:,} documents seen; what was dropped, and why:", dropped))
+    what = "what was dropped, and why:" if dropped else "none was dropped."
+    entries.append(LedgerEntry("info", "corpus", f"{seen:,} documents seen; {what}", dropped))
     if facts["cut"]["documents"]:
         text = f"{facts['cut']['documents']:,} documents cut, {facts['cut']['characters']:,} characters left out."
         entries.append(LedgerEntry("info", "corpus", text))

@@ -177,7 +177,8 @@ def _probe(
     summary = summarise(observations, probe.metrics, factors=factors) if observations else Summary((), (), (), ())
     section = ProbeSection(
         kind=name,
-        title=probe.title,
+        # A second probe of a kind carries the name that the study gave it.
+        title=probe.title if name == probe.kind else f"{probe.title} ({name})",
         explanation=probe.explanation,
         metrics=probe.metrics,
         summary=summary,

@@ -137,7 +137,8 @@ def device_name(device: torch.device) -> str:
     """What the report calls this device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'' if threads == 1 else 's'})"
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

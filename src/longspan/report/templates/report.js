@@ -76,7 +76,7 @@
   if (!list) return;
   const { rows, colours } = read("item-data");
   const field = (id) => document.getElementById(id);
-  const number = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(4)).toString());
+  const number = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(4));
   const wrong = (row, answer) => row.correct && answer.score !== null && answer.score < 1;
   const outcome = {
     all: () => true,
