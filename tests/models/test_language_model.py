@@ -180,7 +180,7 @@ def test_the_meta_device_allocates_nothing():
         ({"mamba_head_dim": 48}, "mamba_head_dim = 48"),
         ({"positions": "learned"}, "without `max_positions`"),
         ({"conv": 40}, "mixers.M.conv = 40"),
-        ({"mixers": {"A": {"head": 2}}}, "unknown key `mixers.A.head`"),
+        ({"mixers": {"A": {"head": 2}}}, "unknown key `model.mixers.A.head`"),
         ({"mixers": {"B": {"positions": "nope"}}}, "mixers.B has no mixer"),
         ({"mixers": {"B": {"mixer": "attentive"}}}, "mixers.B.mixer = 'attentive'"),
         ({"pattern": ["AM"]}, "model.pattern: the list"),
