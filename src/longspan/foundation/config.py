@@ -112,7 +112,8 @@ def _explain(error: ValidationError, config: type[BaseModel], where: str) -> Use
     path = _joined(where, ".".join(keys))
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        return cause.under(path)
+        # A component that knows its own place in a study has said it.
+        return cause if path and f"{cause.path}.".startswith(f"{path}.") else cause.under(path)
     if isinstance(cause, UserError):
         return UserError(f"{path}: {cause.given}" if path else cause.given, cause.allowed, cause.fix)
     if detail["type"] == "extra_forbidden":
