@@ -213,7 +213,7 @@ def test_runs_that_are_a_file_are_refused(study_file: Path, tmp_path: Path) -> N
         (["study="], "study = null", "a name", "rename"),
         (["question="], "has no `question`", "one sentence", "question"),
         (["tokens=[1"], "a bracket of line 1 is not closed", "a YAML value", "for the shell"),
-        (["patterns=[*.txt]"], "`*` begins an alias", "a YAML value", "YAML and the shell"),
+        (["patterns=[*.txt]"], "`*` begins an alias", "a YAML value", """'patterns=["*.txt"]'"""),
     ],
 )
 def test_a_wrong_override_is_explained(

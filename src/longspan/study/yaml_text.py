@@ -80,7 +80,9 @@ def read_override(text: str) -> tuple[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         problem, _ = _explained(error)
         fix = f"""quote it for YAML and the shell: '{key}="{value}"'"""
-        if _is_open(error):
+        if "alias" in problem:
+            fix = f"""quote the text for YAML inside the quotes for the shell, e.g. '{key}=["*.txt"]'"""
+        elif _is_open(error):
             fix = f"quote the whole for the shell, brackets and all: '{key}=[A, B]'"
         raise UserError(f"override {text!r}: {problem}", "a YAML value after `=`", fix) from None
 

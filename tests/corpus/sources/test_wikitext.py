@@ -136,3 +136,16 @@ def test_what_cannot_be_loaded_is_refused_by_name(local_wikitext: Path, tmp_path
         list(hub(local_wikitext, config="wikitext-2-raw-v1", hub_splits="train").documents(tmp_path / "cache"))
     with pytest.raises(DataError, match="nobody/nothing cannot be loaded"):
         list(hub(Path("nobody/nothing")).documents(tmp_path / "cache"))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_library = pytest.importorskip("huggingface_hub")
+    error = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})("Name or service not known")
+
+    def unreachable(*arguments: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hub_library.HfApi, "dataset_info", unreachable)
+    with pytest.raises(DataError, match="cannot be loaded: Name or service not known") as caught:
+        hub(Path("nobody/nothing")).fingerprint(tmp_path)
+    assert "another source" in caught.value.fix

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -19,10 +18,10 @@ from longspan.foundation.progress import Progress, Report
 Split = Literal["train", "validation", "test"]
 
 
-def _load_errors() -> tuple[type[Exception], ...]:
-    """What the hub's libraries raise; the HTTP client of the newer ones has errors of its own."""
-    client = sys.modules.get("httpx")
-    return (ValueError, OSError) if client is None else (ValueError, OSError, client.HTTPError)
+def _is_load_error(error: Exception) -> bool:
+    """Whether the hub's libraries raised it; their HTTP client, whose name changes, has errors of its own."""
+    modules = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, ValueError | OSError) or any(module.startswith("httpx") for module in modules)
 
 
 class HuggingFaceSource(SourceConfig):
@@ -66,7 +65,9 @@ class HuggingFaceSource(SourceConfig):
                     streaming=self.streaming,
                     cache_dir=str(cache / "huggingface"),
                 )
-            except _load_errors() as error:
+            except Exception as error:
+                if not _is_load_error(error):
+                    raise
                 raise self._unloadable(error) from None
             columns = rows.column_names
             for column in (self.text_column, self.id_column, self.title_column):
@@ -105,7 +106,9 @@ class HuggingFaceSource(SourceConfig):
         hub = require("hub", "huggingface_hub")
         try:
             commit = hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
-        except _load_errors() as error:
+        except Exception as error:
+            if not _is_load_error(error):
+                raise
             raise self._unloadable(error) from None
         write_json(note, {"dataset": self.dataset, "revision": self.revision, "commit": commit})
         return str(commit)
