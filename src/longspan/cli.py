@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -281,6 +282,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
+        _let_exit()
         _print_error(Stopped("stopped; run the same command again to go on from here"))
         sys.exit(Stopped.exit_code)
     except typer.Exit as exit_:
@@ -290,9 +292,15 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        _let_exit()
         if "--debug" in sys.argv:
             traceback.print_exc()
         sys.exit(_explain(error))
+
+
+def _let_exit() -> None:
+    """From here on one more Ctrl-C changes nothing but the exit code and the last line, so it is passed over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _explain(error: Exception) -> int:

@@ -140,6 +140,20 @@ def test_ctrl_c_stops_in_order_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "run the same command again" in error
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.02, 0.2])
+def test_ctrl_c_again_stops_too_and_never_looks_like_success(tmp_path: Path, pause: float) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY.replace("tokens: 5_120", "tokens: 5_000_000"))
+    process = start(tmp_path)
+    wait_for(tmp_path, "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(pause)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "run the same command again" in error
+    assert "Traceback" not in error
+
+
 def test_killed_at_any_instant_and_run_again_gives_the_same_bytes(
     tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
