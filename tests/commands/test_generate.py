@@ -126,7 +126,7 @@ def test_learned_positions_end_at_their_last_one(study: Path, longspan: Longspan
 
 def test_ctrl_c_ends_in_order(study: Path) -> None:
     command = [sys.executable, "-m", "longspan.cli", "generate", str(study), "pattern=MM", "-p", "The senate"]
-    command += ["--max-tokens", "1000000", "--temperature", "1", "--top-k", "200"]
+    command += ["--max-tokens", "1000000"]  # the likeliest token each time never ends this text
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     begun = process.stdout.read(1)
