@@ -101,6 +101,16 @@ def test_state_bytes_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("scratch")
+def test_weights_that_write_the_output_must_be_there(tmp_path: Path) -> None:
+    path = plugin(tmp_path, "Y", "return self.projection(x), state")
+    path.write_text(path.read_text().replace("out_proj", "projection"))
+    load_file(path)
+    with pytest.raises(UserError, match=r"`residual_outputs` of .* names `out_proj\.weight`") as caught:
+        check_own_mixers([config("Y")])
+    assert "`projection.weight`" in caught.value.allowed
+
+
+@pytest.mark.usefixtures("scratch")
 def test_a_mixer_without_its_methods_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bare.py"
     path.write_text(

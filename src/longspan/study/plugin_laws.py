@@ -40,6 +40,7 @@ def _try(config: ModelConfig, letter: str, who: str) -> None:
     rows = max(config.max_positions, sum(DOCUMENTS)) if config.max_positions else None
     alone = config.model_copy(update={"pattern": letter, "dropout": 0.0, "max_positions": rows})
     try:
+        _residual_outputs(alone, letter, who)
         model = LanguageModel(alone, VOCAB, seed=0).eval()
         with torch.no_grad():
             _shapes(model, who)
@@ -49,6 +50,20 @@ def _try(config: ModelConfig, letter: str, who: str) -> None:
     except Exception as error:
         problem = f"{who} fails on a small batch: {type(error).__name__}: {error}"
         raise _broken(problem, "what docs/add-a-mixer.md asks of a mixer") from error
+
+
+def _residual_outputs(config: ModelConfig, letter: str, who: str) -> None:
+    mixer, settings = config.mixer(letter)
+    with torch.device("meta"):
+        built = mixer(config.width, settings)
+    missing = [name for name in built.residual_outputs if name not in dict(built.named_parameters())]
+    if missing:
+        named = ", ".join(f"`{name}`" for name, _ in built.named_parameters()) or "none"
+        raise UserError(
+            f"`residual_outputs` of {who} names `{missing[0]}`, which it does not have",
+            f"weights of the mixer that write its output, of {named}",
+            "name them in `residual_outputs`, or call the output's weight `out_proj.weight`",
+        )
 
 
 def _shapes(model: LanguageModel, who: str) -> None:
