@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> None:
+    """A command that ends in this process ignores Ctrl-C from then on, as do jobs that a shell starts in the background.
+
+    Commands that a test starts inherit that and would never hear the Ctrl-C that they are sent.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
