@@ -28,7 +28,9 @@ class Fitted:
         text: the user's message, its middle cut out where it was too long.
         ids: the same as the subject takes it in.
         ledger: `prompt_tokens_total`, and where there is a document `doc_tokens_total`, `doc_tokens_kept`,
-            `kept_fraction` and `fully_visible`; `budget` is what the cut aimed at, where there was one.
+            `kept_fraction` and `fully_visible`; `other_tokens_cut` counts lost tokens of instruction, question and
+            choices (0 unless these take more than half of the room); `budget` is what the cut aimed at, where there
+            was one.
     """
 
     text: str
@@ -96,4 +98,5 @@ def _ledger(tokenizer: Tokenizer, prompt: Rendered, ids: Tokens, head: int, tail
         "doc_tokens_kept": visible,
         "kept_fraction": visible / total if total else 1.0,
         "fully_visible": visible == total,
+        "other_tokens_cut": int((~of_document & ~kept).sum()),
     }
