@@ -38,6 +38,8 @@ Select = Annotated[
     list[str] | None,
     typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="KEY=VALUE"),
 ]
+RecordedRun = Annotated[str, typer.Argument(help="a folder or file with records, or runs/STUDY", metavar="RUN")]
+Duplicates = Annotated[str, typer.Option("--duplicates", help="items answered more than once: all, first or drop")]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -196,6 +198,59 @@ def budget(
         print_table(columns, rows)
     for note in table.notes:
         print(f"note: {note}")
+
+
+@app.command()
+def rescore(
+    run: RecordedRun,
+    scorer: Annotated[str | None, typer.Option("--scorer", help="official, robust, earlier, first_pass, …")] = None,
+    duplicates: Duplicates = "first",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score stored answers again under another rule, without a model."""
+    from longspan.commands.rescore import rescore as score_again
+
+    score_again(run, scorer, duplicates, json=json)
+
+
+@app.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="files with answers", metavar="FILE...")],
+    form: Annotated[str, typer.Option("--format", help="longbench, lm-eval or ssm-experiment")],
+    to: Annotated[Path, typer.Option("--to", help="folder of the records; they are added to what is there")],
+    subject: Annotated[
+        str | None, typer.Option("--subject", help="whose answers; default from the file's name")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="tokens of prompt and reply; default from the file's name")
+    ] = None,
+    duplicates: Duplicates = "all",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make records of answers that were recorded elsewhere, to score and compare them like any other."""
+    from longspan.commands.import_answers import import_answers
+
+    import_answers(files, form, to, subject=subject, context=context, duplicates=duplicates, json=json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="folders or files with records", metavar="RUN...")],
+    metric: Annotated[str | None, typer.Option("--metric", help="only this one, e.g. accuracy")] = None,
+    scorer: Annotated[str | None, typer.Option("--scorer", help="which rule reads the answers")] = None,
+    across: Annotated[
+        bool, typer.Option("--across-contexts", help="compare each context of a subject with the others too")
+    ] = False,
+    duplicates: Duplicates = "first",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare subjects on the items that both answered: paired differences, McNemar, Holm, detectable difference."""
+    from longspan.commands.compare import compare as compare_runs
+
+    compare_runs(runs, metric=metric, scorer=scorer, duplicates=duplicates, across=across, json=json)
 
 
 @app.command(

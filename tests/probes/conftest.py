@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,37 @@ def fake(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
     def build(say: Callable[[Tokens], Tokens] | None = None, limit: int | None = None) -> FakeEngine:
         constant = np.log(tokenizer.vocab_size)
         return FakeEngine(tokenizer, say or (lambda tokens: np.full(len(tokens), constant)), limit)
+
+    return build
+
+
+class WritingEngine(FakeEngine):
+    """Writes what a function makes of the prompt's text, and remembers the prompts."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], str | tuple[str, str]], **options: Any) -> None:
+        constant = np.log(tokenizer.vocab_size)
+        super().__init__(tokenizer, options.get("say") or (lambda tokens: np.full(len(tokens), constant)))
+        self.context_limit = options.get("limit")
+        self.prompts: list[Tokens] = []
+        self.samplings: list[Sampling] = []
+        self._write = write
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+        written = []
+        for prompt in prompts:
+            self.prompts.append(prompt)
+            self.samplings.append(sampling)
+            answer = self._write(self.tokenizer.decode(prompt))
+            text, finish = answer if isinstance(answer, tuple) else (answer, "stop")
+            tokens = self.tokenizer.encode(text).astype(np.int64)
+            written.append(Generation(tokens, text, finish, len(prompt), 0.1, 0.1, None))
+        return written
+
+
+@pytest.fixture(scope="session")
+def writing(tokenizer: Tokenizer) -> Callable[..., WritingEngine]:
+    def build(write: Callable[[str], str | tuple[str, str]], **options: Any) -> WritingEngine:
+        return WritingEngine(options.pop("tokenizer", tokenizer), write, **options)
 
     return build
 

@@ -262,3 +262,22 @@ def make_probe(name: str, settings: Any = None) -> Probe:
         fix = did_you_mean(kind, kinds, "name one of these, or load your own file under `plugins:`")
         raise UserError(f"no probe is called {kind!r}", ", ".join(sorted(kinds)), fix)
     return kinds[kind].parse({**(settings or {}), "kind": kind}, f"probes.{name}")
+
+
+def reader(protocol: Mapping[str, Any], **reading: Any) -> Probe:
+    """The probe that reads records of a protocol, without its items.
+
+    Args:
+        protocol: of a record.
+        reading: settings that change how answers are read, e.g. `scorer="robust"`.
+
+    Raises:
+        UserError: the kind is unknown here, or has no such setting.
+    """
+    kind = str(protocol.get("kind", ""))
+    kinds = registered()
+    if kind not in kinds:
+        fix = "load the file that registers it, or leave those records out"
+        raise UserError(f"records of the probe {kind!r}", ", ".join(sorted(kinds)), fix)
+    known = {name: value for name, value in protocol.items() if name in kinds[kind].model_fields}
+    return kinds[kind].parse({**known, **reading, "kind": kind}, kind)

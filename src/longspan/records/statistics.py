@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class Interval:
 def wilson(successes: float, trials: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927). Takes fractional counts (effective sample sizes)."""
     _check_counts(successes, trials)
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    z = _normal_quantile(0.5 + confidence / 2)
     share = successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -59,6 +60,11 @@ def wilson(successes: float, trials: float, confidence: float = 0.95) -> Interva
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == trials else min(1.0, centre + half)
     return Interval(low, high)
+
+
+@cache
+def _normal_quantile(probability: float) -> float:
+    return float(stats.norm.ppf(probability))
 
 
 def clopper_pearson(successes: float, trials: float, confidence: float = 0.95) -> Interval:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from longspan.foundation.errors import DataError
 from longspan.foundation.files import canonical_json, digest, disk_errors, sync_directory
 
+RECORDS = "records.jsonl"
+"""What the file is called in the folder of a probe's job, or of imported answers."""
+
 
 class Record(BaseModel):
     """One answer of one subject to one item; all later numbers come from these.
@@ -114,7 +117,7 @@ class RecordStore:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
-                    yield self._parse(line, number)
+                    yield _parse(line, self.path, number)
 
     @property
     def keys(self) -> frozenset[str]:
@@ -175,7 +178,7 @@ class RecordStore:
         complete = tail.rfind(b"\n") + 1
         for line in tail[:complete].splitlines(keepends=True):
             self._lines += 1
-            record = self._parse(line, self._lines)
+            record = _parse(line, self.path, self._lines)
             if record.key in self._keys:
                 raise DataError(
                     f"{self.path}:{self._lines} repeats the record of an earlier line",
@@ -188,18 +191,38 @@ class RecordStore:
             os.ftruncate(file.fileno(), self._size)
             os.fsync(file.fileno())
 
-    def _parse(self, line: bytes, number: int) -> Record:
-        try:
-            record = Record.model_validate(json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError, ValidationError):
-            raise self._damaged(number, "is not a record") from None
-        if record.key != Record.make_key(record.probe, record.protocol, record.item, record.fingerprint):
-            raise self._damaged(number, "was altered: its key does not belong to its content")
-        return record
 
-    def _damaged(self, number: int, what: str) -> DataError:
-        return DataError(
-            f"{self.path}:{number} {what}",
-            "lines as Longspan wrote them",
-            "restore the file from a copy, or remove that line: only what is missing is asked again",
-        )
+def read_records(path: Path) -> Iterator[Record]:
+    """Every complete record of a file, read once and without a lock: for those who only read.
+
+    Raises:
+        DataError: a line is not a record, its key does not belong to its content, or it repeats an earlier one.
+    """
+    keys: set[str] = set()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            record = _parse(line, path, number)
+            if record.key in keys:
+                raise _damaged(path, number, "repeats the record of an earlier line")
+            keys.add(record.key)
+            yield record
+
+
+def _parse(line: bytes, path: Path, number: int) -> Record:
+    try:
+        record = Record.model_validate(json.loads(line))
+    except (UnicodeDecodeError, json.JSONDecodeError, ValidationError):
+        raise _damaged(path, number, "is not a record") from None
+    if record.key != Record.make_key(record.probe, record.protocol, record.item, record.fingerprint):
+        raise _damaged(path, number, "was altered: its key does not belong to its content")
+    return record
+
+
+def _damaged(path: Path, number: int, what: str) -> DataError:
+    return DataError(
+        f"{path}:{number} {what}",
+        "lines as Longspan wrote them",
+        "restore the file from a copy, or remove that line: only what is missing is asked again",
+    )

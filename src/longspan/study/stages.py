@@ -18,6 +18,7 @@ from longspan.foundation.progress import Progress, Report
 from longspan.models.config import ModelConfig
 from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
+from longspan.records.store import RECORDS as RECORDS
 from longspan.records.store import Record, RecordStore
 from longspan.study.examined import import_model
 from longspan.study.jobs import DOWNLOADS, Job, finished_job
@@ -28,7 +29,6 @@ from longspan.training.loop import train
 from longspan.training.trackers import TrackingConfig, make_trackers
 
 CORPUS = "corpus"
-RECORDS = "records.jsonl"
 ITEMS_SEED = 0
 """Items are the same for every subject and every training seed."""
 

@@ -1,0 +1,190 @@
+"""Scores of LongBench-v2: strict, answered and compensated accuracy always together, by group, with the letters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longspan.foundation.errors import UserError
+from longspan.probes.longbench_v2.extraction import LETTERS, SCORERS, Scorer
+from longspan.probes.longbench_v2.nulls import CAUSES, NullCause, null_cause
+from longspan.records import statistics
+
+Duplicates = Literal["all", "first", "drop"]
+DUPLICATES: Mapping[Duplicates, str] = {
+    "all": "every row counts, as LongBench's result.py does",
+    "first": "the first row of each item counts",
+    "drop": "items that occur more than once are left out",
+}
+COMPENSATION = 0.25
+"""What LongBench's `compensated` gives a null: the chance of four letters."""
+CONSTANT_LETTER = 148 / 503
+"""Share of the most frequent right letter (C) in the data set: what always saying C scores, 29.4 %."""
+GROUPS = ("all", "easy", "hard", "short", "medium", "long")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An answer as a scorer reads it."""
+
+    letter: str | None
+    right: bool
+    cause: NullCause | None
+
+
+def read_answer(answer: Mapping[str, Any], scorer: Scorer) -> Read:
+    """A record's answer under a scorer; a null has its cause."""
+    letter = SCORERS[scorer](str(answer.get("response", "")))
+    return Read(letter, letter == answer["gold"], null_cause(answer) if letter is None else None)
+
+
+def chosen(answers: Sequence[Mapping[str, Any]], policy: Duplicates) -> list[Mapping[str, Any]]:
+    """The answers that a policy keeps, in order; `id` says which item an answer is about."""
+    if policy not in DUPLICATES:
+        raise UserError(f"duplicates = {policy!r}", ", ".join(DUPLICATES), "name one of these")
+    if policy == "all":
+        return list(answers)
+    counts = Counter(answer["id"] for answer in answers)
+    if policy == "drop":
+        return [answer for answer in answers if counts[answer["id"]] == 1]
+    seen: set[str] = set()
+    kept = []
+    for answer in answers:
+        if answer["id"] not in seen:
+            seen.add(answer["id"])
+            kept.append(answer)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One group of items: counts, and the four numbers that belong together."""
+
+    group: str
+    correct: int
+    n: int
+    nulls: int
+
+    @property
+    def strict(self) -> float:
+        """Right answers over all items; a null is wrong."""
+        return self.correct / self.n
+
+    @property
+    def null_rate(self) -> float:
+        """Nulls over all items."""
+        return self.nulls / self.n
+
+    @property
+    def answered(self) -> float | None:
+        """Right answers over the items that were answered, None where none was."""
+        return self.correct / (self.n - self.nulls) if self.n > self.nulls else None
+
+    @property
+    def compensated(self) -> float:
+        """A null counts a quarter."""
+        return (self.correct + COMPENSATION * self.nulls) / self.n
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, shares and 95 % intervals (Wilson; Clopper-Pearson near 0 and 1)."""
+        return {
+            "group": self.group,
+            "correct": self.correct,
+            "n": self.n,
+            "null": self.nulls,
+            "strict": self.strict,
+            "strict_interval": interval(self.correct, self.n),
+            "null_rate": self.null_rate,
+            "null_interval": interval(self.nulls, self.n),
+            "answered": self.answered,
+            "answered_interval": interval(self.correct, self.n - self.nulls) if self.n > self.nulls else None,
+            "compensated": self.compensated,
+        }
+
+
+def interval(successes: int, trials: int) -> list[float]:
+    """The 95 % interval of a share of independent items."""
+    if min(successes, trials - successes) <= 5:
+        found = statistics.clopper_pearson(successes, trials)
+    else:
+        found = statistics.wilson(successes, trials)
+    return [found.low, found.high]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All that one set of answers says under one scorer.
+
+    Attributes:
+        groups: `all`, difficulty, length, then one a domain (`domain: NAME`), those that occur.
+        letters: how often each letter was said; `null` for none.
+        gold: how often each letter is right.
+        causes: how often each cause of a null occurred.
+    """
+
+    groups: tuple[Score, ...]
+    letters: Mapping[str, int]
+    gold: Mapping[str, int]
+    causes: Mapping[str, int]
+
+    @property
+    def constant(self) -> tuple[str, float]:
+        """The most frequent right letter of these items, and what always saying it scores."""
+        letter = max(self.gold, key=lambda each: self.gold[each])
+        return letter, self.gold[letter] / max(1, sum(self.gold.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        letter, share = self.constant
+        return {
+            "groups": [score.to_json() for score in self.groups],
+            "letters": dict(self.letters),
+            "gold": dict(self.gold),
+            "causes": dict(self.causes),
+            "constant_letter": {"letter": letter, "accuracy": share},
+            "chance": 1 / len(LETTERS),
+        }
+
+
+def score(answers: Iterable[Mapping[str, Any]], scorer: Scorer) -> Scores:
+    """Score answers.
+
+    Difficulties other than `easy` count as `hard`, lengths other than `short` and `medium` as `long`, as upstream has
+    it; an answer without them counts in no such group.
+    """
+    counts: dict[str, list[int]] = {}
+    letters: Counter[str] = Counter()
+    gold: Counter[str] = Counter()
+    causes: Counter[str] = Counter()
+    for answer in answers:
+        read = read_answer(answer, scorer)
+        letters[read.letter or "null"] += 1
+        gold[answer["gold"]] += 1
+        if read.cause is not None:
+            causes[read.cause] += 1
+        for group in groups_of(answer):
+            row = counts.setdefault(group, [0, 0, 0])
+            row[0] += read.right
+            row[1] += 1
+            row[2] += read.letter is None
+    order = [*GROUPS, *sorted(name for name in counts if name not in GROUPS)]
+    return Scores(
+        tuple(Score(group, *counts[group]) for group in order if group in counts),
+        {name: letters[name] for name in (*LETTERS, "null")},
+        {name: gold[name] for name in LETTERS},
+        {cause: causes[cause] for cause in CAUSES if causes[cause]},
+    )
+
+
+def groups_of(answer: Mapping[str, Any]) -> list[str]:
+    """The groups that an answer counts in."""
+    groups = ["all"]
+    if difficulty := answer.get("difficulty"):
+        groups.append("easy" if difficulty == "easy" else "hard")
+    if length := answer.get("length"):
+        groups.append(length if length in ("short", "medium") else "long")
+    if domain := answer.get("domain"):
+        groups.append(f"domain: {domain}")
+    return groups

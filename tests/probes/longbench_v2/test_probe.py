@@ -1,0 +1,254 @@
+"""LongBench-v2 asked: every row at every context, what cannot be asked, the variants, and what records say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longspan.foundation.errors import DataError, UserError
+from longspan.probes.base import Probe, ProbeData, make_probe, reader
+from longspan.probes.longbench_v2 import LongBenchV2
+
+Ask = Callable[..., list[Any]]
+
+
+def rows() -> list[dict[str, Any]]:
+    """All twelve cells of difficulty and length twice over; one document with a place in it, one over-long."""
+    made = []
+    for number in range(12):
+        letter = "ABCD"[number % 4]
+        text = (
+            f"In room {number} the speaker asks the house. " * 8
+            + f"The word is key{number}. "
+            + "The house answers. " * 24
+        )
+        if number == 3:
+            text += " It costs $Q$."
+        if number == 5:
+            text *= 12
+        made.append(
+            {
+                "_id": f"id{number:02d}",
+                "domain": ("Single-Document QA", "Code Repository Understanding")[number % 2],
+                "sub_domain": "Legal",
+                "difficulty": ("easy", "hard")[number % 2],
+                "length": ("short", "medium", "long")[number // 2 % 3],
+                "question": f"Which word is in room {number}?",
+                **{f"choice_{each}": f"key{number}" if each == letter else f"no{each}" for each in "ABCD"},
+                "answer": letter,
+                "context": text,
+            }
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("longbench") / "data.json"
+    path.write_text(json.dumps(rows()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def probe(file: Path) -> Callable[..., Probe]:
+    def make(**settings: Any) -> Probe:
+        return make_probe("longbench_v2", {"data": str(file), "max_new_tokens": 32, **settings})
+
+    return make
+
+
+def know(prompt: str) -> str:
+    """Right where the word is in what is shown of the document."""
+    number = prompt.rsplit("Which word is in room ", 1)[1].split("?")[0]
+    if f"The word is key{number}." in prompt:
+        letter = prompt.rsplit(f") key{number}\n", 1)[0][-1]
+        return f"The correct answer is ({letter})."
+    return "I cannot say."
+
+
+def by(summary: Any, metric: str, x: float | None = None) -> float:
+    return next(m.value for m in summary.measurements if m.metric == metric and (x is None or m.x == x))
+
+
+def test_every_row_is_asked_at_every_context_the_contexts_of_a_row_together(
+    probe: Callable[..., Probe], data: ProbeData
+) -> None:
+    items = probe(contexts=[400, 4000]).items(data)
+    assert [item.id for item in items[:4]] == ["id00@400", "id00@4000", "id01@400", "id01@4000"]
+    assert len(items) == 24
+    assert [item.id for item in probe(max_items=2).items(data)] == ["id00@64", "id01@64"]
+
+
+def test_more_context_shows_more_of_the_document_and_scores_follow(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    asked = probe(contexts=[600, 20_000])
+    engine = writing(know)
+    records = ask(asked, engine, data)
+    assert max(map(len, engine.prompts)) <= 20_000 - 32
+    _, summary = read(asked, records)
+    assert by(summary, "accuracy", 20_000.0) == 1.0
+    assert by(summary, "fully_visible", 20_000.0) == 1.0
+    assert by(summary, "accuracy", 600.0) == 0.0
+    assert by(summary, "null_rate", 600.0) == 1.0
+    assert by(summary, "compensated", 600.0) == 0.25
+    assert by(summary, "fully_visible", 600.0) == 0.0
+    assert 0.2 < by(summary, "kept_fraction", 600.0) < 0.6
+    short = next(record for record in records if record.item == "id05@600")
+    assert short.answer["truncation"]["doc_tokens_kept"] < short.answer["truncation"]["doc_tokens_total"]
+    assert {record.item for record in records if record.answer.get("substitution_differs")} == {
+        "id03@600",
+        "id03@20000",
+    }
+
+
+def test_a_prompt_and_its_reply_fit_the_context_and_sampling_is_the_official_one(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+) -> None:
+    engine = writing(know)
+    ask(probe(contexts=[500]), engine, data)
+    assert all(len(prompt) <= 500 - 32 for prompt in engine.prompts)
+    assert engine.samplings[0].temperature == 0.1
+    assert make_probe("longbench_v2", {}).max_new_tokens == 128
+
+
+def test_what_a_subject_cannot_take_is_not_evaluable_and_not_wrong(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    asked = probe(contexts=[150, 600, 1000])
+    records = ask(asked, writing(know, limit=700), data)
+    reasons = {record.item: record.answer.get("not_evaluable") for record in records}
+    assert reasons["id00@1000"] == "the subject takes 700 tokens"
+    assert "the question alone has" in reasons["id00@150"]
+    assert reasons["id00@600"] is None
+    observations, _ = read(asked, records)
+    assert {seen.x for seen in observations} == {600.0}
+
+
+def test_reasoning_first_then_the_answer_without_the_document(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+) -> None:
+    def write(prompt: str) -> str | tuple[str, str]:
+        if "Based on the above" in prompt:
+            assert "<text>" not in prompt
+            assert "step by step: It is written there." in prompt
+            return "The correct answer is (A)."
+        return " It is written there. ", "length"
+
+    engine = writing(write)
+    records = ask(probe(contexts=[1000], variant="cot", reasoning_tokens=48, max_items=2), engine, data)
+    assert [sampling.max_new_tokens for sampling in engine.samplings] == [48, 48, 32, 32]
+    assert records[0].answer["reasoning_finish"] == "length"
+    assert records[0].answer["response"] == "The correct answer is (A)."
+    assert records[0].answer["finish_reason"] == "stop"
+
+
+def test_without_context_nothing_of_the_document_is_shown(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+) -> None:
+    engine = writing(lambda prompt: "The correct answer is (A).")
+    records = ask(probe(contexts=[1000], variant="no_context"), engine, data)
+    assert not any("In room" in engine.tokenizer.decode(prompt) for prompt in engine.prompts)
+    assert "doc_tokens_total" not in records[0].answer["truncation"]
+
+
+def test_the_likelihood_of_the_letters_needs_no_reply_and_has_no_nulls(
+    probe: Callable[..., Probe],
+    data: ProbeData,
+    writing: Callable[..., Any],
+    ask: Ask,
+    read: Callable[..., Any],
+    tokenizer: Any,
+) -> None:
+    likely = {int(tokenizer.encode(letter)[-1]): nll for letter, nll in zip("ABCD", (3.0, 1.0, 2.0, 4.0), strict=True)}
+    engine = writing(lambda prompt: "", say=lambda tokens: np.array([likely.get(int(t), 9.0) for t in tokens]))
+    asked = probe(contexts=[20_000])
+    records = ask(asked, engine, data)
+    assert records[0].answer["letters"] == [3.0, 1.0, 2.0, 4.0]
+    _, summary = read(asked, records)
+    assert by(summary, "letter_accuracy") == 0.25
+    # Over an equal prior nothing is left, and the first letter is taken.
+    assert by(summary, "letter_accuracy_calibrated") == 0.25
+    assert by(summary, "null_rate") == 1.0
+
+
+def test_slices_and_letters_add_up(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    asked = probe(contexts=[20_000])
+    records = ask(asked, writing(lambda prompt: "The correct answer is (C)."), data)
+    _, summary = read(asked, records)
+    assert by(summary, "accuracy") == 0.25
+    assert by(summary, "said_C") == 1.0
+    assert by(summary, "accuracy_easy") == 0.5
+    assert by(summary, "accuracy_hard") == 0.0
+
+
+def test_stored_answers_are_read_by_another_rule_without_a_model(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    official = probe(contexts=[20_000])
+    records = ask(official, writing(lambda prompt: "Answer: C"), data)
+    assert by(read(official, records)[1], "null_rate") == 1.0
+    robust = reader(records[0].protocol, scorer="robust")
+    assert by(read(robust, records)[1], "null_rate") == 0.0
+    assert official.protocol() == probe(contexts=[20_000], scorer="robust").protocol()
+
+
+def test_the_protocol_holds_the_content_of_the_data_and_not_its_place(
+    file: Path, tmp_path: Path, probe: Callable[..., Probe]
+) -> None:
+    copy = tmp_path / "elsewhere.json"
+    copy.write_bytes(file.read_bytes())
+    assert probe(data=str(copy)).protocol() == probe().protocol()
+    copy.write_text(json.dumps(rows()[:3]), encoding="utf-8")
+    assert probe(data=str(copy)).protocol() != probe().protocol()
+
+
+def test_rows_about_one_document_are_one_cluster(
+    tmp_path: Path, data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    shared = [{**row, "context": rows()[number // 2]["context"]} for number, row in enumerate(rows())]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in shared), encoding="utf-8")
+    asked = make_probe("longbench_v2", {"data": str(path), "contexts": [20_000]})
+    observations, _ = read(asked, ask(asked, writing(know), data))
+    assert len({seen.cluster for seen in observations}) == 6
+
+
+def test_bad_data_is_told_by_file_and_field(tmp_path: Path, data: ProbeData) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"_id": "1"}]), encoding="utf-8")
+    with pytest.raises(DataError, match="row 1 has no field `question`"):
+        make_probe("longbench_v2", {"data": str(path)}).items(data)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="is not JSON"):
+        make_probe("longbench_v2", {"data": str(path)}).items(data)
+    with pytest.raises(UserError, match=r"nowhere\.json is not there"):
+        make_probe("longbench_v2", {"data": "nowhere.json"}).items(data)
+
+
+def test_a_context_without_room_for_a_reply_is_refused() -> None:
+    with pytest.raises(UserError, match=r"contexts = \[100\]"):
+        LongBenchV2.parse({"kind": "longbench_v2", "contexts": [100]}, "probes.longbench_v2")
+    assert make_probe("longbench_v2", {"contexts": [130]}).contexts == (130,)
+
+
+def test_an_item_is_shown_with_its_choices(probe: Callable[..., Probe], data: ProbeData) -> None:
+    asked = probe()
+    shown = asked.describe(asked.items(data)[1], data)
+    assert "Which word is in room 1?  (A) noA  (B) key1" in shown.asked
+    assert shown.expected == "B"
+
+
+def test_a_real_subject_answers(
+    probe: Callable[..., Probe], data: ProbeData, subject: Callable[..., Any], ask: Ask
+) -> None:
+    records = ask(probe(contexts=[400], max_items=2, max_new_tokens=4), subject("AM"), data)
+    assert all(np.isfinite(record.answer["letters"]).all() for record in records)
+    assert all(record.answer["new_tokens"] <= 4 for record in records)
