@@ -25,7 +25,7 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> None:
-    """A command that ends in this process ignores Ctrl-C from then on, as do jobs that a shell starts in the background.
+    """A command that ends in this process ignores Ctrl-C from then on, as do background jobs of a shell.
 
     Commands that a test starts inherit that and would never hear the Ctrl-C that they are sent.
     """
