@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,7 @@ STUDY_KEYS = (
 )  # fmt: skip
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 SEED = ("training", "seed")
+PATTERN = ("model", "pattern")
 FOLDERS = {"jobs", "downloads"}
 """What else lies beside the studies' folders."""
 RIVALS = {"tokens": "steps", "steps": "tokens"}
@@ -210,7 +212,9 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         load_file(plugin)
     raw.setdefault("study", path.stem)
     raw["probes"] = _named_probes(raw.get("probes") or [])
+    overrides = tuple(overrides)
     changes = [read_override(text) for text in overrides]
+    _refuse_bare_groups(overrides, changes)
     chosen = next((str(value) for key, value in reversed(changes) if key == "variant"), str(raw.get("variant") or ""))
     variants = {
         name: _mapping(f"variants.{name}", overlay)
@@ -258,12 +262,21 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         variant=chosen,
         vary=vary,
         primary=str(raw.get("primary", DEFAULT_PRIMARY)),
-        overrides=tuple(overrides),
+        overrides=overrides,
         settings=tuple(settings),
         plugins=plugins,
         sources=_sources(raw.get("subjects") or []),
         context=_context(raw.get("probe_context")),
     )
+
+
+def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, Any]]) -> None:
+    """`pattern=[AM]` is a list to YAML and one layer with two mixers to a reader: neither is taken silently."""
+    for text, (key, value) in zip(overrides, changes, strict=True):
+        bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
+        if bare and value == [bare[1]] and resolve_key(key.removeprefix("vary.")) == PATTERN:
+            layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""
+            raise UserError(f"override {text!r}", f"the pattern {layer}, or one layer with {layer} side by side", fix)
 
 
 def _sources(entries: Any) -> tuple[ModelSource, ...]:
