@@ -203,18 +203,6 @@ class Engine(ABC):
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
         """Continue each prompt (at least 1 id; nothing is added)."""
 
-    def encode_prompt(self, text: str, answer_prefix: str = "") -> Tokens:
-        """Ids of a user's message, ready to be answered.
-
-        Here the text as it is, after what the subject expects before a document; an engine with a chat template wraps
-        it in that.
-
-        Args:
-            text: of the message.
-            answer_prefix: how the answer begins; what is asked for comes after it.
-        """
-        return np.concatenate([self.document_prefix, self.tokenizer.encode(text + answer_prefix)]).astype(np.int64)
-
     @abstractmethod
     def state_bytes(self, context: int) -> int | None:
         """Bytes that one sequence's state takes after `context` tokens, computed from the configuration.
