@@ -22,6 +22,7 @@ class Stub:
         asked: (path, body) of every request, in order.
         behave: answers a request to /v1/completions or /v1/chat/completions; None: as a good server.
         limit: tokens that it takes.
+        model, metrics: what it serves, and what it says at /metrics.
         ids, echo: whether it takes token ids, and gives likelihoods of a prompt.
     """
 
@@ -29,6 +30,7 @@ class Stub:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.behave: Callable[[dict[str, Any]], Reply | None] | None = None
         self.limit = 512
+        self.model, self.metrics = "m", ""
         self.ids = self.echo = True
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
@@ -66,7 +68,7 @@ class Stub:
 
 
 @contextmanager
-def serving() -> Iterator[Stub]:
+def serving(port: int = 0) -> Iterator[Stub]:
     """A stub at an address of its own."""
     stub = Stub()
 
@@ -77,7 +79,13 @@ def serving() -> Iterator[Stub]:
             """Say nothing."""
 
         def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": "m", "max_model_len": stub.limit}]}, {})
+            known = {
+                "/v1/models": {"data": [{"id": stub.model, "max_model_len": stub.limit}]},
+                "/health": "",
+                "/version": {"version": "0.0"},
+                "/metrics": stub.metrics,
+            }
+            self._send(200 if self.path in known else 404, known.get(self.path, ""), {})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -109,7 +117,7 @@ def serving() -> Iterator[Stub]:
             self.end_headers()
             self.wfile.write(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     stub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -105,6 +106,7 @@ class VllmEngine(OpenAIEngine):
             super().close()
         finally:
             self.child.stop()
+            shutil.rmtree(self.child.log.parent, ignore_errors=True)
 
     def metrics(self) -> dict[str, float]:
         """What the server says of its cache: blocks, tokens per block, share in use, prefix look-ups and hits."""
@@ -139,7 +141,9 @@ def start_vllm(found: Described, fingerprint: str, arguments: VllmArguments, dev
         **({"hf-overrides": _overrides(found)} if source.rope_scaling else {}),
         **arguments.serve,
     }
-    command = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *_flags(flags)]
+    script = python.with_name("vllm")
+    start = [str(script)] if script.is_file() else [str(python), "-m", "vllm.entrypoints.cli.main"]
+    command = [*start, "serve", str(folder), *_flags(flags)]
     seen = {"CUDA_VISIBLE_DEVICES": device.partition(":")[2]} if device.startswith("cuda:") else {}
     log = Path(tempfile.mkdtemp(prefix="longspan-vllm-")) / "server.log"
     child = Child(command, {"HF_HUB_OFFLINE": "1", **seen, **arguments.environment}, log)
