@@ -15,6 +15,7 @@ from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.sources import SOURCES
 from longspan.corpus.tokenizer import TokenizerConfig, settings_of_kind
+from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import Weights
 from longspan.foundation.config import Config, did_you_mean, shown_value, unknown_key
 from longspan.foundation.errors import UserError
@@ -86,40 +87,6 @@ class SubjectConfig(AskedConfig):
         return self
 
 
-class ModelSource(Config):
-    """One entry of `subjects:`, a model that is asked as it is.
-
-    Attributes:
-        checkpoint: the folder of a run that Longspan trained.
-        pretrained: a folder with Hugging Face weights, or a hub id.
-        revision: branch, tag or commit of the hub id.
-        weights: of a checkpoint, `best` or `last`.
-        name: what reports call it; default the last part of its path or id.
-    """
-
-    checkpoint: str | None = None
-    pretrained: str | None = None
-    revision: str | None = None
-    weights: Weights = "best"
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.checkpoint is None) == (self.pretrained is None):
-            given = "neither" if self.checkpoint is None else "both"
-            raise UserError(f"{given} of `checkpoint` and `pretrained`", "exactly one of the two", "name one model")
-        if self.revision is not None and self.pretrained is None:
-            raise UserError(f"revision = {self.revision!r} of a checkpoint", "revisions of hub ids only", "remove it")
-        if self.weights != "best" and self.checkpoint is None:
-            raise UserError(f"weights = {self.weights!r} of {self.pretrained}", "checkpoints only", "remove it")
-        return self
-
-    @property
-    def label(self) -> str:
-        """What reports call it."""
-        return self.name or Path(self.checkpoint or self.pretrained or "").name
-
-
 class ExaminedConfig(AskedConfig):
     """Everything that determines what a model that is asked as it is answers."""
 
@@ -186,7 +153,7 @@ class Study:
             "primary": self.primary,
             **({"variant": self.variant} if self.variant else {}),
             **({"plugins": list(self.plugins)} if self.plugins else {}),
-            **({"subjects": [each.model_dump(exclude_none=True) for each in self.sources]} if self.sources else {}),
+            **({"subjects": [each.model_dump(exclude_defaults=True) for each in self.sources]} if self.sources else {}),
             **({"probe_context": self.context} if self.context else {}),
             **copy.deepcopy(dict(self.base)),
             **({"vary": copy.deepcopy(dict(self.vary))} if self.vary else {}),
