@@ -18,8 +18,12 @@ from longspan.foundation.errors import DataError, UserError
 Tokens = NDArray[Any]
 """Integer ids (T,), of any integer dtype."""
 
-Capability = Literal["nll", "score", "generate"]
+Capability = Literal["nll", "score", "generate", "predict"]
 FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+OWN = -1
+"""In what is given to `generate`: the subject reads what it wrote itself."""
 
 
 class UnusableAnswer(DataError):
@@ -71,9 +75,10 @@ class Generation:
         finish_reason: `stop` (boundary or stop string), `length` (max_new_tokens), `context` (the subject's context
             limit) or `interrupted` (asked for before the end).
         prompt_tokens: length of the prompt.
-        first_token_seconds: from sending the prompt to the first token.
+        first_token_seconds: from sending the prompt to the first token, as this request waited for it.
         decode_seconds: for all tokens after the first.
         state_bytes: measured at the end, None where the engine cannot tell.
+        together: requests that were served at once; timings of several are no timings of one alone.
     """
 
     tokens: NDArray[np.int64]
@@ -83,6 +88,7 @@ class Generation:
     first_token_seconds: float
     decode_seconds: float
     state_bytes: int | None = None
+    together: int = 1
 
 
 class Engine(ABC):
@@ -90,7 +96,7 @@ class Engine(ABC):
 
     Attributes:
         name: for people.
-        capabilities: which of `nll`, `score`, `generate` it has.
+        capabilities: which of `nll`, `score`, `generate`, `predict` it has.
         tokenizer: the subject's own.
         document_prefix: ids that the subject expects before a document; may be empty.
         end_tokens: ids beside the boundary token with which it ends a document.
@@ -142,9 +148,33 @@ class Engine(ABC):
     ) -> list[list[NDArray[np.float64]]]:
         """`score` for several prefixes at once, each with continuations of its own."""
 
+    def predict(self, sequences: Sequence[Tokens], wanted: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.int64]]:
+        """The likeliest next token after each wanted position, in one pass over what really stands in a sequence.
+
+        Args:
+            sequences: of at least 1 id each; nothing is added.
+            wanted: per sequence bool (n,), the positions after which the likeliest token is asked for.
+
+        Returns:
+            Per sequence int64 (wanted positions,).
+
+        Raises:
+            UserError: the engine cannot; see `capabilities`.
+        """
+        raise self.refuse("predict")
+
     @abstractmethod
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
-        """Continue each prompt (at least 1 id; nothing is added)."""
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
+    ) -> list[Generation]:
+        """Continue each prompt (at least 1 id; nothing is added). What is written does not depend on the others.
+
+        Args:
+            prompts: one alone is timed as one request; several may be served together (`Generation.together`).
+            sampling: how.
+            given: per prompt ids that the subject reads in place of what it wrote, the first after its first new token;
+                -1 where it reads its own. It writes one token more than are given, `max_new_tokens` at most.
+        """
 
     def encode_prompt(self, text: str, answer_prefix: str = "") -> Tokens:
         """Ids of a user's message, ready to be answered.

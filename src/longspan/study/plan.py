@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.corpus.prepare import CorpusConfig
+from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
 from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
@@ -227,7 +228,9 @@ def _plan_examined(
     return PlannedSubject(subject, found.model, found.vocab_size, None, prepare, load, probes, found.context)
 
 
-def _prepare_job(corpus: CorpusConfig, tokenizer: TokenizerConfig, runs: Path, plugins: tuple[str, ...]) -> Job:
+def _prepare_job(
+    corpus: CorpusConfig | TaskCorpus, tokenizer: TokenizerConfig, runs: Path, plugins: tuple[str, ...]
+) -> Job:
     return Job(
         "prepare",
         "prepare corpus",
