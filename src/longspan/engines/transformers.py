@@ -158,8 +158,12 @@ class TransformersEngine(Engine):
         return answers
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
+    ) -> list[Generation]:
         """See `Engine.generate`. One prompt at a time, so that the timings are those of one request."""
+        if given is not None:
+            raise self.refuse_given()
         return [self._write(prompt, sampling, index) for index, prompt in enumerate(prompts)]
 
     @torch.inference_mode()

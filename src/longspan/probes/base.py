@@ -30,11 +30,12 @@ from numpy.typing import NDArray
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.shards import TokenShards
+from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine
 from longspan.foundation.config import Config, did_you_mean, shown_value
 from longspan.foundation.errors import UserError
-from longspan.records.observation import Metric, Observation
+from longspan.records.observation import Measurement, Metric, Observation, Summary
 from longspan.records.store import Record
 
 
@@ -50,6 +51,7 @@ class ProbeData:
             depend on it.
         packing: how the subject that is asked was trained; items never depend on it.
         seed: of the items, the same for every subject.
+        task: what the subject was trained on where the corpus is a task; the shards then hold a few of its strings.
     """
 
     shards: TokenShards
@@ -58,6 +60,7 @@ class ProbeData:
     packing: PackingConfig = field(default_factory=PackingConfig)
     seed: int = 0
     trained_context: int | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,11 @@ class Probe(Config, ABC):
     @abstractmethod
     def observe(self, record: Record) -> Iterable[Observation]:
         """Read one record; pure, so that stored records can be read again without a model."""
+
+    def derive(self, summary: Summary) -> tuple[Measurement, ...]:
+        """Numbers of the metrics of kind `derived`, which no single item has: read off the summary of the others."""
+        del summary
+        return ()
 
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The item as text, shortened."""

@@ -7,17 +7,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.sources import SOURCES
+from longspan.corpus.tasks import registered as registered_tasks
+from longspan.corpus.tasks.batches import check_task
+from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, settings_of_kind
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import Weights
-from longspan.foundation.config import Config, did_you_mean, shown_value, unknown_key
+from longspan.foundation.config import Config, ConfigError, did_you_mean, shown_value, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models.config import ModelConfig
@@ -39,10 +42,21 @@ class ModelSection(ModelConfig):
         return ModelConfig(**self.model_dump(exclude={"match"}))
 
 
+def _kind_of_corpus(value: Any) -> str:
+    source = value.get("source") if isinstance(value, Mapping) else getattr(value, "source", None)
+    return "task" if source == "task" else "text"
+
+
+AnyCorpus = Annotated[
+    Annotated[CorpusConfig, Tag("text")] | Annotated[TaskCorpus, Tag("task")], Discriminator(_kind_of_corpus)
+]
+"""Documents, or the strings of a task."""
+
+
 class AskedConfig(Config):
     """What any subject is asked, on which text."""
 
-    corpus: CorpusConfig
+    corpus: AnyCorpus
     packing: PackingConfig = PackingConfig()
     probes: dict[str, Any] = Field(default_factory=dict)
 
@@ -67,6 +81,34 @@ class SubjectConfig(AskedConfig):
     training: TrainingConfig
     tracking: TrackingConfig = TrackingConfig()
     weights: Weights = "best"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_brings_its_tokenizer(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or _kind_of_corpus(data.get("corpus")) != "task":
+            return data
+        given = data.get("tokenizer")
+        if given is not None and not (isinstance(given, Mapping) and given.get("kind") == "task"):
+            raise ConfigError(
+                "tokenizer",
+                f"`{ConfigError.PLACE}` with a task as the corpus",
+                "none: a task brings its own",
+                f"remove `{ConfigError.PLACE}`, or write `{ConfigError.PLACE}: null`",
+            )
+        corpus = TaskCorpus.parse(data["corpus"], "corpus")
+        return {**data, "corpus": corpus, "tokenizer": corpus.tokenizer()}
+
+    @model_validator(mode="after")
+    def _rows_hold_a_string(self) -> Self:
+        if isinstance(self.corpus, TaskCorpus):
+            check_task(self.corpus.task, self.packing, self.training.context)
+        elif self.training.mastery is not None:
+            raise UserError(
+                f"training.mastery = {self.training.mastery} with text as the corpus",
+                "mastery of a task (`corpus: {source: task, ...}`)",
+                "remove it; `patience` ends training on text early",
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_advance(self) -> Self:
@@ -123,7 +165,7 @@ class Study:
         question: what it asks, one sentence.
         base: the sections that all subjects share, as plain data.
         variants: name → overlay of sections; `variant` names those that apply to every subject.
-        vary: key → values; subjects are the product of all of them, in the order written.
+        vary: key → values, or names of values; subjects are the product of all of them, in the order written.
         primary: `probe.metric` that decides.
         overrides: what the command line changed, as written.
         settings: the same as (path, value), in the order they are set; they come after every variant.
@@ -137,7 +179,7 @@ class Study:
     base: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     variant: str = ""
-    vary: Mapping[str, list[Any]] = field(default_factory=dict)
+    vary: Mapping[str, list[Any] | Mapping[str, Any]] = field(default_factory=dict)
     primary: str = DEFAULT_PRIMARY
     overrides: tuple[str, ...] = ()
     settings: tuple[tuple[tuple[str, ...], Any], ...] = ()
@@ -207,9 +249,10 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
                     f"override `{key}`", "one varied key each", "write `vary.KEY=[...]`, e.g. vary.width=[64, 96]"
                 )
             path_of = ("variant",) if name == "variant" else resolve_key(name)
-            vary[varied.setdefault(path_of, name)] = _listed(value)
+            called = varied.setdefault(path_of, name)
+            vary[called] = value if isinstance(value, Mapping) else _chosen(value, vary.get(called))
         elif (path_of := resolve_key(key)) in varied:
-            vary[varied[path_of]] = _listed(value)
+            vary[varied[path_of]] = _chosen(value, vary[varied[path_of]])
         elif path_of == SEED and isinstance(value, list):
             vary["seed"] = value
             varied[SEED] = "seed"
@@ -219,8 +262,12 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     for key in vary:
         if key != "variant":
             resolve_key(key)
-        if not isinstance(vary[key], list) or not vary[key]:
-            raise UserError(f"vary.{key} = {vary[key]!r}", "a list with at least one value", f"write `{key}: [..]`")
+        if not isinstance(vary[key], list | Mapping) or not vary[key]:
+            raise UserError(
+                f"vary.{key} = {vary[key]!r}",
+                "a list with at least one value, or a mapping from names to values",
+                f"write `{key}: [..]`",
+            )
     return Study(
         name=_name(raw["study"]),
         question=_question(path, raw.get("question")),
@@ -385,7 +432,7 @@ def _fields(model: type[BaseModel]) -> list[str]:
 
 def _source_keys() -> set[str]:
     """Settings of the sources: they stand beside the source's name in the corpus section."""
-    return {name for source in SOURCES for name in _fields(source)}
+    return {name for source in (*SOURCES, *registered_tasks().values()) for name in _fields(source)}
 
 
 def _overlay(below: Any, above: Any) -> Any:
@@ -398,10 +445,20 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _chosen(value: Any, named: Any) -> Any:
+    """The values to vary, as a list; of levels that the study has names for, those that are named."""
+    values = _listed(value)
+    if isinstance(named, Mapping) and all(isinstance(each, str) and each in named for each in values):
+        return {each: named[each] for each in values}
+    return values
+
+
 def _with_source(corpus: Mapping[str, Any], source: Any) -> dict[str, Any]:
     """The corpus section with another source: settings that only the old source had go with it."""
     if corpus.get("source") == source:
         return dict(corpus)
+    if source == "task":
+        return {"source": source}
     return {**{key: value for key, value in corpus.items() if key in CorpusConfig.model_fields}, "source": source}
 
 
