@@ -290,7 +290,11 @@ def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, A
         bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
         if bare and value == [bare[1]] and resolve_key(key.removeprefix("vary.")) == PATTERN:
             layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""
-            raise UserError(f"override {text!r}", f"the pattern {layer}, or one layer with {layer} side by side", fix)
+            raise UserError(
+                f"override {text!r}, which can mean two things",
+                f"the pattern {layer}, or one layer with {layer} side by side",
+                fix,
+            )
 
 
 def _sources(entries: Any) -> tuple[ModelSource, ...]:
