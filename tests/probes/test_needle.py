@@ -151,8 +151,7 @@ def test_a_subject_that_ignores_the_text_scores_its_floor_and_gains_nothing(
 ) -> None:
     surprise = unigram_nll(text)
     for say in (None, lambda tokens: surprise[tokens]):
-        engine = fake(say)
-        engine.tokenizer = text.tokenizer  # type: ignore[attr-defined]
+        engine = fake(say, of=text.tokenizer)
         found = values(read(probe := probe_with(), ask(probe, engine, text))[1])
         assert found["gain", 384.0, None] == found["gain", 512.0, None] == 0
         assert found["accuracy", 384.0, None] == pytest.approx(found["no_context", None, None])
@@ -213,8 +212,7 @@ def test_a_real_subject_answers_both_ways_and_what_it_cannot_take_is_left_out(
 
 
 def test_nan_is_refused(text: ProbeData, fake: Callable[..., object], ask: Ask, read: Read) -> None:
-    engine = fake(lambda tokens: np.full(len(tokens), np.nan))
-    engine.tokenizer = text.tokenizer  # type: ignore[attr-defined]
+    engine = fake(lambda tokens: np.full(len(tokens), np.nan), of=text.tokenizer)
     probe = probe_with(per_cell=1)
     with pytest.raises(UnusableAnswer):
         read(probe, ask(probe, engine, text))
