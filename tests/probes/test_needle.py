@@ -124,6 +124,16 @@ def test_values_stand_nowhere_but_in_their_needle_and_are_equally_long(text: Pro
         assert len(set(item.details["values"])) == probe.candidates
 
 
+def test_a_number_takes_the_place_of_a_number_and_a_name_that_of_a_name(text: ProbeData) -> None:
+    seen = set()
+    for item in probe_with().items(text):
+        for (cue, _), value in zip(item.details["facts"], item.details["values"], strict=False):
+            assert cue.endswith("was built for") == value.isdigit(), (cue, value)
+            assert cue.endswith("belonged to") == value.isalpha(), (cue, value)
+            seen.add(value.isdigit())
+    assert seen == {True, False}
+
+
 def test_the_haystack_never_begins_the_sentence_of_a_needle(text: ProbeData) -> None:
     for item in probe_with().items(text):
         start = item.details["start"]

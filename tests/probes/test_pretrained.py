@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> NativeEngine:
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    # The file's own name for itself and an id that no layer reads.
+    # The file's own name for itself, and an id that no layer reads.
     kept = {key: value for key, value in config.items() if key not in ("_model_name_or_path", "unk_token_id")}
     (folder / "config.json").write_text(json.dumps(kept))
     return load(folder)
@@ -64,7 +65,9 @@ def prose(smollm2: NativeEngine, shared_data: Path, tmp_path_factory: pytest.Tem
     return ProbeData(TokenShards.open(folder), smollm2.tokenizer, 256)
 
 
-def found(probe_name: str, settings: dict[str, object], engine: NativeEngine, data: ProbeData, ask: Ask, read: Read):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def found(
+    probe_name: str, settings: dict[str, object], engine: NativeEngine, data: ProbeData, ask: Ask, read: Read
+) -> dict[tuple[str, float | None], Any]:
     probe = make_probe(probe_name, settings)
     summary = read(probe, ask(probe, engine, data))[1]
     return {(m.metric, m.x): m for m in summary.measurements if m.y is None}
