@@ -74,7 +74,7 @@ def found(
 
 
 def test_it_finds_needles_far_above_its_floor(smollm2: NativeEngine, prose: ProbeData, ask: Ask, read: Read) -> None:
-    settings = {"contexts": [384], "depths": 2, "per_cell": 4, "needles": 2, "candidates": 4}
+    settings = {"contexts": [384], "depths": 2, "per_cell": 8, "needles": 2, "candidates": 4}
     got = found("needle", settings, smollm2, prose, ask, read)
     assert got["accuracy", 384.0].value > 0.9
     assert got["accuracy", 384.0].low > 0.5
