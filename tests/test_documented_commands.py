@@ -66,12 +66,22 @@ TINY = (
 
 TINY_MODEL = {"width": 16, "heads": 2, "state": 4, "mamba_head_dim": 8, "mlp_width": 16}
 
-TINY_PROBES = {
+TINY_NEEDLES = {
+    "contexts": [256], "depths": 2, "per_cell": 1, "needles": 1, "candidates": 2, "haystack": "made_up",
+    "needle": "made_up",
+}  # fmt: skip
+
+TINY_PROBES: dict[str, dict[str, object]] = {
     "perplexity": {"max_documents": 8, "max_tokens": 64},
     "perplexity_as_trained": {"kind": "perplexity", "mode": "as_trained", "max_documents": 8},
     "position_curve": {"length": 64, "max_documents": 8, "min_documents": 2},
     "suffix_identification": {"contexts": [16], "suffix": 4, "num_items": 8, "min_documents": 2, "bins": 2},
     "efficiency": {"contexts": [16], "repeats": 3, "warm_ups": 0, "new_tokens": 2},
+    "needle": {**TINY_NEEDLES, "ways": ["generation"]},
+    "needle_made_up": {**TINY_NEEDLES, "kind": "needle", "ways": ["likelihood"]},
+    "entity_recurrence": {"longest": 128, "per_bin": 4, "min_documents": 1, "max_documents": 4},
+    "phone_book": {"entries": [6], "per_size": 2, "ways": ["likelihood"]},
+    "text_copy": {"lengths": [8], "per_length": 2},
     "repetition": {"lengths": [16, 32], "max_documents": 8},
 }
 
