@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longspan.engines.base import LargestBatch
 from longspan.engines.openai import OpenAIEngine
 from longspan.engines.opening import Described
 from longspan.engines.server import Server
@@ -107,6 +108,12 @@ class VllmEngine(OpenAIEngine):
         finally:
             self.child.stop()
             shutil.rmtree(self.child.log.parent, ignore_errors=True)
+
+    def largest_batch(self, context: int) -> LargestBatch | None:
+        """See `Engine.largest_batch`; by the room in the server's cache, which it says itself."""
+        said = self.metrics()
+        room = said.get("cache_blocks", 0.0) * said.get("cache_block_tokens", 0.0)
+        return LargestBatch(int(room // context)) if room else None
 
     def metrics(self) -> dict[str, float]:
         """What the server says of its cache: blocks, tokens per block, share in use, prefix look-ups and hits."""

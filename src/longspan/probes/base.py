@@ -143,6 +143,11 @@ class Probe(Config, ABC):
     def observe(self, record: Record) -> Iterable[Observation]:
         """Read one record; pure, so that stored records can be read again without a model."""
 
+    def observe_together(self, records: Sequence[Record]) -> Iterable[Observation]:
+        """What only all records of one subject and seed together show; pure as `observe`."""
+        del records
+        return ()
+
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The item as text, shortened."""
         return Asked(shown(data, data.shards.document(item.document)[:100]))
