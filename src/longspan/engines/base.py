@@ -104,6 +104,19 @@ class Generation:
     together: int = 1
 
 
+@dataclass(frozen=True)
+class LargestBatch:
+    """The most sequences whose states fit at a time.
+
+    Attributes:
+        sequences: how many.
+        tokens_per_second: of decoding them together, None where only the room was measured.
+    """
+
+    sequences: int
+    tokens_per_second: float | None = None
+
+
 class Prompting(ABC):
     """How a text becomes the prompt of a subject: with a chat template, as it is, or in a form of the user's own."""
 
@@ -132,6 +145,7 @@ class Engine(ABC):
         prompting: how texts become prompts; None: as they are, after `document_prefix`.
         answer_prefix_mode: whether a given beginning of the answer stands where the answer stands (`prefill`), or at
             the end of the question, because the engine cannot begin an answer (`in prompt`).
+        weight_bytes: of all that a decoding step reads of the weights, None where that is not known.
         notes: what a reader of the numbers must know about how they were made, one sentence each.
     """
 
@@ -145,6 +159,7 @@ class Engine(ABC):
     fingerprint: str
     prompting: Prompting | None = None
     answer_prefix_mode: AnswerPrefixMode = "prefill"
+    weight_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     def encode_prompt(self, text: str, answer_prefix: str = "") -> NDArray[np.int64]:
@@ -247,6 +262,11 @@ class Engine(ABC):
             "the native engine, which can put them in between",
             "leave this probe out for it, or run it with `engine: native`",
         )
+
+    def largest_batch(self, context: int) -> LargestBatch | None:
+        """The most sequences of `context` tokens that can be decoded at a time; None where that is not measured."""
+        del context
+        return None
 
     def refuse(self, capability: str) -> UserError:
         """The error for something this engine cannot do."""

@@ -151,6 +151,11 @@ class Probe(Config, ABC):
         del summary
         return ()
 
+    def observe_together(self, records: Sequence[Record]) -> Iterable[Observation]:
+        """What only all records of one subject and seed together show; pure as `observe`."""
+        del records
+        return ()
+
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The item as text, shortened."""
         return Asked(shown(data, data.shards.document(item.document)[:100]))

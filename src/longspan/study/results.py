@@ -190,6 +190,7 @@ def _probe(
             continue
         probe = planned.subject.config.make_probes()[name]
         asked = planned.probes[name].result(runs)["fingerprint"]
+        together = []
         for record in RecordStore(planned.probes[name].folder(runs) / RECORDS):
             if record.fingerprint != asked:
                 # Of weights that were trained again since.
@@ -197,8 +198,10 @@ def _probe(
             # The record keeps the label it was asked under; here the arm may have another name.
             record = record.model_copy(update={"subject": planned.subject.label, "seed": planned.subject.seed})
             observations += probe.observe(record)
+            together.append(record)
             if len(answers) < ITEMS_SHOWN or record.item in answers:
                 answers[record.item].append((planned, record))
+        observations += probe.observe_together(together)
     assert probe is not None
     factors = {planned.subject.label: planned.subject.factors for planned in plan.subjects}
     summary = summarise(observations, probe.metrics, factors=factors) if observations else Summary((), (), (), ())

@@ -147,6 +147,8 @@ STUDY_KEYS = (
     "study", "question", "primary", "variants", "variant", "vary", "plugins", "subjects", "probe_context",
     *SubjectConfig.model_fields,
 )  # fmt: skip
+OF_THE_WHOLE = ("subjects", "probe_context", "primary")
+"""What a variant that is chosen for the whole study may replace beside sections."""
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 SEED = ("training", "seed")
 PATTERN = ("model", "pattern")
@@ -232,6 +234,13 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     base = {key: raw[key] for key in SubjectConfig.model_fields if key in raw}
     vary = dict(_mapping("vary", raw.get("vary")))
     apply_variant(chosen, variants, base, vary)
+    for name in filter(None, (part.strip() for part in chosen.split(","))):
+        raw |= {key: variants[name][key] for key in OF_THE_WHOLE if key in variants[name]}
+    for name in vary.get("variant") or []:
+        for key in OF_THE_WHOLE:
+            if key in variants.get(str(name), {}):
+                fix = "choose the variant on the command line"
+                raise UserError(f"vary.variant = {name!r}, which sets `{key}`", "variants that set sections", fix)
     varied = {resolve_key(key): key for key in vary if key != "variant"}
     settings: list[tuple[tuple[str, ...], Any]] = []
     # Another source or kind takes the settings of the one before it away, so it comes first wherever it was written.
@@ -371,8 +380,8 @@ def apply_variant(
                 base[key] = _overlay(_without_rivals(key, below, value or {}), value)
             elif key in SubjectConfig.model_fields:
                 base[key] = copy.deepcopy(value)
-            else:
-                raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary"))
+            elif key not in OF_THE_WHOLE:
+                raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary", *OF_THE_WHOLE))
 
 
 def apply_settings(settings: Iterable[tuple[tuple[str, ...], Any]], base: dict[str, Any]) -> None:
