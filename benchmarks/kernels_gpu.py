@@ -31,6 +31,7 @@ from torch import Tensor
 
 from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv
+from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -163,6 +164,27 @@ def check_ssd(run: Run) -> None:
             return ssd(*z[:6], doc_BT=doc, **past)
 
         compare(run, f"ssd {dtype} T={time} P={head_dim} N={state}", scan, scan, leaves)
+
+
+def scan_inputs(rows: int, time: int, channels: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+    return [
+        normal(rows, time, channels, dtype=dtype),
+        F.softplus(normal(rows, time, channels, dtype=FP32) - 3.0),
+        -torch.rand(channels, state, device=DEVICE) * 15 - 1,
+        normal(rows, time, state, dtype=dtype),
+        normal(rows, time, state, dtype=dtype),
+        normal(channels, dtype=FP32),
+    ]
+
+
+def check_scan(run: Run) -> None:
+    for dtype, rows, time, channels, state in ((BF16, 2, 300, INNER, 16), (FP32, 3, 77, 100, 7)):
+        doc = documents(rows, time, 20.0)
+
+        def scan(*z: Tensor, doc: Tensor = doc) -> Sequence[Tensor]:
+            return selective_scan(*z, doc_BT=doc)
+
+        compare(run, f"scan {dtype} T={time}", scan, scan, scan_inputs(rows, time, channels, state, dtype))
 
 
 def check_norm(run: Run) -> None:
@@ -353,6 +375,18 @@ def variants_ssd(run: Run) -> None:
             launched.CUTS[BF16] = usual
 
 
+def bench_scan(run: Run) -> None:
+    """Mamba-1; no product spans tokens, so what counts beside bytes is one exponential per channel and state and way."""
+    tokens = 65_536
+    floor = run.floor_ms(tokens * INNER * (2 + 4 + 2) + tokens * INNER * (2 + 4 + 2 + 2 + 4), 0)
+    for rows, time in SHAPES:
+        leaves = scan_inputs(rows, time, INNER, 16)
+        doc = documents(rows, time, 700.0)
+        time_both(
+            run, f"scan {rows}x{time} documents", lambda *z, doc=doc: selective_scan(*z, doc_BT=doc)[:1], leaves, floor
+        )
+
+
 def variants_conv(run: Run) -> None:
     from longspan.ops.triton import causal_conv as launched
 
@@ -479,6 +513,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "check norm": check_norm,
     "check ssd": check_ssd,
     "check layer": check_layer,
+    "check scan": check_scan,
 }
 PARTS: dict[str, Callable[[Run], None]] = {
     "ceilings": measure_ceilings,
@@ -491,6 +526,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "conv variants": variants_conv,
     "ssd variants": variants_ssd,
     "step": bench_step,
+    "scan": bench_scan,
     "plain": bench_plain,
 }
 
