@@ -376,7 +376,7 @@ def variants_ssd(run: Run) -> None:
 
 
 def bench_scan(run: Run) -> None:
-    """Mamba-1; no product spans tokens, so what counts beside bytes is one exponential per channel and state and way."""
+    """Mamba-1; no product spans tokens, so what counts beside bytes is the exponentials."""
     tokens = 65_536
     floor = run.floor_ms(tokens * INNER * (2 + 4 + 2) + tokens * INNER * (2 + 4 + 2 + 2 + 4), 0)
     for rows, time in SHAPES:
