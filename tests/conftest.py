@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton decides at its first import whether it compiles for a GPU or interprets on the CPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +25,7 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> None:
-    """A command that ends in this process ignores Ctrl-C from then on, as do jobs that a shell starts in the background.
+    """A command that ends in this process ignores Ctrl-C from then on, as do background jobs of a shell.
 
     Commands that a test starts inherit that and would never hear the Ctrl-C that they are sent.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -251,3 +252,42 @@ def test_a_main_effect_uses_only_arms_that_exist_on_both_sides() -> None:
     assert effects["isolation=full"].difference == pytest.approx(-0.1, abs=0.01)
     single = {name: {"pattern": name} for name in ("A", "M")}
     assert not [c for c in summarise(losses({"A": 0.0, "M": 1.0}), [BPB], factors=single).comparisons if "=" in c.a]
+
+
+DEEP = Metric("accuracy", "Accuracy", "", "proportion", "higher", x_name="context", chance=0.25, y_name="depth")
+
+
+def test_a_cell_is_measured_beside_the_whole_of_its_x() -> None:
+    shallow = [replace(o, y=0.0) for o in answers("A", [1.0] * 20)]
+    deep = [replace(o, y=1.0, item=f"deep-{o.item}", cluster=f"deep-{o.cluster}") for o in answers("A", [0.0] * 20)]
+    summary = summarise([*shallow, *deep], [DEEP], resamples=2_000)
+    found = {m.y: m for m in summary.measurements}
+    assert {y: (m.value, m.n, m.items) for y, m in found.items()} == {
+        None: (0.5, 40, 40),
+        0.0: (1.0, 20, 20),
+        1.0: (0.0, 20, 20),
+    }
+    assert (found[0.0].low, found[0.0].high) == (statistics.clopper_pearson(20, 20).low, 1.0)
+    assert found[None].low == pytest.approx(statistics.wilson(20, 40).low)
+    assert Summary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+
+
+def test_questions_of_one_item_add_up_over_an_x_and_stay_apart_in_their_cells() -> None:
+    seen = [replace(o, y=y) for y, right in ((0.0, 1.0), (1.0, 0.0)) for o in answers("A", [right] * 10)]
+    found = {m.y: m for m in summarise(seen, [DEEP], resamples=2_000).measurements}
+    assert {y: m.value for y, m in found.items()} == {None: 0.5, 0.0: 1.0, 1.0: 0.0}
+    assert found[None].items == 10
+
+
+def test_subjects_are_compared_at_each_x_and_never_in_a_cell() -> None:
+    seen = [replace(o, y=float(i % 2)) for s, rights in (("A", [1.0] * 20), ("B", [0.0] * 20))
+            for i, o in enumerate(answers(s, rights))]  # fmt: skip
+    summary = summarise(seen, [DEEP], resamples=2_000)
+    (comparison,) = summary.comparisons
+    assert (comparison.x, comparison.n, comparison.decided) == (64, 20, True)
+    assert [t.x for t in summary.ties] == [64]
+
+
+def test_a_y_that_the_metric_does_not_declare_is_refused() -> None:
+    with pytest.raises(DataError, match="at y = 0"):
+        summarise([replace(o, y=0.0) for o in answers("A", [1.0])], [ACC], resamples=2_000)

@@ -167,7 +167,7 @@ def test_killed_at_any_instant_and_run_again_gives_the_same_bytes(
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    longspan(tmp_path, "run", "mini.yaml")
+    longspan(tmp_path, "probe", "mini.yaml")
     assert kills >= 2
     found, expected = results(tmp_path), results(finished[0])
     assert len(list((tmp_path / "runs/jobs").glob("*/done.json"))) == 9
@@ -190,7 +190,7 @@ def test_a_job_directory_of_another_configuration_is_refused(
 
 def start(folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGSPAN_NO_REEXEC": "1"}
-    command = [sys.executable, "-m", "longspan.cli", "run", "mini.yaml"]
+    command = [sys.executable, "-m", "longspan.cli", "probe", "mini.yaml"]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -248,7 +248,7 @@ def test_answers_that_were_lost_are_asked_again_and_never_left_out_silently(copi
     report = longspan(copied, "report", "mini.yaml", check=False)
     assert report.returncode == 2
     assert "1 of 9 jobs" in report.stderr
-    again = longspan(copied, "run", "mini.yaml")
+    again = longspan(copied, "probe", "mini.yaml")
     assert "has lost 2 answers: asked again" in again.stderr
     assert results(copied) == expected
 
@@ -259,12 +259,12 @@ def test_an_altered_test_split_is_named_before_anything_is_asked(copied: Path) -
     shard.write_bytes(b"xxxx" + shard.read_bytes()[4:])
     for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
         marker.unlink()
-    refused = longspan(copied, "run", "mini.yaml", check=False)
+    refused = longspan(copied, "probe", "mini.yaml", check=False)
     assert refused.returncode == 1
     assert f"{shard.name} was altered" in refused.stderr
     assert f"remove runs/jobs/{prepare.name} and" in refused.stderr
     shutil.rmtree(prepare)
-    longspan(copied, "run", "mini.yaml")
+    longspan(copied, "probe", "mini.yaml")
 
 
 @pytest.mark.parametrize(
@@ -284,12 +284,12 @@ def test_a_file_that_is_gone_from_a_finished_job_says_what_to_remove_and_that_he
     if kind == "train":
         for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
             marker.unlink()
-    refused = longspan(copied, "run", "mini.yaml", check=False)
+    refused = longspan(copied, "probe", "mini.yaml", check=False)
     assert refused.returncode == 1
     assert Path(name).name in refused.stderr
     assert f"remove runs/jobs/{job.name} and" in refused.stderr
     shutil.rmtree(job)
-    longspan(copied, "run", "mini.yaml")
+    longspan(copied, "probe", "mini.yaml")
     assert results(copied) == expected
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
+from longspan.ops import kernels
 
+LARGEST_KERNEL_TAPS = 4
 TILE_TOKENS = 512
 
 
@@ -62,13 +64,17 @@ def causal_conv(
             "x (B,T,D), weight (D,K), tail (B,K-1,D)",
             "align the channels and keep K-1 inputs in the tail",
         )
+    if time > 1 and tail_BKD is None and taps <= LARGEST_KERNEL_TAPS and kernels.serve(x_BTD):
+        from longspan.ops.triton.causal_conv import causal_conv as kernel
+
+        tail_BKD = x_BTD.new_zeros(batch, taps - 1, channels)
+        y_BTD = kernel(x_BTD, weight_DK, bias_D, doc_BT, activation == "silu")
+        docs = None if doc_BT is None else _with_tail(doc_BT, tail_doc_BK, taps)[:, time:]
+        return y_BTD, _last(x_BTD, tail_BKD), docs
     taps_KD = weight_DK.to(x_BTD.dtype).T
     bias_D = x_BTD.new_zeros(channels) if bias_D is None else bias_D.to(x_BTD.dtype)
     tail_BKD = x_BTD.new_zeros(batch, taps - 1, channels) if tail_BKD is None else tail_BKD.to(x_BTD.dtype)
-    docs = None
-    if doc_BT is not None:
-        before = doc_BT[:, :1].expand(-1, taps - 1) if tail_doc_BK is None else tail_doc_BK.to(doc_BT.dtype)
-        docs = torch.cat((before, doc_BT), dim=1)
+    docs = None if doc_BT is None else _with_tail(doc_BT, tail_doc_BK, taps)
     same_KBT1 = _same_document(docs, taps, x_BTD.dtype)
     if time == 1:
         # Reversed: `same` counts back from the token, the tail forward to it.
@@ -79,8 +85,20 @@ def causal_conv(
     else:
         silu = activation == "silu"
         y_BTD = _Conv.apply(x_BTD, taps_KD, bias_D, tail_BKD, same_KBT1, silu)  # type: ignore[no-untyped-call]
-        tail = x_BTD[:, 1 - taps :] if time >= taps else torch.cat((tail_BKD, x_BTD), dim=1)[:, time:]
+        tail = _last(x_BTD, tail_BKD)
     return y_BTD, tail, None if docs is None else docs[:, time:]
+
+
+def _with_tail(doc_BT: Tensor, tail_doc_BK: Tensor | None, taps: int) -> Tensor:
+    """The ids of the tail, then those of x."""
+    before = doc_BT[:, :1].expand(-1, taps - 1) if tail_doc_BK is None else tail_doc_BK.to(doc_BT.dtype)
+    return torch.cat((before, doc_BT), dim=1)
+
+
+def _last(x_BTD: Tensor, tail_BKD: Tensor) -> Tensor:
+    """The last K-1 inputs."""
+    reach, time = tail_BKD.shape[1], x_BTD.shape[1]
+    return x_BTD[:, time - reach :] if time > reach else torch.cat((tail_BKD, x_BTD), dim=1)[:, time:]
 
 
 def _same_document(docs: Tensor | None, taps: int, dtype: torch.dtype) -> Tensor | None:

@@ -192,10 +192,18 @@ class Probe(Config, ABC):
             yield batch
 
     def observation(
-        self, record: Record, metric: str, numerator: float, denominator: float, *, cluster: str, x: float | None = None
+        self,
+        record: Record,
+        metric: str,
+        numerator: float,
+        denominator: float,
+        *,
+        cluster: str,
+        x: float | None = None,
+        y: float | None = None,
     ) -> Observation:
         """An observation that takes subject, seed and item from the record."""
-        return Observation(record.subject, record.seed, record.item, cluster, metric, x, numerator, denominator)
+        return Observation(record.subject, record.seed, record.item, cluster, metric, x, numerator, denominator, y)
 
 
 def shown(data: ProbeData, tokens: NDArray[Any], limit: int = 300) -> str:

@@ -29,6 +29,11 @@ class Metric:
         chance: what guessing scores, None where that has no meaning.
         transform: `exp` shows exp(ratio), e.g. perplexity from NLL per token; its interval is transformed too.
         compare: False where a comparison would repeat another metric's or has no sampling error.
+        y_name: what `Observation.y` is (`depth`): the second axis of a table x × y, None where there is none. Every
+            cell of the table is measured beside the whole of each x; subjects are compared at each x, never in a cell.
+        y_unit: `%` where y is a share, else empty.
+        floor: name of the probe's single-number metric that says what the same subject scores without what is tested,
+            empty where nothing of the kind is asked.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Metric:
     chance: float | None = None
     transform: Literal["identity", "exp"] = "identity"
     compare: bool = True
+    y_name: str | None = None
+    y_unit: Literal["", "%"] = ""
+    floor: str = ""
 
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""
@@ -59,6 +67,7 @@ class Observation:
         x: position or context, None for a single number.
         numerator: e.g. NLL in nats, or 1.0 for a right answer.
         denominator: e.g. tokens, or 1.0 for one trial; > 0.
+        y: second axis, e.g. the depth of a needle as a share; None where the metric has none.
     """
 
     subject: str
@@ -69,6 +78,7 @@ class Observation:
     x: float | None
     numerator: float
     denominator: float
+    y: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,7 @@ class Measurement:
         n: clusters (documents, or repeats for `median`).
         seeds: training seeds; with one seed the interval holds the sampling of documents only.
         items: items per seed.
+        y: of a cell of the table x × y; None for all of an x together.
     """
 
     metric: str
@@ -94,6 +105,7 @@ class Measurement:
     seeds: int
     items: int
     note: str = ""
+    y: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ __all__ = ["Comparison", "Measurement", "Metric", "Observation", "Summary", "Tie
 
 @dataclass
 class _Answers:
-    """All observations of one subject at one (metric, x): per seed, item -> [numerator, denominator]."""
+    """All observations of one subject at one (metric, x, y): per seed, item -> [numerator, denominator]."""
 
     seeds: dict[int, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(dict))
     clusters: dict[str, str] = field(default_factory=dict)
@@ -54,10 +54,13 @@ class _Answers:
         return out[..., 0], out[..., 1]
 
 
-Grouped = dict[float | None, dict[str, _Answers]]
+Place = tuple[float | None, float | None]
+"""(x, y): y is None for all of an x together."""
+Grouped = dict[Place, dict[str, _Answers]]
 
 
 def _group(observations: Iterable[Observation], metrics: Mapping[str, Metric]) -> dict[str, Grouped]:
+    """metric -> (x, y) -> subject -> answers; what has a y counts in its cell and in all of its x."""
     grouped: dict[str, Grouped] = {name: defaultdict(lambda: defaultdict(_Answers)) for name in metrics}
     for seen in observations:
         if seen.metric not in grouped:
@@ -69,7 +72,10 @@ def _group(observations: Iterable[Observation], metrics: Mapping[str, Metric]) -
                 "finite numbers and a positive denominator",
                 "the subject's answer is not usable: look at its training for divergence",
             )
-        grouped[seen.metric][seen.x][seen.subject].add(seen)
+        if seen.y is not None and metrics[seen.metric].y_name is None:
+            raise DataError(f"an observation of {seen.metric} at y = {seen.y:g}", "no y", "give the metric a `y_name`")
+        for y in dict.fromkeys((None, seen.y)):
+            grouped[seen.metric][seen.x, y][seen.subject].add(seen)
     return grouped
 
 
@@ -127,7 +133,8 @@ def summarise(
     """Measurements, paired comparisons of all pairs of subjects, and ties; pure: needs no model.
 
     Args:
-        observations: of any number of subjects and seeds. Several of one (subject, seed, item, metric, x) add up.
+        observations: of any number of subjects and seeds. Several of one (subject, seed, item, metric, x)
+            add up; those with a y make up its cell as well as their x.
         metrics: those that occur, in the order wanted.
         seed: of the resampling.
         resamples: of the bootstrap.
@@ -144,24 +151,26 @@ def summarise(
     notes: dict[str, None] = {}
     for name, grouped in _group(observations, by_name).items():
         metric = by_name[name]
-        ordered = sorted(grouped, key=lambda x: (x is not None, x))
+        ordered = sorted(grouped, key=lambda place: [(part is not None, part) for part in place])
         values: dict[tuple[float | None, str], float] = {}
         compared: list[Comparison] = []
-        for x in ordered:
-            for subject, answers in grouped[x].items():
-                measured = _measure(metric, x, subject, answers, seed, resamples)
+        for x, y in ordered:
+            subjects = grouped[x, y]
+            for subject, answers in subjects.items():
+                measured = _measure(metric, (x, y), subject, answers, seed, resamples)
                 measurements.append(measured)
-                values[x, subject] = measured.value
+                if y is None:
+                    values[x, subject] = measured.value
                 if metric.kind not in ("median", "exact"):
                     notes.update(dict.fromkeys(_notes(subject, answers)))
-            if metric.compare and metric.kind not in ("median", "exact"):
-                compared += _compare(metric, x, grouped[x], seed, resamples)
-                for levels in _main_effect_pairs(grouped[x], factors or {}):
+            if y is None and metric.compare and metric.kind not in ("median", "exact"):
+                compared += _compare(metric, x, subjects, seed, resamples)
+                for levels in _main_effect_pairs(subjects, factors or {}):
                     compared += _compare(metric, x, levels, seed, resamples)
         compared = _adjusted(compared)
         comparisons += compared
         if compared:
-            ties += [_ties(metric, x, list(grouped[x]), values, compared) for x in ordered]
+            ties += [_ties(metric, x, list(grouped[x, y]), values, compared) for x, y in ordered if y is None]
     return Summary(tuple(measurements), tuple(comparisons), tuple(ties), tuple(notes))
 
 
@@ -177,9 +186,8 @@ def _notes(subject: str, answers: _Answers) -> list[str]:
     return notes
 
 
-def _measure(
-    metric: Metric, x: float | None, subject: str, answers: _Answers, seed: int, resamples: int
-) -> Measurement:
+def _measure(metric: Metric, place: Place, subject: str, answers: _Answers, seed: int, resamples: int) -> Measurement:
+    x, y = place
     items = answers.items()
     if not items:
         raise DataError(
@@ -195,7 +203,7 @@ def _measure(
 
     def measured(value: float, low: float | None, high: float | None, note: str = "") -> Measurement:
         return Measurement(
-            metric.name, subject, x, metric.shown(value), shown(low), shown(high), clusters, seeds, len(items), note
+            metric.name, subject, x, metric.shown(value), shown(low), shown(high), clusters, seeds, len(items), note, y
         )
 
     ratios_S = numerator_CS.sum(0) / denominator_CS.sum(0)

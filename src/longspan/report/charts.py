@@ -15,6 +15,7 @@ from typing import Any
 
 import altair as alt
 
+from longspan.report import palette
 from longspan.report.arms import Arms
 from longspan.report.axes import (
     Axis,
@@ -43,6 +44,8 @@ THEMES: dict[str, dict[str, str]] = {
         "paper": "#14171b",
     },
 }  # fmt: skip
+for _name, _shade in palette.heat_shades().items():
+    THEMES["light"][_name], THEMES["dark"][_name] = _shade.light, _shade.dark
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 STATIC_WIDTH = 660
 
@@ -275,7 +278,7 @@ def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str
         )
         .properties(padding={"left": 4, "top": 4, "bottom": 4, "right": 8})
     )
-    return _plain(chart, values)
+    return plain(chart, values)
 
 
 def training(
@@ -331,7 +334,7 @@ def finish(
         bounds="flush",
         spacing={"column": label_width + 14, "row": 46},
     ).properties(padding={"left": 4, "top": 4, "bottom": 4, "right": label_width})
-    return _plain(chart, values)
+    return plain(chart, values)
 
 
 def _single(
@@ -340,12 +343,13 @@ def _single(
     chart = alt.layer(*layers, data=alt.NamedData("rows")).properties(
         height=height, width="container", padding={"left": 2, "top": top, "bottom": 4, "right": 2}
     )
-    spec = _plain(chart, values)
+    spec = plain(chart, values)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return spec
 
 
-def _plain(chart: Any, values: Sequence[Row]) -> dict[str, Any]:
+def plain(chart: Any, values: Sequence[Row]) -> dict[str, Any]:
+    """A chart as a Vega-Lite definition with the common look and its data inside."""
     # Validating specifications that are our own costs seconds a report; a test validates every kind of chart.
     spec: dict[str, Any] = chart.configure(**config()).to_dict(validate=False)
     spec.pop("$schema", None)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from longspan.records.observation import Comparison, Measurement, Metric
-from longspan.report import charts, findings, numbers, tables
+from longspan.report import charts, findings, heat, numbers, tables
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, log_ticks
 from longspan.report.charts import Figure
@@ -16,6 +16,13 @@ from longspan.report.findings import Finding
 
 BAND = "Bands are 95 % intervals."
 QUARTILES = "Medians over repeats; bands are their quartiles."
+X_TITLES = {
+    "context": "context (tokens)",
+    "position": "position in document (tokens)",
+    "distance": "distance to the last mention (tokens)",
+    "length": "length (tokens)",
+    "entries": "entries of the book",
+}
 MOST_PAIRS = 15
 MOST_CURVES = 6
 
@@ -29,14 +36,20 @@ def answer_figure(report: ReportInput, arms: Arms) -> list[Figure]:
 def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
     """One figure per metric with an x axis, and one for the first metric that is a single number."""
     primary = findings.primary_finding(report)
-    scalars = [m for m in section.metrics if m.x_name is None and findings.points(section, m.name)]
+    floors = {m.floor for m in section.metrics}
+    scalars = [
+        m for m in section.metrics if m.x_name is None and m.name not in floors and findings.points(section, m.name)
+    ]
     curves = [m for m in section.metrics if m.x_name is not None and findings.points(section, m.name)]
     found: list[Figure] = []
     if scalars and not (primary and primary.section is section and primary.metric is scalars[0]):
         found.append(_dot_figure(slug(section.kind), Finding(section, scalars[0], None), arms))
     for metric in curves:
-        figure = _curve_figure(report, section, metric, arms, half=len(curves) > 1)
-        found.append(figure)
+        xs = {m.x for m in findings.points(section, metric.name)}
+        if len(xs) > 1 or metric.y_name is None:
+            found.append(_curve_figure(report, section, metric, arms, half=len(curves) > 1))
+        if metric.y_name is not None and findings.cells(section, metric.name):
+            found.append(_cell_figure(section, metric, arms))
     return found
 
 
@@ -168,6 +181,54 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     return _figure(name, metric.title, caption + _mark(report, rows), spec, table, arms, drawn, x.title, half=half)
 
 
+def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
+    """A metric over two conditions: a panel of coloured cells per subject."""
+    found = [m for m in findings.cells(section, metric.name) if m.subject in arms]
+    floors = findings.floor(section, metric)
+    percent = metric.kind in ("proportion", "difference")
+    # Subjects in the order of the report, in every panel the floor that the same subject has.
+    headers = {
+        label: f"{label} · floor {value_text(metric, floors[label]).split(' [')[0]}" if label in floors else label
+        for label in arms.labels
+        if any(m.subject == label for m in found)
+    }
+    rows = [{"panel": headers[label], **_cell(metric, m)} for label in headers for m in found if m.subject == label]
+    low, high = min(row["value"] for row in rows), max(row["value"] for row in rows)
+    domain = (0.0, 1.0) if metric.kind == "proportion" else (low, high if high > low else low + 1.0)
+    x_title, y_title = _x_title(metric), metric.y_name or ""
+    columns = len(headers) if len(headers) <= 3 else 2 if len(headers) == 4 else 3
+    spec = heat.heat_map(
+        rows, domain, x_title=x_title, y_title=y_title, y_unit=metric.y_unit, percent=percent, columns=columns
+    )
+    counts = sorted({m.items for m in found})
+    asked = (
+        numbers.count(counts[0]) if len(counts) == 1 else f"{numbers.count(counts[0])} to {numbers.count(counts[-1])}"
+    )
+    better = "Lower" if metric.better == "lower" else "Higher"
+    number = "The number is per cent" if percent else f"The number is {metric.unit or metric.title.lower()}"
+    caption = f"{better} is better. {number}, from {asked} questions a cell; intervals (95 %) are in the table."
+    if any(row["open"] for row in rows):
+        guess = f" ({numbers.significant(100 * metric.chance, 2)} %)" if metric.chance is not None and percent else ""
+        caption += f" A ring marks cells whose interval holds guessing{guess}."
+    if floors:
+        caption += " The floor is what the subject scores on the same questions without the text."
+    caption += f" Subjects are compared at each {metric.x_name or 'x'}, all of its cells together, not cell by cell."
+    table = tables.cell_table(section, metric, arms.labels)
+    least = max(charts.least_width(list(headers.values()), x_title), heat.FEWEST_PIXELS * len({r["x"] for r in rows}))
+    title = f"{metric.title} by {y_title} and {metric.x_name}"
+    name = slug(f"{section.kind}-{metric.name}-by-{y_title}")
+    return Figure(name, title, caption, spec, table, columns, 8, len(headers), least)
+
+
+def _cell(metric: Metric, m: Measurement) -> Row:
+    percent = metric.kind in ("proportion", "difference")
+    guess = metric.chance is not None and m.low is not None and m.high is not None
+    return {"x": m.x, "y": m.y, "value": m.value, "text": value_text(metric, m),
+            "cell": numbers.format_signed(100 * m.value) if percent else numbers.significant(m.value, 2),
+            "n": f"{m.items:,} in {m.n:,} documents",
+            "open": bool(guess and (m.low or 0.0) <= (metric.chance or 0.0) <= (m.high or 0.0))}  # fmt: skip
+
+
 def _point(metric: Metric, m: Measurement) -> Row:
     return {"subject": m.subject, "x": m.x, "y": m.value, "low": m.low, "high": m.high, "n": m.n,
             "open": _says_nothing(metric, m.low, m.high), "text": value_text(metric, m)}  # fmt: skip
@@ -187,9 +248,7 @@ def _unit_title(metric: Metric) -> str:
 
 
 def _x_title(metric: Metric) -> str:
-    return {"context": "context (tokens)", "position": "position in document (tokens)"}.get(
-        metric.x_name or "", metric.x_name or ""
-    )
+    return X_TITLES.get(metric.x_name or "", metric.x_name or "")
 
 
 def _mark(report: ReportInput, rows: Sequence[Row]) -> str:

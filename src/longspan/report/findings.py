@@ -23,9 +23,20 @@ class Finding:
 
 
 def points(section: ProbeSection, metric: str) -> list[Measurement]:
-    """The measurements of one metric that have a value, by subject and x."""
-    found = [m for m in section.summary.measurements if m.metric == metric and finite(m.value)]
+    """The measurements of one metric that have a value, by subject and x; cells of a table are left out."""
+    found = [m for m in section.summary.measurements if m.metric == metric and m.y is None and finite(m.value)]
     return sorted(found, key=lambda m: -math.inf if m.x is None else m.x)
+
+
+def cells(section: ProbeSection, metric: str) -> list[Measurement]:
+    """The measurements of one metric in the cells of its table x × y, by x and y."""
+    found = [m for m in section.summary.measurements if m.metric == metric and m.y is not None and finite(m.value)]
+    return sorted(found, key=lambda m: (m.x or 0.0, m.y or 0.0))
+
+
+def floor(section: ProbeSection, metric: Metric) -> dict[str, Measurement]:
+    """Subject -> what it scores without what the metric tests; empty where that was not asked."""
+    return {m.subject: m for m in points(section, metric.floor) if m.x is None} if metric.floor else {}
 
 
 def measured(finding: Finding) -> dict[str, Measurement]:

@@ -62,6 +62,8 @@ _PATHS: dict[tuple[str, ...], tuple[float, float]] = {
 }
 _LEVELS = ((0.47, 0.14, 285.0), (0.68, 0.12, 200.0), (0.52, 0.15, 15.0), (0.75, 0.13, 95.0), (0.60, 0.13, 135.0))
 _DARK_LIFT = 0.13
+HEAT_STEPS = 10
+"""Colours of a sequential scale."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,46 @@ def level_shades(levels: Sequence[str]) -> dict[str, Shade]:
         for index, level in enumerate(dict.fromkeys(levels))
         for base in (_LEVELS[index % len(_LEVELS)],)
     }
+
+
+def heat_name(step: int) -> str:
+    """CSS variable (without dashes) of one colour of the sequential scale."""
+    return f"heat{step}"
+
+
+def heat_ink_name(step: int) -> str:
+    """CSS variable (without dashes) of the text on that colour."""
+    return f"on-heat{step}"
+
+
+def heat_shades() -> dict[str, Shade]:
+    """CSS variable -> colour: a sequential scale from the paper's side to its opposite, and the text on each step.
+
+    Lightness rises or falls steadily, which is what colour-blind readers and grey printers see; the hue turns from
+    yellow to blue beside it.
+    """
+    shades: dict[str, Shade] = {}
+    for step in range(HEAT_STEPS):
+        share = step / (HEAT_STEPS - 1)
+        chroma = 0.03 + 0.09 * math.sin(math.pi * (0.15 + 0.75 * share))
+        light = _hex(0.965 - 0.635 * share, chroma, 105.0 + 160.0 * share)
+        dark = _hex(0.275 + 0.63 * share, chroma, 265.0 - 160.0 * share)
+        shades[heat_name(step)] = Shade(light, dark)
+        inks = [max(("#14171b", "#ffffff"), key=lambda ink: contrast(ink, paper)) for paper in (light, dark)]
+        shades[heat_ink_name(step)] = Shade(*inks)
+    return shades
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two `#rrggbb` (WCAG 2): 1 to 21."""
+    high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _mixed_shades(families: tuple[str, ...], members: Mapping[str, Mapping[str, float]]) -> dict[str, Shade]:

@@ -234,6 +234,28 @@ def metric_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -
     return Table(("<subject", *map(numbers.count, xs)), rows, tuple(present), _records(found))
 
 
+def cell_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -> Table:
+    """One metric in the cells of its table x × y: a row per subject and y, a column per x."""
+    found = findings.cells(section, metric.name)
+    xs, ys = ([*dict.fromkeys(sorted(getattr(m, axis) or 0.0 for m in found))] for axis in ("x", "y"))
+    at = {(m.subject, m.x, m.y): m for m in found}
+    rows, subjects = [], []
+    for subject in _ordered(labels, found):
+        for y in ys:
+            row = [at.get((subject, x, y)) for x in xs]
+            if any(row):
+                cells = (value_text(metric, m) if m else numbers.MISSING for m in row)
+                rows.append((subject, axis_text(y, metric.y_unit), *cells))
+                subjects.append(subject)
+    columns = ("<subject", metric.y_name or "y", *map(numbers.count, xs))
+    return Table(columns, tuple(rows), tuple(subjects), _records(found))
+
+
+def axis_text(value: float, unit: str) -> str:
+    """A place on an axis as text."""
+    return f"{100 * value:.0f} %" if unit == "%" else numbers.count(value)
+
+
 def scalar_table(section: ProbeSection, metrics: Sequence[Metric], labels: Sequence[str]) -> Table:
     """All metrics of a probe that are single numbers: a row per subject, a column per metric."""
     found = {metric.name: {m.subject: m for m in findings.points(section, metric.name)} for metric in metrics}

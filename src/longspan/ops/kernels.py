@@ -1,0 +1,84 @@
+"""Which ops run as Triton kernels: one setting for all of them, and words for what it comes to on a device.
+
+`auto` is Triton on CUDA and plain torch elsewhere; `plain` is plain torch everywhere; `triton` refuses to do without
+(on a CPU it needs Triton's interpreter, TRITON_INTERPRET=1, which is slow and meant for tests). The environment
+variable LONGSPAN_KERNELS gives the setting a process starts with.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from longspan.foundation.errors import UserError
+
+Choice = Literal["auto", "triton", "plain"]
+VARIABLE = "LONGSPAN_KERNELS"
+SERVED = (torch.float32, torch.bfloat16)
+
+
+def _checked(choice: str) -> Choice:
+    for known in get_args(Choice):
+        if choice == known:
+            return known  # type: ignore[no-any-return]
+    raise UserError(f"kernels = {choice!r}", ", ".join(get_args(Choice)), f"set {VARIABLE} to one of these")
+
+
+class _Setting:
+    choice: Choice | None = None
+
+
+def choice() -> Choice:
+    """The setting in force.
+
+    Raises:
+        UserError: LONGSPAN_KERNELS names something else.
+    """
+    if _Setting.choice is None:
+        _Setting.choice = _checked(os.environ.get(VARIABLE, "auto"))
+    return _Setting.choice
+
+
+def choose(new: Choice) -> Choice:
+    """Sets it for this process; returns what it was."""
+    before = choice()
+    _Setting.choice = _checked(new)
+    return before
+
+
+@functools.cache
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "a CUDA device without Triton",
+            "Triton, which comes with torch on Linux",
+            f"install `triton`, or set {VARIABLE}=plain and accept plain torch, many times slower",
+        )
+    return importlib.metadata.version("triton")
+
+
+def serve(x: Tensor) -> bool:
+    """Whether an op on `x` runs as a kernel, as far as the setting, the device and the dtype (fp32, bf16) decide.
+
+    Raises:
+        UserError: it should, and Triton is not installed.
+    """
+    wanted = choice()
+    if wanted == "plain" or (wanted == "auto" and not x.is_cuda) or x.dtype not in SERVED:
+        return False
+    _triton_version()
+    return True
+
+
+def described(device: torch.device) -> str:
+    """What the setting comes to on `device`, for people: to be printed wherever a run says how it computes."""
+    wanted = choice()
+    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
+        return f"Triton {_triton_version()} kernels ({wanted})"
+    return f"plain torch ({wanted})"
