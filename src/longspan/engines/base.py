@@ -19,7 +19,11 @@ Tokens = NDArray[Any]
 """Integer ids (T,), of any integer dtype."""
 
 Capability = Literal["nll", "score", "generate"]
-FinishReason = Literal["stop", "length", "context", "interrupted"]
+FinishReason = Literal["stop", "length", "context", "interrupted", "failed"]
+Failure = Literal[
+    "", "context overflow", "empty reply", "malformed reply", "refused request", "timeout", "transport error"
+]
+AnswerPrefixMode = Literal["prefill", "in prompt"]
 
 
 class UnusableAnswer(DataError):
@@ -69,11 +73,12 @@ class Generation:
         tokens: int64 (n,), without the prompt and without a boundary token that ended it.
         text: the same decoded, up to a stop string.
         finish_reason: `stop` (boundary or stop string), `length` (max_new_tokens), `context` (the subject's context
-            limit) or `interrupted` (asked for before the end).
+            limit), `interrupted` (asked for before the end) or `failed` (there is no answer, see `failure`).
         prompt_tokens: length of the prompt.
         first_token_seconds: from sending the prompt to the first token.
         decode_seconds: for all tokens after the first.
         state_bytes: measured at the end, None where the engine cannot tell.
+        failure: why there is no answer, empty where there is one; `detail` is what the server said.
     """
 
     tokens: NDArray[np.int64]
@@ -83,6 +88,8 @@ class Generation:
     first_token_seconds: float
     decode_seconds: float
     state_bytes: int | None = None
+    failure: Failure = ""
+    detail: str = ""
 
 
 class Engine(ABC):
@@ -97,6 +104,8 @@ class Engine(ABC):
         isolation: what the subject keeps apart where `doc_ids` are given.
         context_limit: most tokens the subject can take in, None where there is no limit.
         fingerprint: of all that determines answers: weights, tokenizer, markers, isolation, precision.
+        answer_prefix_mode: whether a given beginning of the answer stands where the answer stands (`prefill`), or at
+            the end of the question, because the engine cannot begin an answer (`in prompt`).
     """
 
     name: str
@@ -107,6 +116,7 @@ class Engine(ABC):
     isolation: Literal["full", "attention", "state", "none"]
     context_limit: int | None
     fingerprint: str
+    answer_prefix_mode: AnswerPrefixMode = "prefill"
 
     @abstractmethod
     def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:

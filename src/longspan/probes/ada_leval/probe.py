@@ -22,7 +22,7 @@ from longspan.probes.ada_leval.extraction import (
     read_order,
 )
 from longspan.probes.ada_leval.items import AdaItem, Task, read_items
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
 from longspan.probes.benchmark_files import file_digest
 from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
@@ -191,7 +191,7 @@ class AdaLEval(Probe):
             written = engine.generate(prompts, Sampling(max_new_tokens=self.max_new_tokens))
             for content, each_written in zip(fitting, written, strict=True):
                 content["response"] = each_written.text
-                content["finish_reason"] = each_written.finish_reason
+                content |= {"finish_reason": each_written.finish_reason, **failure_of(each_written)}
 
     def _score(self, engine: Engine, asked: Sequence[AdaItem], contents: Sequence[dict[str, Any]]) -> None:
         prefixes: list[Tokens] = []

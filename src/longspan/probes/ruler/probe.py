@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from longspan.engines.base import Engine, Sampling, Tokens
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
 from longspan.probes.benchmark_files import file_digest, read_rows
 from longspan.probes.ruler.questions import questions_of
 from longspan.probes.ruler.tasks import TASKS, Example, Sources, effective_length, scored, weighted_average
@@ -23,6 +23,8 @@ from longspan.records.store import Record
 
 WITHOUT_FILES = tuple(name for name in TASKS if not name.startswith("qa"))
 TRIES = 12
+LONGEST = 60
+"""Words of a piece of a haystack."""
 _WORD = re.compile(r"[a-z]{4,12}")
 
 
@@ -76,10 +78,7 @@ class Ruler(Probe):
         return (
             Metric("score", "Score", "", "proportion", "higher", x_name="length"),
             Metric("null_rate", "Empty answers", "", "proportion", "lower", x_name="length", compare=False),
-            *(
-                Metric(task, task, "", "proportion", "higher", x_name="length", compare=False)
-                for task in self._tasks()
-            ),
+            *(Metric(task, task, "", "proportion", "higher", x_name="length", compare=False) for task in self._tasks()),
         )
 
     def protocol(self) -> dict[str, Any]:
@@ -122,7 +121,7 @@ class Ruler(Probe):
             sampling = Sampling(max_new_tokens=new_tokens, temperature=self.temperature)
             for (content, _), written in zip(some, engine.generate([p for _, p in some], sampling), strict=True):
                 content["response"] = written.text
-                content["finish_reason"] = written.finish_reason
+                content |= {"finish_reason": written.finish_reason, **failure_of(written)}
                 content["answer_prefix_mode"] = engine.answer_prefix_mode
         return contents
 
@@ -175,7 +174,9 @@ class Ruler(Probe):
     def _check_files(self) -> None:
         for task, name, path in (("qa_1", "squad", self.squad), ("qa_2", "hotpotqa", self.hotpotqa)):
             if task in self._tasks() and not path:
-                raise UserError(f"task {task} without `{name}`", f"`{name}: FILE`", f"name the file, or leave {task} out")
+                raise UserError(
+                    f"task {task} without `{name}`", f"`{name}: FILE`", f"name the file, or leave {task} out"
+                )
 
     def _sources(self, data: ProbeData) -> Sources:
         return _read_sources(self.haystack, self.squad, self.hotpotqa, None if self.haystack else data)
@@ -218,11 +219,17 @@ class Ruler(Probe):
 @lru_cache(maxsize=2)
 def _read_sources(haystack: str | None, squad: str | None, hotpotqa: str | None, data: ProbeData | None) -> Sources:
     text = _text(haystack) if haystack else _of_corpus(data)
-    sentences = [each for each in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if each]
+    sentences = [piece for each in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) for piece in _pieces(each)]
     # Names and places keep their capitals; what is left are words of the language.
     words = sorted({word for word in re.findall(r"\b[A-Za-z]+\b", text) if _WORD.fullmatch(word)})
     files = {"qa_1": squad, "qa_2": hotpotqa}
     return Sources(sentences, words, {task: questions_of(Path(path)) for task, path in files.items() if path})
+
+
+def _pieces(sentence: str) -> list[str]:
+    """A sentence, in parts where it is very long (text without full stops): needles go between them."""
+    words = sentence.split()
+    return [" ".join(words[start : start + LONGEST]) for start in range(0, len(words), LONGEST)]
 
 
 def _text(haystack: str) -> str:

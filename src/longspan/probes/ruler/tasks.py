@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -200,7 +201,7 @@ def _variables(units: int, length: int, number: int, generator: np.random.Genera
 def _chain(units: int, letters: int, generator: np.random.Generator) -> Example:
     names = [word.upper() for word in coded(HOPS + 1, letters, generator)]
     value = str(int(generator.integers(10_000, 100_000)))
-    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
     context = "\n".join(_among([NOISE] * units, chain, generator))
     prefix = _VARIABLES[1].format(count=len(names), query=value)
     return Example(_VARIABLES[0].format(context=context, query=value), prefix, tuple(names))

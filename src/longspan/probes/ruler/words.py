@@ -6,34 +6,36 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ADJECTIVES = (
-    "able amber ample ancient arctic autumn bitter blunt bold brave brief bright brisk broad bronze calm candid careful "
-    "cheerful civil clever coarse coastal common copper cosmic crimson crisp curious daring dense distant double dusty "
-    "eager early earnest eastern elastic elder empty equal faint famous fearless final firm fluent foggy formal frosty "
-    "gentle giant glad golden graceful grand grateful hasty hidden hollow honest humble hushed icy idle inner ivory "
-    "jolly keen kind lasting lively lonely loyal lucid marble mellow mighty misty modest narrow neat noble northern "
-    "opaque orange outer pale patient placid plain polite prompt proud quaint quiet rapid ready rigid robust royal "
-    "rustic sandy scarlet secret sharp silent silver simple slender smooth solar solemn southern speedy stable steady "
-    "stormy sturdy subtle sudden sunny supple tender tidy timely tiny tranquil upper urban valiant vast vivid warm "
-    "western wise wooden woolen young zealous"
-).split()
-NOUNS = (
-    "acorn actor alley anchor antler apple apron arrow atlas attic badge baker balcony banjo barley barrel basin basket "
-    "beacon beaver bell bench birch biscuit blanket blossom bottle boulder branch bridge brook broom bucket button "
-    "cabin cable cactus camel canal candle canoe canyon carpet castle cedar cellar chapel chimney circle clover coach "
-    "cobbler comet compass copper cottage cradle crane creek cricket crystal curtain daisy desert diamond dolphin "
-    "donkey drawer drum eagle easel elbow ember engine falcon farmer feather fence fiddle finch flag flute forest "
-    "fossil fountain fox garden garlic gate glacier glove goose granite grape guitar hammer harbor harp hazel helmet "
-    "heron hill honey horizon hotel island ivy jacket jar jasmine jewel kettle kitchen kite ladder lagoon lake lamp "
-    "lantern leaf ledge lemon letter lighthouse lily lizard locket loom maple market meadow melon mill mirror mitten "
-    "monk moon moss motor mountain museum napkin needle nest notebook oak oasis ocean olive onion orchard otter oven "
-    "owl paddle palace panther parcel parrot path pearl pebble pencil pepper piano pigeon pillow pine planet plum pond "
-    "poppy porch portrait prairie pumpkin puzzle quarry quill rabbit raft railway rake raven ribbon river robin rocket "
-    "roof rope rose saddle sailor salmon satchel scarf school shed shell shepherd shield shovel signal sled sparrow "
-    "spoon spring stable star station stone stove straw stream summit sunrise swan table tailor teapot temple thimble "
-    "thistle thunder ticket tiger timber tower trail train tree trumpet tunnel turtle valley velvet village violin "
-    "wagon walnut walrus waterfall weaver whale wheat wheel willow window winter wolf wren yarn zebra"
-).split()
+_ADJECTIVES = (
+    "able amber ample ancient arctic autumn bitter blunt bold brave brief bright brisk broad bronze calm candid "
+    "careful cheerful civil clever coarse coastal common copper cosmic crimson crisp curious daring dense distant "
+    "double dusty eager early earnest eastern elastic elder empty equal faint famous fearless final firm fluent foggy "
+    "formal frosty gentle giant glad golden graceful grand grateful hasty hidden hollow honest humble hushed icy idle "
+    "inner ivory jolly keen kind lasting lively lonely loyal lucid marble mellow mighty misty modest narrow neat "
+    "noble northern opaque orange outer pale patient placid plain polite prompt proud quaint quiet rapid ready rigid "
+    "robust royal rustic sandy scarlet secret sharp silent silver simple slender smooth solar solemn southern speedy "
+    "stable steady stormy sturdy subtle sudden sunny supple tender tidy timely tiny tranquil upper urban valiant vast "
+    "vivid warm western wise wooden woolen young zealous"
+)
+_NOUNS = (
+    "acorn actor alley anchor antler apple apron arrow atlas attic badge baker balcony banjo barley barrel basin "
+    "basket beacon beaver bell bench birch biscuit blanket blossom bottle boulder branch bridge brook broom bucket "
+    "button cabin cable cactus camel canal candle canoe canyon carpet castle cedar cellar chapel chimney circle "
+    "clover coach cobbler comet compass copper cottage cradle crane creek cricket crystal curtain daisy desert "
+    "diamond dolphin donkey drawer drum eagle easel elbow ember engine falcon farmer feather fence fiddle finch flag "
+    "flute forest fossil fountain fox garden garlic gate glacier glove goose granite grape guitar hammer harbor harp "
+    "hazel helmet heron hill honey horizon hotel island ivy jacket jar jasmine jewel kettle kitchen kite ladder "
+    "lagoon lake lamp lantern leaf ledge lemon letter lighthouse lily lizard locket loom maple market meadow melon "
+    "mill mirror mitten monk moon moss motor mountain museum napkin needle nest notebook oak oasis ocean olive onion "
+    "orchard otter oven owl paddle palace panther parcel parrot path pearl pebble pencil pepper piano pigeon pillow "
+    "pine planet plum pond poppy porch portrait prairie pumpkin puzzle quarry quill rabbit raft railway rake raven "
+    "ribbon river robin rocket roof rope rose saddle sailor salmon satchel scarf school shed shell shepherd shield "
+    "shovel signal sled sparrow spoon spring stable star station stone stove straw stream summit sunrise swan table "
+    "tailor teapot temple thimble thistle thunder ticket tiger timber tower trail train tree trumpet tunnel turtle "
+    "valley velvet village violin wagon walnut walrus waterfall weaver whale wheat wheel willow window winter wolf "
+    "wren yarn zebra"
+)
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 def keys(count: int, generator: np.random.Generator) -> list[str]:
