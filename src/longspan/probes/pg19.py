@@ -40,7 +40,8 @@ class PG19(Probe):
         windows: tokens a subject sees at once; None: the context of the study.
         stride: by how many tokens windows move; None: half a window. Much of the literature takes 256.
         streaming: add one pass over each whole book.
-        last: the tokens at the end of the first window that are scored apart (the first L tokens, last `last`).
+        last: the tokens at the end of the first window that are scored apart (the first L tokens, last `last`), where
+            the window is longer.
         max_books: the first so many; None: all.
         max_tokens: the first so many of each book; None: all.
         words: `counted` divides by the words between white space; `official` scales these so that the 100 books of
@@ -209,12 +210,13 @@ class PG19(Probe):
             "stride": stride,
         }
         if mode != STREAMING and len(tokens) >= window:
-            content["end"] = self._end(nll_T, sizes, window)
+            if window > self.last:
+                content["end"] = self._end(nll_T, sizes, window)
             content["positions"] = _positions(nll_T, sizes, window, largest=window == max(self._windows(data)))
         return content
 
     def _end(self, nll_T: np.ndarray, sizes: np.ndarray, window: int) -> dict[str, Any]:
-        first = max(1, window - self.last)
+        first = window - self.last
         return {"nll": float(nll_T[first:window].sum()), "bytes": int(sizes[first:window].sum())}
 
     def _windows(self, data: ProbeData) -> tuple[int, ...]:

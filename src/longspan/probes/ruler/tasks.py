@@ -1,4 +1,4 @@
-"""The thirteen tasks of RULER, each a text of any length with a question, the beginning of the answer and what is right.
+"""The thirteen tasks of RULER: a text of any length, a question, the beginning of the answer, and what is right.
 
 The wording of the prompts is part of the protocol and is RULER's (NVIDIA/RULER, `scripts/data/synthetic/constants.py`,
 Apache-2.0); the generators are written from their description (Hsieh et al. 2024).
