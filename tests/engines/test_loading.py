@@ -88,6 +88,9 @@ def test_a_study_names_its_runs_by_what_it_varies(tmp_path: Path, tiny_model: Ma
             load(study, select=select)
     with pytest.raises(UserError, match="KEY=VALUE"):
         parse_selectors(["pattern"])
+    # As the overrides of a study need it, quotes and all, and as it is shown.
+    for word in ('pattern="[AM]2"', "pattern='[AM]2'", "pattern=[AM]2"):
+        assert parse_selectors([word]) == {"pattern": "[AM]2"}
 
 
 def test_best_weights_are_known_at_the_end_only(tmp_path: Path, tiny_model: MakeModel, write_run: WriteRun) -> None:

@@ -44,6 +44,7 @@ def test_a_group_is_one_layer():
         ("A(M(G)", 1, "never closed"),
         ("AM)2", 2, "never opened"),
         ("4A", 0, "repeats the layer"),
+        ("A٣", 1, "no meaning"),
         ("A()", 1, "hold no layer"),
         ("AM0", 2, "cannot repeat 0"),
         ("A99999", 1, "cannot repeat 99999"),
@@ -74,6 +75,28 @@ def test_bad_patterns_point_at_the_character(pattern, at, word):
     assert word in problem
     assert shown.strip() == pattern.strip()
     assert caret.index("^") - 4 == at
+
+
+def test_a_long_pattern_is_shown_around_the_character_on_one_line():
+    for at in (0, 20, 250, 499):
+        pattern = "A" * at + "Z" + "M" * (499 - at)
+        with pytest.raises(UserError) as caught:
+            parse_pattern(pattern, {"A", "M"})
+        problem, shown, caret = caught.value.given.split("\n")
+        assert f"character {at + 1} of a pattern: no mixer" in problem
+        assert shown[caret.index("^")] == "Z"
+        assert len(shown) <= 70
+        assert (shown.strip()[0] == "…", shown[-1] == "…") == (at > 32, at < 467)
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", "\x1b[31m"])
+def test_what_does_not_print_moves_no_caret(character):
+    with pytest.raises(UserError) as caught:
+        parse_pattern(f"AM{character}Z")
+    problem, shown, caret = caught.value.given.split("\n")
+    assert shown.isprintable()
+    assert shown[caret.index("^")] == "\N{REPLACEMENT CHARACTER}"
+    assert repr(character[0]) in problem
 
 
 @pytest.mark.parametrize("pattern", ["", "((((A4096)4096)4096)4096)4096", "A" * 5000])

@@ -15,6 +15,7 @@ from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, train_tokenize
 from longspan.engines.base import Engine, Generation, Sampling, Tokens
 from longspan.engines.native import NativeEngine
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.probes import made_up
 from longspan.probes.base import Probe, ProbeData
 from longspan.records.observation import Observation, Summary, summarise
 from longspan.records.store import Record
@@ -176,3 +177,76 @@ def read() -> Callable[[Probe, Sequence[Record]], tuple[list[Observation], Summa
         return observations, summarise(observations, probe.metrics, resamples=2_000)
 
     return read_records
+
+
+# --- text with sentences ---------------------------------------------------------------------------------------------
+
+KINDS = ("treaty", "bridge", "harbour", "railway", "mine", "school", "bank", "canal", "court", "mill")
+
+
+def document(number: int, sentences: int, rare: Sequence[str] = ()) -> str:
+    """Plain sentences, some with a number, some with a name of the document's own that comes back."""
+    rng = np.random.default_rng(number)
+    names = [*rare, made_up.name(rng), made_up.name(rng)]
+    lines = []
+    for _ in range(sentences):
+        kind, other = (str(rng.choice(KINDS)) for _ in range(2))
+        lines.append(
+            [
+                f"The {kind} beside the {other} was built for {rng.integers(100, 99999)} dollars in all.",
+                f"It was said that the {kind} of the old {other} belonged to {rng.choice(names)} and others.",
+                made_up.sentence(rng),
+                made_up.sentence(rng),
+            ][int(rng.integers(4))]
+        )
+    return " ".join(lines)
+
+
+def small_tokenizer() -> Tokenizer:
+    return train_tokenizer(TokenizerConfig(vocab_size=500), [document(i, 60) for i in range(100, 108)])
+
+
+def shards_of(texts: Sequence[str], tokenizer: Tokenizer, folder: Path) -> TokenShards:
+    writer = ShardWriter(folder, tokenizer.vocab_size, tokenizer.fingerprint)
+    for number, text in enumerate(texts):
+        tokens = tokenizer.encode(text)
+        writer.add(f"doc-{number}", f"Title {number}", tokens, int(tokenizer.token_bytes[tokens].sum()))
+    writer.close()
+    return TokenShards.open(folder)
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    """A tokenizer that knows the words of `document`."""
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def text(words: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> ProbeData:
+    """Eight documents of sixty sentences."""
+    texts = [document(number, 60) for number in range(8)]
+    return ProbeData(shards_of(texts, words, tmp_path_factory.mktemp("sentences") / "s"), words, 256)
+
+
+@pytest.fixture
+def data_of(words: Tokenizer, tmp_path: Path) -> Callable[..., ProbeData]:
+    """Documents given as text."""
+
+    def make(*texts: str, context: int = 256) -> ProbeData:
+        return ProbeData(shards_of(texts, words, tmp_path / "texts"), words, context)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reader_of_words(words: Tokenizer) -> Callable[..., NativeEngine]:
+    """An untrained model for the tokenizer of `text`."""
+
+    def build(pattern: str = "AM", limit: int | None = None) -> NativeEngine:
+        options = {"width": 16, "heads": 2, "state": 8, "mamba_head_dim": 8, "chunk": 16, "mlp": "none"}
+        model = LanguageModel(ModelConfig.parse({"pattern": pattern, **options}, "model"), words.vocab_size, seed=0)
+        engine = NativeEngine(model, words, markers=True, isolation="full", fingerprint=pattern)
+        engine.context_limit = limit
+        return engine
+
+    return build

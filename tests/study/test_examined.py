@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TrainedRun
+from longspan.engines.transformers import TransformersEngine
 from longspan.foundation.errors import UserError
 from longspan.models.interchange import write_folder
 from longspan.report.data import ReportInput, load
+from longspan.study.asked import imported_engine
 from longspan.study.plan import make_plan
 from longspan.study.run import run_study
 from longspan.study.schema import load_study
@@ -62,7 +65,8 @@ def test_a_checkpoint_and_its_export_answer_as_the_subject_they_come_from(
     exported = tmp_path / "exported"
     write_folder(found.load_model(), exported, tokenizer=found.tokenizer, markers=found.markers, context=found.context)
     study = tmp_path / "asked.yaml"
-    subjects = f"subjects: [{{checkpoint: {found.folder}, name: run}}, {{pretrained: {exported}}}]"
+    elsewhere = f"{{pretrained: {exported}, engine: transformers, name: elsewhere, context_limit: 128}}"
+    subjects = f"subjects: [{{checkpoint: {found.folder}, name: run}}, {{pretrained: {exported}}}, {elsewhere}]"
     study.write_text(f"question: The same?\n{subjects}\nprobe_context: 48\n{CORPUS}")
     asked = run(study, tmp_path / "runs")
     for probe in ("perplexity", "suffix_identification"):
@@ -70,13 +74,64 @@ def test_a_checkpoint_and_its_export_answer_as_the_subject_they_come_from(
         assert measured(asked, probe) == {
             "run": pytest.approx(wanted, rel=1e-5),
             "exported": pytest.approx(wanted, rel=1e-5),
+            "elsewhere": pytest.approx(wanted, rel=1e-4),
         }
     kinds = {subject.label: (subject.kind, subject.mixers) for subject in asked.subjects}
     assert kinds == {
         "run": ("checkpoint", ("attention", "mamba2")),
         "exported": ("pretrained", ("attention", "mamba2")),
+        "elsewhere": ("pretrained", ("attention", "mamba2")),
     }
     assert not asked.training
+    # What is known of the model is the same whoever holds it, and each was checked before it was believed.
+    ours, theirs = (next(each for each in asked.subjects if each.label == name) for name in ("exported", "elsewhere"))
+    assert ours.parameters is not None
+    assert theirs.parameters is not None
+    assert theirs.parameters.total == ours.parameters.total
+    assert theirs.letters == ours.letters == "AM"
+    # transformers keeps one tap more of the convolution over its 80 channels than is needed.
+    assert {theirs.state_bytes[context] - size for context, size in ours.state_bytes.items()} == {80 * 4}
+    for facts_of in asked.subjects:
+        assert "oracle: batched = single, cached = cold, chunked = whole, streaming = parallel" in facts_of.notes
+    assert [entry.level for entry in asked.ledger if entry.topic == "oracle" and entry.table] == ["info"] * 3
+
+
+def test_a_model_whose_ways_differ_is_warned_about(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained[2]
+    exported = tmp_path / "exported"
+    write_folder(found.load_model(), exported, tokenizer=found.tokenizer, markers=found.markers, context=found.context)
+    score = TransformersEngine._after
+    monkeypatch.setattr(TransformersEngine, "_after", lambda *given: [nll + 0.1 for nll in score(*given)])
+    study = tmp_path / "asked.yaml"
+    subjects = f"subjects: [{{pretrained: {exported}, engine: transformers, template: raw, name: bad}}]"
+    study.write_text(f"question: Right?\n{subjects}\nprobe_context: 48\n{CORPUS}")
+    facts = run(study, tmp_path / "runs")
+    (warning,) = [entry for entry in facts.ledger if entry.level == "warning"]
+    assert "ORACLE FAILED: cached = cold" in warning.text
+    assert "ORACLE FAILED" in facts.subjects[0].notes
+    assert "engine transformers, fp32, template raw" in facts.subjects[0].notes
+
+
+def test_an_import_is_not_asked_by_text_without_a_template(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
+) -> None:
+    found = trained[2]
+    exported = tmp_path / "exported"
+    write_folder(found.load_model(), exported, tokenizer=found.tokenizer, markers=found.markers, context=found.context)
+    silent = imported_engine(found, ModelSource(pretrained=str(exported)), "cpu")
+    with pytest.raises(UserError, match="template: raw"):
+        silent.encode_prompt("Who asks?")
+    told = imported_engine(found, ModelSource(pretrained=str(exported), template="raw"), "cpu")
+    ids = told.encode_prompt("Who asks?", " The")
+    assert ids[0] == found.tokenizer.special.boundary
+    assert found.tokenizer.decode(ids) == "Who asks? The"
+    assert told.fingerprint != silent.fingerprint
+    # What was trained here is asked as it was trained.
+    assert imported_engine(found, ModelSource(checkpoint="run"), "cpu").encode_prompt("Who asks?", " The").tolist() == (
+        ids.tolist()
+    )
 
 
 def test_a_checkpoint_stands_beside_subjects_that_are_trained(
@@ -105,6 +160,16 @@ def test_a_checkpoint_stands_beside_subjects_that_are_trained(
         ("[{pretrained: a, weights: last}]", "weights = 'last' of a"),
         ("{pretrained: a}", "subjects = "),
         ("[{pretraned: a}]", "pretraned"),
+        ("[{checkpoint: a, engine: transformers}]", "engine = 'transformers' of a checkpoint"),
+        ("[{pretrained: a, engine: transformrs}]", "subjects[0].engine = 'transformrs'"),
+        ("[{pretrained: a, rope_scaling: {rope_type: yarn}}]", "rope_scaling of a with the engine native"),
+        ("[{pretrained: a, template: custom}]", "custom_template = None"),
+        ("[{pretrained: a, template: custom, custom_template: Q}]", "custom_template = 'Q'"),
+        ("[{pretrained: a, system: be brief}]", "system or template_arguments"),
+        ("[{pretrained: a, engine: transformers, arguments: {batch_tokens: 0}}]", "batch_tokens = 0"),
+        ("[{pretrained: a, arguments: {batch_tokens: 1}}]", "batch_tokens"),
+        ("[{endpoint: {base_url: localhost, model: m, tokenizer: t}}]", "base_url = 'localhost'"),
+        ("[{endpoint: {base_url: 'http://x', model: m, tokenizer: t}, dtype: bf16}]", "dtype or rope_scaling"),
     ],
 )
 def test_entries_that_name_no_model_are_refused(tmp_path: Path, subjects: str, given: str) -> None:

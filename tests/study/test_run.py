@@ -284,7 +284,7 @@ def test_a_file_that_is_gone_from_a_finished_job_says_what_to_remove_and_that_he
     if kind == "train":
         for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
             marker.unlink()
-    refused = longspan(copied, "probe", "mini.yaml", check=False)
+    refused = longspan(copied, "run", "mini.yaml", check=False)
     assert refused.returncode == 1
     assert Path(name).name in refused.stderr
     assert f"remove runs/jobs/{job.name} and" in refused.stderr

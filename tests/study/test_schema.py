@@ -51,6 +51,24 @@ def test_overrides_set_dotted_and_short_keys_and_lists_that_vary(study_file: Pat
     assert {subject.label for subject in subjects} == {"AM · full", "AM · none"}
 
 
+@pytest.mark.parametrize(
+    ("override", "patterns"),
+    [
+        ("pattern=AM", ["AM"]),
+        ('pattern="[AM]"', ["[AM]"]),
+        ("pattern=[A]", ["A"]),
+        ('pattern=["AM"]', ["AM"]),
+        ("pattern=[AM, MA]", ["AM", "MA"]),
+        ('vary.pattern=["[AM]2", AM]', ["[AM]2", "AM"]),
+    ],
+)
+def test_a_pattern_is_one_of_a_list_or_one_layer_of_two_mixers(
+    study_file: Path, override: str, patterns: list[str]
+) -> None:
+    subjects = expand(load_study(str(study_file), [override, "seed=0"])).subjects
+    assert [subject.config.model.pattern for subject in subjects] == patterns
+
+
 def test_arms_that_are_the_same_run_are_listed_once(study_file: Path) -> None:
     study = load_study(
         str(study_file), ["vary.isolation=[full, attention, state, none]", "pattern=[AA, MM, AM]", "seed=0"]
@@ -213,6 +231,9 @@ def test_runs_that_are_a_file_are_refused(study_file: Path, tmp_path: Path) -> N
         (["study="], "study = null", "a name", "rename"),
         (["question="], "has no `question`", "one sentence", "question"),
         (["tokens=[1"], "a bracket of line 1 is not closed", "a YAML value", "for the shell"),
+        (["pattern=[AM]"], "override 'pattern=[AM]'", "one layer with AM side by side", """'pattern="[AM]"'"""),
+        (["vary.pattern=[ AMM ]"], "[ AMM ]", "the pattern AMM", """'vary.pattern="[AMM]"'"""),
+        (["model.pattern=[AM]"], "override 'model.pattern=[AM]'", "one layer", "write model.pattern=AM, or"),
         (["patterns=[*.txt]"], "`*` begins an alias", "a YAML value", """'patterns=["*.txt"]'"""),
     ],
 )

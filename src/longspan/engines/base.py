@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,11 +74,14 @@ class Generation:
         text: the same decoded, up to a stop string.
         finish_reason: `stop` (boundary or stop string), `length` (max_new_tokens), `context` (the subject's context
             limit), `interrupted` (asked for before the end) or `failed` (there is no answer, see `failure`).
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt, as the server counts it where one does.
         first_token_seconds: from sending the prompt to the first token.
         decode_seconds: for all tokens after the first.
         state_bytes: measured at the end, None where the engine cannot tell.
         failure: why there is no answer, empty where there is one; `detail` is what the server said.
+        tokens_from_text: whether `tokens` are those of the text encoded again, since only text came back.
+        cached_tokens: tokens of the prompt that a server took from its cache, None where it does not say.
+        timed: whether the seconds say what they should; not where a server sends its whole answer at once.
     """
 
     tokens: NDArray[np.int64]
@@ -90,6 +93,22 @@ class Generation:
     state_bytes: int | None = None
     failure: Failure = ""
     detail: str = ""
+    tokens_from_text: bool = False
+    cached_tokens: int | None = None
+    timed: bool = True
+
+
+class Prompting(ABC):
+    """How a text becomes the prompt of a subject: with a chat template, as it is, or in a form of the user's own."""
+
+    @abstractmethod
+    def encode(self, text: str, answer_prefix: str) -> NDArray[np.int64]:
+        """int64 ids of the whole prompt, with the marker that begins a document exactly once where there is one.
+
+        Args:
+            text: what is asked; nothing in it becomes a special token.
+            answer_prefix: the beginning of the answer, already written.
+        """
 
 
 class Engine(ABC):
@@ -104,8 +123,10 @@ class Engine(ABC):
         isolation: what the subject keeps apart where `doc_ids` are given.
         context_limit: most tokens the subject can take in, None where there is no limit.
         fingerprint: of all that determines answers: weights, tokenizer, markers, isolation, precision.
+        prompting: how texts become prompts; None: as they are, after `document_prefix`.
         answer_prefix_mode: whether a given beginning of the answer stands where the answer stands (`prefill`), or at
             the end of the question, because the engine cannot begin an answer (`in prompt`).
+        notes: what a reader of the numbers must know about how they were made, one sentence each.
     """
 
     name: str
@@ -116,7 +137,33 @@ class Engine(ABC):
     isolation: Literal["full", "attention", "state", "none"]
     context_limit: int | None
     fingerprint: str
+    prompting: Prompting | None = None
     answer_prefix_mode: AnswerPrefixMode = "prefill"
+    notes: tuple[str, ...] = ()
+
+    def encode_prompt(self, text: str, answer_prefix: str = "") -> NDArray[np.int64]:
+        """The ids to generate from for a question given as text, in the form that the subject was told to be asked in.
+
+        Args:
+            text: what is asked.
+            answer_prefix: the beginning of the answer, already written; see `answer_prefix_mode`.
+
+        Raises:
+            UserError: the subject must be told a form (`template:`) and was not.
+        """
+        if self.prompting is not None:
+            return self.prompting.encode(text, answer_prefix)
+        return np.concatenate([self.document_prefix, self.tokenizer.encode(text + answer_prefix)]).astype(np.int64)
+
+    def close(self) -> None:  # noqa: B027  an engine in this process holds nothing
+        """Let go of what the engine holds outside this process (a server, connections); it answers no more."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """`close`, whatever happened."""
+        self.close()
 
     @abstractmethod
     def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:
@@ -156,21 +203,12 @@ class Engine(ABC):
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
         """Continue each prompt (at least 1 id; nothing is added)."""
 
-    def encode_prompt(self, text: str, answer_prefix: str = "") -> Tokens:
-        """Ids of a user's message, ready to be answered.
-
-        Here the text as it is, after what the subject expects before a document; an engine with a chat template wraps
-        it in that.
-
-        Args:
-            text: of the message.
-            answer_prefix: how the answer begins; what is asked for comes after it.
-        """
-        return np.concatenate([self.document_prefix, self.tokenizer.encode(text + answer_prefix)]).astype(np.int64)
-
     @abstractmethod
-    def state_bytes(self, context: int) -> int:
-        """Bytes that one sequence's state takes after `context` tokens, computed from the configuration."""
+    def state_bytes(self, context: int) -> int | None:
+        """Bytes that one sequence's state takes after `context` tokens, computed from the configuration.
+
+        None where the configuration is not known, or is of a kind whose state is not known.
+        """
 
     def refuse(self, capability: str) -> UserError:
         """The error for something this engine cannot do."""

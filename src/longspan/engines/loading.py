@@ -134,7 +134,7 @@ def _from_hugging_face(folder: Path, name: str, *, dtype: Dtype, device: str, ba
         dtype=dtype,
         batch_tokens=batch_tokens,
         trained_context=trained_context(folder),
-        end_tokens=_end_tokens(folder, config),
+        end_tokens=end_tokens(folder, config),
         name=name,
     )
 
@@ -153,7 +153,7 @@ def trained_context(folder: Path) -> int | None:
     return int(found) if found and found < NO_LIMIT else None
 
 
-def _end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+def end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
     """The ids that end a text, one or several, as generation of transformers takes them."""
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None

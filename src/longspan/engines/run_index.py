@@ -88,7 +88,7 @@ def find_run(folder: Path, select: Mapping[str, Any]) -> Path:
 
 
 def parse_selectors(words: Iterable[str]) -> dict[str, str]:
-    """`["pattern=AMAM", "seed=0"]` as a mapping.
+    """`["pattern=AMAM", "seed=0"]` as a mapping; a value may stand in quotes, as the overrides of a study need them.
 
     Raises:
         UserError: a word that is not KEY=VALUE.
@@ -98,5 +98,6 @@ def parse_selectors(words: Iterable[str]) -> dict[str, str]:
         if not re.fullmatch(r"[\w.]+=.+", word):
             raise UserError(f"selector {word!r}", "KEY=VALUE, e.g. pattern=AMAM", "put `=` between key and value")
         key, _, value = word.partition("=")
-        selected[key] = value
+        quoted = re.fullmatch(r"""(["'])(.+)\1""", value)
+        selected[key] = quoted[2] if quoted else value
     return selected

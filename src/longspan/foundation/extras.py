@@ -18,8 +18,9 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "wandb": ("wandb", "training curves in Weights & Biases (offline too)"),
     "transformers": (
         "transformers",
-        "pretrained tokenizers from folders or the hub, and parity with Hugging Face models",
+        "the engine `transformers`, chat templates, and parity with Hugging Face models",
     ),
+    "endpoint": ("httpx2", "the engines `openai` and `vllm`, which ask servers"),
     "lm-eval": ("lm_eval", "the tasks of lm-evaluation-harness, through `longspan lm-eval`"),
 }
 """extra → (module it brings, what it is for)."""

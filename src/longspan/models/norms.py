@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from longspan.ops import kernels
+
+# A row has to fit the registers of a kernel's program.
+WIDEST_KERNEL = 16_384
+
 
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight`; statistics in fp32, the weight multiplies after the cast back (as transformers' Llama)."""
@@ -26,6 +31,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D), same shape and dtype."""
         weight = self.weight
+        if _has_kernel(x):
+            return _kernel(x, None, weight, self.eps, _computed_in(x))
         if not (_plain(x) and _plain(weight)):
             return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * weight.to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -45,6 +52,8 @@ class GatedRMSNorm(RMSNorm):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
         """Both (..., D); statistics in fp32, result in the dtype of `z`."""
         weight = self.weight
+        if _has_kernel(z) and _has_kernel(y):
+            return _kernel(y, z, weight, self.eps, z.dtype)
         if not (_plain(y) and _plain(z) and _plain(weight)):
             gated = y.float() * F.silu(z.float())
             return F.rms_norm(gated, gated.shape[-1:], eps=self.eps).to(z.dtype) * weight.to(z.dtype)
@@ -62,6 +71,23 @@ class LayerNorm(nn.LayerNorm):
         """Weight one, bias zero."""
         self.weight.fill_(1.0)
         self.bias.zero_()
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.shape[-1] <= WIDEST_KERNEL and kernels.serve(x)
+
+
+def _kernel(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    from longspan.ops.triton.rms_norm import rms_norm
+
+    y: Tensor = rms_norm(x, gate, weight, eps, dtype)
+    return y
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """Under autocast the matmuls that read a norm would round it next: the kernel rounds it to the same dtype."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from longspan.foundation.errors import UserError
 
 MOST_LAYERS = 4096
+DIGITS = "0123456789"
+SHOWN = 64
+"""Characters of a faulty pattern that an error shows."""
 EXAMPLES = "`AAMM`, `(AM)4`, `M6A2`, `[AM]4`"
 
 
@@ -96,7 +99,7 @@ class _Reader:
         return f"[{letters}]"
 
     def _not_in_group(self, at: int, character: str) -> UserError:
-        if character.isdigit():
+        if character in DIGITS:
             fix = "write a letter as often as it should stand there, or repeat the layer: `[AM]2`"
             return self._error(at, "no number inside `[..]`, which is one layer", fix)
         if character == ")":
@@ -107,7 +110,7 @@ class _Reader:
 
     def _count(self, num_layers: int) -> int:
         start = self.at
-        while self.at < len(self.pattern) and self.pattern[self.at] in "0123456789":
+        while self.at < len(self.pattern) and self.pattern[self.at] in DIGITS:
             self.at += 1
         digits = self.pattern[start : self.at]
         if not digits:
@@ -128,12 +131,18 @@ class _Reader:
         if character in ")]":
             opening = "(" if character == ")" else "["
             return self._error(at, "this bracket was never opened", f"remove it or add `{opening}`")
-        if character.isdigit():
+        if character in DIGITS:
             return self._error(at, "a number repeats the layer or group before it", "put a letter first, e.g. `M6`")
         return self._error(at, f"{character!r} has no meaning here", "remove it")
 
     def _error(self, at: int, problem: str, fix: str) -> UserError:
-        shown = f"pattern {self.pattern!r}: {problem}\n    {self.pattern}\n    {' ' * at}^"
+        # One line of a terminal that holds the place; what does not print would move the caret.
+        start = max(0, min(at - SHOWN // 2, len(self.pattern) - SHOWN))
+        cut = self.pattern[start : start + SHOWN]
+        before, after = "…" if start else "", "…" if start + SHOWN < len(self.pattern) else ""
+        line = before + "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in cut) + after
+        name = f"pattern {cut!r}" if cut == self.pattern else f"character {at + 1} of a pattern"
+        shown = f"{name}: {problem}\n    {line}\n    {' ' * (len(before) + at - start)}^"
         return UserError(
             shown, f"letters, repeat counts, `(..)` around layers, `[..]` in one layer, e.g. {EXAMPLES}", fix
         )

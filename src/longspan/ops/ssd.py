@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops import kernels
 from longspan.ops.ssd_chunked import ssd_chunked
 
 Backend = Literal["chunked", "reference"]
+# Wider heads or states would not fit the registers of a kernel's program.
+LARGEST_KERNEL_SIZE = 128
 
 
 def ssd(
@@ -45,8 +48,10 @@ def ssd(
         initial_state_BHPN: state before the first token; None: zeros.
         initial_doc_B: document of the initial state, which counts only while `doc_BT` stays equal to it from the first
             token on. None: the initial state belongs to the document of the first token.
-        chunk: tokens per chunk of the matmul form.
-        backend: "chunked" (matmuls, for training and prefill) or "reference" (a Python loop over tokens).
+        chunk: tokens per chunk of the matmul form in plain torch; the kernel has its own.
+        backend: "chunked" (matmuls, for training and prefill) or "reference" (a Python loop over tokens). Where
+            `ops.kernels` says so, "chunked" is a Triton kernel; it serves x, B and C of one dtype (fp32 or bf16) with P
+            and N up to 128, all else stays plain torch.
 
     Returns:
         y (B, T, H, P) in the dtype of x, and the state after the last token (B, H, P, N) in fp32 (fp64 for fp64 input).
@@ -58,7 +63,19 @@ def ssd(
     arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, doc_BT, initial_state_BHPN, initial_doc_B)
     if backend == "reference":
         return _reference(*arguments)
-    return _step(*arguments) if x_BTHP.shape[1] == 1 else ssd_chunked(*arguments, chunk)
+    if x_BTHP.shape[1] == 1:
+        return _step(*arguments)
+    if _has_kernel(x_BTHP, B_BTGN, C_BTGN):
+        from longspan.ops.triton.ssd import ssd as kernel
+
+        y_BTHP, state_BHPN, _ = kernel(*arguments)
+        return y_BTHP, state_BHPN
+    return ssd_chunked(*arguments, chunk)
+
+
+def _has_kernel(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor) -> bool:
+    fits = max(x_BTHP.shape[3], B_BTGN.shape[3]) <= LARGEST_KERNEL_SIZE
+    return fits and x_BTHP.dtype == B_BTGN.dtype == C_BTGN.dtype and kernels.serve(x_BTHP)
 
 
 def _check(

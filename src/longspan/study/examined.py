@@ -9,13 +9,14 @@ from typing import Any
 
 from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig
 from longspan.engines.loading import locate_run, trained_context
+from longspan.engines.opening import Described, describe
+from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TOKENIZER, TRAINING, TrainedRun, describe_run
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import sha256_file, write_json
 from longspan.models.config import ModelConfig
 from longspan.models.interchange import read_config, read_folder, read_tokenizer, resolve, tokenizer_settings
 from longspan.models.segments import Isolation
-from longspan.study.schema import ModelSource
 from longspan.training.checkpoint import TrainingState, save_checkpoint
 
 
@@ -25,31 +26,32 @@ class Examined:
 
     Attributes:
         folder: where it lies.
-        model, vocab_size: its configuration and the rows of its embedding.
+        model, vocab_size: its configuration and the rows of its embedding; None where Longspan's own models do not
+            hold it.
         tokenizer: settings that load its tokenizer for the corpus it is asked about.
         markers: whether a boundary token precedes each document.
         isolation: what it was trained with; a model from elsewhere sees each document as if it were alone.
         context: tokens of a training row; None where its files do not say.
         fingerprint: all that determines its answers.
+        elsewhere: what is known of a model that another engine runs, None for the native one.
     """
 
     folder: Path
-    model: ModelConfig
-    vocab_size: int
+    model: ModelConfig | None
+    vocab_size: int | None
     tokenizer: TokenizerConfig
     markers: bool
     isolation: Isolation
     context: int | None
     fingerprint: dict[str, Any]
+    elsewhere: Described | None = None
 
 
 @cache
-def examine(source: ModelSource) -> Examined:
-    """Find a model and read its description; the files of a hub id are fetched.
-
-    Raises:
-        UserError: it is not there, or of a kind that cannot be represented.
-    """
+def _examine(source_json: str) -> Examined:
+    source = ModelSource.model_validate_json(source_json)
+    if source.engine != "native":
+        return _elsewhere(source)
     if source.checkpoint is not None:
         return _checkpoint(source, Path(source.checkpoint).expanduser())
     assert source.pretrained is not None
@@ -66,6 +68,30 @@ def examine(source: ModelSource) -> Examined:
         isolation="full",
         context=trained_context(folder),
         fingerprint={"files": {file.name: sha256_file(file) for file in files}, "tokenizer": tokenizer.fingerprint},
+    )
+
+
+def examine(source: ModelSource) -> Examined:
+    """Find a model and read its description; what is needed of a hub id's files is fetched.
+
+    Raises:
+        UserError: it is not there, or of a kind that cannot be represented.
+    """
+    return _examine(source.model_dump_json())
+
+
+def _elsewhere(source: ModelSource) -> Examined:
+    found = describe(source)
+    return Examined(
+        folder=found.folder,
+        model=None,
+        vocab_size=None,
+        tokenizer=tokenizer_settings(found.folder),
+        markers=found.markers,
+        isolation="full",
+        context=None if source.kind == "endpoint" else trained_context(found.folder),
+        fingerprint=found.fingerprint,
+        elsewhere=found,
     )
 
 

@@ -104,7 +104,7 @@ def expand(study: Study) -> Expansion:
                 f"two subjects are called {source.label!r}", "a name each", "give the model another `name:`"
             )
         shared = {key: study.base[key] for key in AskedConfig.model_fields if key in study.base}
-        examined = ExaminedConfig.parse({**shared, "source": source.model_dump()}, "")
+        examined = ExaminedConfig.parse({**shared, "source": source.model_dump(exclude_defaults=True)}, "")
         subjects[source.label, 0] = Subject(source.label, {}, 0, examined)
     return Expansion(
         list(subjects.values()),

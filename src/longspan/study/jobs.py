@@ -15,7 +15,7 @@ from longspan.foundation.errors import DataError, MachineError, UserError
 from longspan.foundation.files import digest, disk_errors, read_json, write_json
 from longspan.study.environment import git_state, hardware, versions
 
-Kind = Literal["prepare", "train", "import", "probe"]
+Kind = Literal["prepare", "train", "import", "check", "probe"]
 SPECIFICATION = "job.json"
 DONE = "done.json"
 DOWNLOADS = "downloads"

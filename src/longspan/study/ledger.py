@@ -18,6 +18,7 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
     for corpus in prepared.values():
         entries += corpus_entries(corpus.ledger)
     entries += [LedgerEntry("info", "subjects", note) for note in plan.merged]
+    entries += _oracle(plan, runs)
     entries += _packing(plan, runs)
     entries += _training(plan, runs)
     return entries
@@ -44,6 +45,31 @@ def corpus_entries(facts: dict[str, Any]) -> list[LedgerEntry]:
         text = f"{removed:,} duplicates removed, {across:,} across splits."
         rows: list[Row] = [_flat(example) for example in examples[:20]]
         entries.append(LedgerEntry("info", "corpus", text, rows))
+    return entries
+
+
+def agreement(checks: list[dict[str, Any]]) -> str:
+    """Whether the ways of asking a model agree, in one line."""
+    differ = [check["name"] for check in checks if check["verdict"] == "differs"]
+    if differ:
+        return f"ORACLE FAILED: {', '.join(differ)}"
+    equal = [check["name"] for check in checks if check["verdict"] == "equal"]
+    return f"oracle: {', '.join(equal)}" if equal else "oracle: nothing could be compared"
+
+
+def _oracle(plan: Plan, runs: Path) -> list[LedgerEntry]:
+    """Whether the ways of asking each model agree; a model whose ways differ is warned about."""
+    entries = []
+    for planned in plan.subjects:
+        result = planned.train.result(runs)
+        if "oracle" not in result:
+            continue
+        failed = any(check["verdict"] == "differs" for check in result["oracle"])
+        advice = " Do not believe its numbers before that is understood." if failed else ""
+        text = f"{planned.subject.who}: {agreement(result['oracle'])}.{advice}"
+        rows: list[Row] = [_flat(check) for check in result["oracle"]]
+        entries.append(LedgerEntry("warning" if failed else "info", "oracle", text, rows))
+        entries += [LedgerEntry("info", "oracle", f"{planned.subject.who}: {note}.") for note in result["notes"]]
     return entries
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
+from longspan.engines import opening
+from longspan.engines.opening import Described
 from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import sha256_file
@@ -18,7 +20,7 @@ from longspan.models.config import ModelConfig
 from longspan.report.numbers import duration, relative, scaled
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
-from longspan.study.jobs import DOWNLOADS, Job
+from longspan.study.jobs import DOWNLOADS, Job, Kind
 from longspan.study.plugin_laws import check_own_mixers
 from longspan.study.schema import DEFAULT_PRIMARY, ExaminedConfig, Study, SubjectConfig
 from longspan.training.config import TrainingConfig
@@ -29,25 +31,37 @@ ASSUMED_EFFICIENCY = 0.35
 
 @dataclass(frozen=True)
 class PlannedSubject:
-    """A subject with its model solved and its jobs made; `train` imports a model that is asked as it is."""
+    """A subject with its model solved and its jobs made.
+
+    `train` imports a model that is asked as it is, or checks one that another engine runs (`elsewhere`); `model` and
+    `vocab_size` are None for the latter.
+    """
 
     subject: Subject
-    model: ModelConfig
-    vocab_size: int
+    model: ModelConfig | None
+    vocab_size: int | None
     match: Match | None
     prepare: Job
     train: Job
     probes: dict[str, Job]
     trained_context: int | None
+    elsewhere: Described | None = None
 
     @cached_property
-    def parameters(self) -> Parameters:
-        """Parameters by part."""
+    def parameters(self) -> Parameters | None:
+        """Parameters by part; None where they are not known (a server's)."""
+        if self.model is None:
+            assert self.elsewhere is not None
+            return opening.count_parameters(self.elsewhere)
+        assert self.vocab_size is not None
         return count_parameters(self.model, self.vocab_size)
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """True mixer name of every layer."""
+        """True mixer name of every layer; empty where it is not known."""
+        if self.model is None:
+            shape = self.elsewhere.shape if self.elsewhere else None
+            return shape.layers if shape else ()
         return tuple(self.model.mixer(letter)[0].name for letter in self.model.layers())
 
     @cached_property
@@ -62,6 +76,8 @@ class PlannedSubject:
         training = self.training
         if training is None:
             return 0.0
+        assert self.model is not None
+        assert self.vocab_size is not None
         return training_flops_per_token(self.model, self.vocab_size, training.context) * trained_tokens(training)
 
 
@@ -93,9 +109,9 @@ class Plan:
                 (
                     first.subject.label,
                     str(len(arm)),
-                    describe_mixers(first.mixers),
-                    scaled(first.parameters.total),
-                    scaled(first.parameters.non_embedding),
+                    describe_mixers(first.mixers) or "–",
+                    scaled(first.parameters.total) if first.parameters else "–",
+                    scaled(first.parameters.non_embedding) if first.parameters else "–",
                     residual,
                     scaled(trained_tokens(first.training)) if first.training else "as it is",
                     scaled(first.training_flops) if first.training else "–",
@@ -214,17 +230,21 @@ def _plan_examined(
     # How it was trained is how it is asked.
     kept = {"markers": found.markers, "isolation": found.isolation}
     packing = config.packing.model_copy(update=kept).model_dump(mode="json")
-    places = {"prepare": prepare.folder(runs).name, "plugins": list(plugins)}
-    model = found.model.model_dump(mode="json")
+    places = {
+        "prepare": prepare.folder(runs).name,
+        "plugins": list(plugins),
+        "source": config.source.model_dump(mode="json", exclude_defaults=True),
+    }
+    kind: Kind = "import" if found.elsewhere is None else "check"
     load = Job(
-        "import",
-        f"import {subject.who}",
-        {"source": found.fingerprint, **kept},
-        needs=(prepare.key,),
-        details={**places, "source": config.source.model_dump()},
+        kind, f"{kind} {subject.who}", {"source": found.fingerprint, **kept}, needs=(prepare.key,), details=places
     )
-    probes = _probe_jobs(subject, load, runs, places, {"model": model, "packing": packing}, context, found.context)
-    return PlannedSubject(subject, found.model, found.vocab_size, None, prepare, load, probes, found.context)
+    model = None if found.model is None else found.model.model_dump(mode="json")
+    shared = {"model": model, "packing": packing, "asked": config.source.asked_how()}
+    probes = _probe_jobs(subject, load, runs, places, shared, context, found.context)
+    return PlannedSubject(
+        subject, found.model, found.vocab_size, None, prepare, load, probes, found.context, found.elsewhere
+    )
 
 
 def _prepare_job(corpus: CorpusConfig, tokenizer: TokenizerConfig, runs: Path, plugins: tuple[str, ...]) -> Job:

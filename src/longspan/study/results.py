@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan.corpus.prepare import PreparedCorpus
+from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TRAINING
 from longspan.foundation.files import digest, read_json
-from longspan.models.budget import forward_flops_per_token, state_bytes
+from longspan.models.budget import Parameters, forward_flops_per_token, state_bytes
 from longspan.probes.base import Probe, ProbeData
 from longspan.records.observation import Observation, Summary, summarise
 from longspan.records.store import Record, RecordStore
@@ -27,7 +28,7 @@ from longspan.report.data import (
     TrainingCurve,
 )
 from longspan.study.jobs import DONE, finished_job
-from longspan.study.ledger import ledger
+from longspan.study.ledger import agreement, ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
 from longspan.study.schema import ExaminedConfig
@@ -89,7 +90,7 @@ def _finished(folder: Path) -> str:
 
 def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFacts:
     first = arm[0]
-    facts = _model_facts(label, first)
+    facts = _model_facts(label, first, runs)
     if first.training is None:
         return facts
     results = [planned.train.result(runs)["training"] for planned in arm]
@@ -115,25 +116,51 @@ def _subject(label: str, arm: Sequence[PlannedSubject], runs: Path) -> SubjectFa
     )
 
 
-def _model_facts(label: str, planned: PlannedSubject) -> SubjectFacts:
+def _model_facts(label: str, planned: PlannedSubject, runs: Path) -> SubjectFacts:
     """What a subject is and costs, whoever trained it."""
-    counted = planned.parameters
-    embedding = counted.embedding + counted.head
+    counted, model = planned.parameters, planned.model
     source = planned.subject.config.source if isinstance(planned.subject.config, ExaminedConfig) else None
-    return SubjectFacts(
+    facts = SubjectFacts(
         label=label,
-        letters="".join(planned.model.layers()),
         mixers=planned.mixers,
-        kind="trained" if source is None else "checkpoint" if source.checkpoint else "pretrained",
+        kind="trained" if source is None else source.kind,
         factors=planned.subject.factors,
-        parameters=ParameterFacts(counted.total, embedding, counted.non_embedding, counted.mixers, counted.mlp),
-        state_bytes={context: float(state_bytes(planned.model, context)) for context in COST_CONTEXTS},
-        forward_flops={
-            context: forward_flops_per_token(planned.model, planned.vocab_size, context) for context in COST_CONTEXTS
-        },
+        parameters=None if counted is None else _parameters(counted),
         weights=planned.subject.stored_weights,
-        notes="" if source is None else f"asked as it is: {source.checkpoint or source.pretrained}",
+        notes="" if source is None else _asked_as(source, planned.train.result(runs)),
     )
+    if model is not None:
+        assert planned.vocab_size is not None
+        vocab_size = planned.vocab_size
+        return replace(
+            facts,
+            letters="".join(model.layers()),
+            state_bytes={context: float(state_bytes(model, context)) for context in COST_CONTEXTS},
+            forward_flops={context: forward_flops_per_token(model, vocab_size, context) for context in COST_CONTEXTS},
+        )
+    shape = planned.elsewhere.shape if planned.elsewhere else None
+    if shape is None:
+        return facts
+    assert source is not None
+    size = 4 if source.dtype == "fp32" else 2
+    predicted = {context: float(shape.bytes(context, size)) for context in COST_CONTEXTS}
+    return replace(facts, letters=shape.letters, state_bytes=predicted, dtype=source.dtype)
+
+
+def _parameters(counted: Parameters) -> ParameterFacts:
+    embedding = counted.embedding + counted.head
+    return ParameterFacts(counted.total, embedding, counted.non_embedding, counted.mixers, counted.mlp)
+
+
+def _asked_as(source: ModelSource, result: dict[str, Any]) -> str:
+    """How a model that was not trained here was asked, and whether the ways of asking it agree."""
+    how = [f"engine {source.engine}", source.dtype]
+    if source.template is not None:
+        how.append(f"template {source.template}")
+    if source.revision is not None:
+        how.append(f"revision {source.revision}")
+    told = [f"asked as it is: {source.place} ({', '.join(how)})", agreement(result["oracle"]), *result["notes"]]
+    return "; ".join(told)
 
 
 def _curve(planned: PlannedSubject, runs: Path) -> TrainingCurve:
@@ -242,7 +269,11 @@ def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, reco
 def _notes(plan: Plan, runs: Path) -> list[str]:
     dtypes = {planned.train.result(runs)["training"]["dtype"] for planned in plan.trained}
     if not dtypes:
-        return ["Nothing was trained: the models were asked as they are, in fp32."]
+        sources = [
+            each.subject.config.source for each in plan.subjects if isinstance(each.subject.config, ExaminedConfig)
+        ]
+        used = ", ".join(sorted({source.dtype for source in sources if source.kind != "endpoint"}))
+        return [f"Nothing was trained: the models were asked as they are{f', in {used}' if used else ''}."]
     return [f"Trained in {', '.join(sorted(dtypes))}; the probes ran in fp32."] if dtypes != {"fp32"} else []
 
 

@@ -16,6 +16,7 @@ from longspan.foundation.files import digest
 from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
 from longspan.records.store import RecordStore
+from longspan.study.asked import letting_go
 from longspan.study.environment import devices
 from longspan.study.executors.local import LocalExecutor
 from longspan.study.jobs import DONE, Job
@@ -84,13 +85,14 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     def finished(job: Job, result: dict[str, Any]) -> None:
         terminal.finished(job, headline(job, result))
 
-    executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
-    if until in ("probe", "report"):
-        check_items(plan, runs)
-        executor.run(plan.jobs_until("train"), runs, terminal.observe, finished)
-        for text in forget_stale_probes(plan, runs):
-            terminal.line(f"note: {text}")
-    executor.run(jobs, runs, terminal.observe, finished)
+    with letting_go():
+        executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
+        if until in ("probe", "report"):
+            check_items(plan, runs)
+            executor.run(plan.jobs_until("train"), runs, terminal.observe, finished)
+            for text in forget_stale_probes(plan, runs):
+                terminal.line(f"note: {text}")
+        executor.run(jobs, runs, terminal.observe, finished)
     seconds = time.monotonic() - started
     if until != "report":
         return _stage_outcome(jobs, runs, seconds)
@@ -234,6 +236,8 @@ def headline(job: Job, result: dict[str, Any]) -> str:
         rate = training["tokens_per_second"]
         speed = f", {rate:,.0f} tok/s" if rate else ""
         return f"validation {training['best']['bits_per_byte']:.4f} bits/byte{speed}"
-    if job.kind == "import":
-        return f"weights {result['weights']['best'][:8]}"
+    if job.kind in ("import", "check"):
+        differ = [check["name"] for check in result["oracle"] if check["verdict"] == "differs"]
+        agree = f"WARNING: {', '.join(differ)} differ" if differ else "the ways of asking it agree"
+        return f"weights {result['weights']['best'][:8]}, {agree}"
     return f"{result['items']} items"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.sources import SOURCES
 from longspan.corpus.tokenizer import TokenizerConfig, settings_of_kind
+from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import Weights
 from longspan.foundation.config import Config, did_you_mean, shown_value, unknown_key
 from longspan.foundation.errors import UserError
@@ -85,40 +87,6 @@ class SubjectConfig(AskedConfig):
         return self
 
 
-class ModelSource(Config):
-    """One entry of `subjects:`, a model that is asked as it is.
-
-    Attributes:
-        checkpoint: the folder of a run that Longspan trained.
-        pretrained: a folder with Hugging Face weights, or a hub id.
-        revision: branch, tag or commit of the hub id.
-        weights: of a checkpoint, `best` or `last`.
-        name: what reports call it; default the last part of its path or id.
-    """
-
-    checkpoint: str | None = None
-    pretrained: str | None = None
-    revision: str | None = None
-    weights: Weights = "best"
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.checkpoint is None) == (self.pretrained is None):
-            given = "neither" if self.checkpoint is None else "both"
-            raise UserError(f"{given} of `checkpoint` and `pretrained`", "exactly one of the two", "name one model")
-        if self.revision is not None and self.pretrained is None:
-            raise UserError(f"revision = {self.revision!r} of a checkpoint", "revisions of hub ids only", "remove it")
-        if self.weights != "best" and self.checkpoint is None:
-            raise UserError(f"weights = {self.weights!r} of {self.pretrained}", "checkpoints only", "remove it")
-        return self
-
-    @property
-    def label(self) -> str:
-        """What reports call it."""
-        return self.name or Path(self.checkpoint or self.pretrained or "").name
-
-
 class ExaminedConfig(AskedConfig):
     """Everything that determines what a model that is asked as it is answers."""
 
@@ -139,6 +107,7 @@ STUDY_KEYS = (
 )  # fmt: skip
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 SEED = ("training", "seed")
+PATTERN = ("model", "pattern")
 FOLDERS = {"jobs", "downloads"}
 """What else lies beside the studies' folders."""
 RIVALS = {"tokens": "steps", "steps": "tokens"}
@@ -184,7 +153,7 @@ class Study:
             "primary": self.primary,
             **({"variant": self.variant} if self.variant else {}),
             **({"plugins": list(self.plugins)} if self.plugins else {}),
-            **({"subjects": [each.model_dump(exclude_none=True) for each in self.sources]} if self.sources else {}),
+            **({"subjects": [each.model_dump(exclude_defaults=True) for each in self.sources]} if self.sources else {}),
             **({"probe_context": self.context} if self.context else {}),
             **copy.deepcopy(dict(self.base)),
             **({"vary": copy.deepcopy(dict(self.vary))} if self.vary else {}),
@@ -210,7 +179,9 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         load_file(plugin)
     raw.setdefault("study", path.stem)
     raw["probes"] = _named_probes(raw.get("probes") or [])
+    overrides = tuple(overrides)
     changes = [read_override(text) for text in overrides]
+    _refuse_bare_groups(overrides, changes)
     chosen = next((str(value) for key, value in reversed(changes) if key == "variant"), str(raw.get("variant") or ""))
     variants = {
         name: _mapping(f"variants.{name}", overlay)
@@ -258,12 +229,21 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         variant=chosen,
         vary=vary,
         primary=str(raw.get("primary", DEFAULT_PRIMARY)),
-        overrides=tuple(overrides),
+        overrides=overrides,
         settings=tuple(settings),
         plugins=plugins,
         sources=_sources(raw.get("subjects") or []),
         context=_context(raw.get("probe_context")),
     )
+
+
+def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, Any]]) -> None:
+    """`pattern=[AM]` is a list to YAML and one layer with two mixers to a reader: neither is taken silently."""
+    for text, (key, value) in zip(overrides, changes, strict=True):
+        bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
+        if bare and value == [bare[1]] and resolve_key(key.removeprefix("vary.")) == PATTERN:
+            layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""
+            raise UserError(f"override {text!r}", f"the pattern {layer}, or one layer with {layer} side by side", fix)
 
 
 def _sources(entries: Any) -> tuple[ModelSource, ...]:

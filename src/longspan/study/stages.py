@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longspan.corpus.packing import PackedBatches, PackingConfig, evaluation_batches
 from longspan.corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from longspan.corpus.tokenizer import TokenizerConfig
-from longspan.engines.loading import engine_of
+from longspan.engines.base import Engine
+from longspan.engines.oracle import check_equivalence, sample_tokens
+from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TRAINING, TrainedRun, describe_run
 from longspan.foundation.errors import DataError, LongspanError
 from longspan.foundation.files import sha256_file
@@ -20,9 +23,9 @@ from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
 from longspan.records.store import RECORDS as RECORDS
 from longspan.records.store import Record, RecordStore
+from longspan.study.asked import asked_engine, held_engine, imported_engine
 from longspan.study.examined import import_model
 from longspan.study.jobs import DOWNLOADS, Job, finished_job
-from longspan.study.schema import ModelSource
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
@@ -143,7 +146,26 @@ def import_stage(job: Job, folder: Path, runs: Path, report: Report, device: str
     """A model from elsewhere → a run's folder, so that it is asked like a trained one."""
     source = ModelSource.parse(job.details["source"], "subjects")
     import_model(source, folder, job.title.removeprefix("import "))
-    return {"weights": {"best": TrainedRun.open(folder).weights_sha256()}}
+    run = TrainedRun.open(folder)
+    return {
+        "weights": {"best": run.weights_sha256()},
+        **_checked(imported_engine(run, source, device), job, runs, report),
+    }
+
+
+def check_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
+    """A model that another engine runs → whether the ways of asking it agree, before any number of it is believed."""
+    engine = held_engine(ModelSource.parse(job.details["source"], "subjects"), device, report)
+    return {"weights": {"best": engine.fingerprint}, **_checked(engine, job, runs, report)}
+
+
+def _checked(engine: Engine, job: Job, runs: Path, report: Report) -> dict[str, Any]:
+    corpus = open_corpus(runs / "jobs" / job.details["prepare"])
+    tokens = sample_tokens(
+        next(corpus.shards[name] for name in ("test", "validation", "train") if name in corpus.shards)
+    )
+    checks = check_equivalence(engine, tokens, report)
+    return {"oracle": [asdict(check) for check in checks], "notes": list(engine.notes)}
 
 
 def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
@@ -165,10 +187,7 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     specification = job.specification
     name, label, seed = job.details["name"], job.details["subject"], specification["seed"]
     probe = make_probe(name, job.details["settings"])
-    which = specification["weights"]
-    with finished_job(runs / "jobs" / job.details["train"]) as trained:
-        run = TrainedRun.open(trained)
-        engine = engine_of(run, which, device=device)
+    engine, weights = asked_engine(job, runs, device, report)
     data = probe_data(job, open_corpus(runs / "jobs" / job.details["prepare"]))
     items = probe.items(data)
     protocol = probe.protocol()
@@ -194,12 +213,13 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
             )
             done += len(answers)
             report(Progress(name, done, len(items), "items"))
-    return {"items": len(items), "fingerprint": engine.fingerprint, "weights": run.weights_sha256(which)}
+    return {"items": len(items), "fingerprint": engine.fingerprint, "weights": weights}
 
 
 STAGES: dict[str, Callable[[Job, Path, Path, Report, str], dict[str, Any]]] = {
     "prepare": prepare_stage,
     "train": train_stage,
     "import": import_stage,
+    "check": check_stage,
     "probe": probe_stage,
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from longspan.models.interchange.choose import architecture_of
-from longspan.models.interchange.hub import resolve
+from longspan.models.interchange.hub import DESCRIPTIONS, FETCHED, resolve
 from longspan.models.interchange.read import DTYPES, read_config, read_folder
 from longspan.models.interchange.tokenizer_files import read_tokenizer, tokenizer_settings
 from longspan.models.interchange.write import Written, write_folder
 
 __all__ = [
+    "DESCRIPTIONS",
     "DTYPES",
+    "FETCHED",
     "Written",
     "architecture_of",
     "read_config",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.foundation.errors import UserError
 from longspan.foundation.extras import MissingExtra
 
 # Weights as pickles, and copies for other frameworks, are never fetched.
-FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt")
+WEIGHTS = "*.safetensors"
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+FETCHED = (*DESCRIPTIONS, WEIGHTS)
 ALLOWED = "a folder, or a hub id like `state-spaces/mamba-130m-hf`"
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
+def resolve(name: str | Path, revision: str | None = None, *, fetched: Sequence[str] = FETCHED) -> Path:
     """The folder behind a path or a hub id; a hub id is fetched unless it is in the cache.
 
     Args:
         name: a folder, or `owner/name`.
         revision: branch, tag or commit of a hub id.
+        fetched: patterns of the files that are fetched.
 
     Raises:
         UserError: neither; or it cannot be fetched.
@@ -38,7 +42,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     except ModuleNotFoundError:
         raise MissingExtra("hub") from None
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=list(FETCHED)))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=list(fetched)))
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, refused
         lines = str(error).strip().splitlines()
         raise UserError(

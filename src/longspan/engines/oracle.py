@@ -1,0 +1,166 @@
+"""Whether the ways of asking a subject agree, before any number of it is believed.
+
+Long texts go through in parts, several at a time, on from a kept state, token by token: by the model's definition all
+give the same, and in practice an architecture, a kernel or a server may not. Each way is compared with the text alone
+and whole, on tokens of the study's own corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.corpus.shards import TokenShards
+from longspan.engines.base import Engine, Tokens
+from longspan.engines.native import NativeEngine
+from longspan.engines.transformers import TransformersEngine
+from longspan.foundation.progress import Progress, Report, silent
+
+TOKENS = 384
+"""Length of the text; three documents of other lengths are cut from it."""
+STEPPED = 24
+"""Tokens that go through one at a time."""
+EXACT = 1e-4
+"""Largest difference of a token's likelihood in fp32, nats, or as a share of the largest likelihood above 1."""
+ROUNDED = 0.02
+"""Mean difference in nats per token, in lower precision."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: the two ways, e.g. `chunked = whole`.
+        verdict: `equal`, `differs`, or `not used` where the engine never asks that way.
+        largest, mean: difference of a token's likelihood, nats.
+        allowed: what the largest (fp32) or the mean (lower precision) may be.
+        note: why a way is not used.
+    """
+
+    name: str
+    verdict: Literal["equal", "differs", "not used"]
+    largest: float | None = None
+    mean: float | None = None
+    allowed: float | None = None
+    note: str = ""
+
+
+def sample_tokens(shards: TokenShards) -> NDArray[np.int64]:
+    """The first `TOKENS` tokens of a split, over as many documents as that takes."""
+    parts, total = [], 0
+    for document in shards:
+        parts.append(np.asarray(document, np.int64))
+        total += len(document)
+        if total >= TOKENS:
+            break
+    return np.concatenate(parts)[:TOKENS]
+
+
+def check_equivalence(engine: Engine, tokens: Tokens, report: Report = silent) -> list[Check]:
+    """Compare the ways of asking an engine.
+
+    Args:
+        engine: the subject.
+        tokens: some text in its tokens, at least 8 of them; what it cannot take is cut.
+        report: told of the progress.
+    """
+    limit = engine.context_limit or len(tokens)
+    text = np.concatenate([engine.document_prefix, tokens]).astype(np.int64)[:limit]
+    checks = []
+    ways = {
+        "batched = single": _batched,
+        "cached = cold": _cached,
+        "chunked = whole": _chunked,
+        "streaming = parallel": _streaming,
+        "left-padded = unpadded": _padded,
+    }
+    for done, (name, way) in enumerate(ways.items()):
+        report(Progress("oracle", done, len(ways), "checks"))
+        checks.append(_judged(engine, name, way(engine, text)))
+    return checks
+
+
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+Way = Callable[[Engine, NDArray[np.int64]], "Pair | str"]
+
+
+def _batched(engine: Engine, text: NDArray[np.int64]) -> Pair | str:
+    """Texts of unlike lengths together, and each alone."""
+    if "nll" not in engine.capabilities:
+        return "the engine gives no likelihoods"
+    some = [text[: max(2, len(text) // share)] for share in (1, 2, 3)]
+    alone = [engine.nll([each])[0] for each in some]
+    return np.concatenate(engine.nll(some)), np.concatenate(alone)
+
+
+def _cached(engine: Engine, text: NDArray[np.int64]) -> Pair | str:
+    """Continuations of one prefix, of unlike lengths, and each with the prefix before it."""
+    if "score" not in engine.capabilities:
+        return "the engine scores no continuations"
+    cut = max(1, len(text) * 2 // 3)
+    rest = text[cut:]
+    choices = [rest, rest[: max(1, len(rest) // 2)], rest[::-1]]
+    cold = [engine.nll([np.concatenate([text[:cut], choice])])[0][cut - 1 :] for choice in choices]
+    return np.concatenate(engine.score(text[:cut], choices)), np.concatenate(cold)
+
+
+def _chunked(engine: Engine, text: NDArray[np.int64]) -> Pair | str:
+    if isinstance(engine, TransformersEngine) and not engine.model.takes_parts:
+        return "this architecture does not give the same in parts, so none are made"
+    return _in_parts(engine, text, max(1, len(text) // 5))
+
+
+def _streaming(engine: Engine, text: NDArray[np.int64]) -> Pair | str:
+    if isinstance(engine, TransformersEngine) and not engine.model.keeps_state:
+        return "this architecture keeps no state, so nothing is streamed"
+    return _in_parts(engine, text[:STEPPED], 1)
+
+
+def _in_parts(engine: Engine, text: NDArray[np.int64], part: int) -> Pair | str:
+    if isinstance(engine, TransformersEngine):
+        return engine.nll_by(text, part), engine.nll_by(text, len(text))
+    if isinstance(engine, NativeEngine):
+        with _batch_tokens(engine, part):
+            parts = engine.nll([text])[0]
+        with _batch_tokens(engine, len(text)):
+            return parts, engine.nll([text])[0]
+    return "how a text goes through is the server's own matter"
+
+
+def _padded(engine: Engine, text: NDArray[np.int64]) -> Pair | str:
+    if not isinstance(engine, TransformersEngine):
+        return "nothing is ever put before a text"
+    return engine.nll_padded(text, 7), engine.nll_by(text, len(text))
+
+
+@contextmanager
+def _batch_tokens(engine: NativeEngine, size: int) -> Iterator[None]:
+    before, engine.batch_tokens = engine.batch_tokens, size
+    try:
+        yield
+    finally:
+        engine.batch_tokens = before
+
+
+def _judged(engine: Engine, name: str, found: Pair | str) -> Check:
+    if isinstance(found, str):
+        return Check(name, "not used", note=found)
+    here, there = found
+    difference = np.abs(here - there)
+    largest, mean = float(difference.max()), float(difference.mean())
+    if _exact(engine):
+        allowed = EXACT * max(1.0, float(np.abs(there).max()))
+        return Check(name, "equal" if largest <= allowed else "differs", largest, mean, allowed)
+    return Check(name, "equal" if mean <= ROUNDED else "differs", largest, mean, ROUNDED)
+
+
+def _exact(engine: Engine) -> bool:
+    if isinstance(engine, NativeEngine):
+        return engine.dtype == "fp32"
+    return isinstance(engine, TransformersEngine) and engine.model.dtype.itemsize >= 4

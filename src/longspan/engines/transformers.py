@@ -1,0 +1,325 @@
+"""Runs any causal language model of transformers for probes, in the ways that give what the whole text gives.
+
+Legend: B rows, T tokens, D width of hidden states, V vocabulary, N positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from longspan.corpus.tokenizer import Tokenizer
+from longspan.engines.base import (
+    Capability,
+    Engine,
+    FinishReason,
+    Generation,
+    Prompting,
+    Sampling,
+    Tokens,
+    require_finite,
+)
+from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
+from longspan.engines.causal_model import CausalModel, mark, restore, select, state_size
+from longspan.engines.picking import pick
+from longspan.engines.state_shapes import StateShape
+from longspan.engines.text_stream import TextStream
+from longspan.foundation.errors import UserError
+from longspan.foundation.randomness import torch_generator
+
+IGNORE = -100
+PART_TOKENS = 4_096
+"""Positions of a forward pass: the mask of a part over 131,072 tokens takes half a gigabyte at this."""
+COPIED_TOKENS = 65_536
+"""Most positions whose state is copied at a time for continuations of a shared prefix."""
+
+
+class TransformersEngine(Engine):
+    """A causal language model of transformers.
+
+    Attributes:
+        model: with its ways, see `CausalModel`.
+        batch_tokens: most positions in one forward pass where it takes a text in parts.
+        shape: of its state by its configuration, None where that is not known.
+        num_parameters: of the model, shared ones counted once.
+        trained_context: tokens that it was made for, None where that is not known.
+
+    Packed documents are computed one by one, so that nothing crosses a boundary (isolation `full`).
+    """
+
+    capabilities: frozenset[Capability] = frozenset({"nll", "score", "generate"})
+    isolation: Literal["full", "attention", "state", "none"] = "full"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        markers: bool,
+        fingerprint: str,
+        prompting: Prompting | None = None,
+        context_limit: int | None = None,
+        trained_context: int | None = None,
+        end_tokens: frozenset[int] = frozenset(),
+        batch_tokens: int = PART_TOKENS,
+        name: str = "",
+    ) -> None:
+        """Take a model over and find out how it may be called.
+
+        Args:
+            model: a causal language model of transformers, on its device.
+            tokenizer: the model's own.
+            markers: whether a boundary token precedes each document.
+            fingerprint: of the weights and all else that determines answers.
+            prompting: how texts become prompts; None: as they are.
+            context_limit: most tokens it can take in.
+            trained_context: tokens that it was made for.
+            end_tokens: ids beside the boundary token with which it ends a document.
+            batch_tokens: most positions in one forward pass.
+            name: for people.
+
+        Raises:
+            UserError: a tokenizer with more entries than the model has rows.
+        """
+        self.model = CausalModel(model)
+        if self.model.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"a model with {self.model.vocab_size} rows for the tokenizer {tokenizer.name}",
+                f"at least {tokenizer.vocab_size} rows",
+                "use the model's own tokenizer",
+            )
+        self.name = name or type(model).__name__
+        self.tokenizer = tokenizer
+        self.document_prefix = np.array([tokenizer.special.boundary] if markers else [], dtype=np.int64)
+        self.fingerprint = fingerprint
+        self.prompting = prompting
+        self.context_limit = context_limit
+        self.trained_context = trained_context
+        self.end_tokens = end_tokens
+        self.batch_tokens = batch_tokens
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.shape = StateShape.of(self.model.model.config)
+        self.notes = tuple(self.model.notes)
+
+    @torch.inference_mode()
+    def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:
+        """See `Engine.nll`."""
+        for i, sequence in enumerate(sequences):
+            self._check_length(len(sequence) - 1, f"sequence {i}")
+        if doc_ids is None:
+            return self._nll_of(sequences)
+        pieces = alone(sequences, doc_ids)
+        answers = [np.zeros(len(sequence) - 1) for sequence in sequences]
+        for (row, start, tokens), values in zip(pieces, self._nll_of([piece[2] for piece in pieces]), strict=True):
+            answers[row][start : start + len(tokens) - 1] = values
+        return answers
+
+    @torch.inference_mode()
+    def nll_by(self, tokens: Tokens, part: int) -> NDArray[np.float64]:
+        """`nll` of one sequence that goes through in parts of so many tokens, whether that is right or not."""
+        targets_BT = stack([tokens[1:]], IGNORE)
+        (nll,) = self._token_nll(stack([tokens[:-1]], 0), targets_BT, part)
+        values: NDArray[np.float64] = nll
+        return values
+
+    @torch.inference_mode()
+    def nll_padded(self, tokens: Tokens, padding: int) -> NDArray[np.float64]:
+        """`nll` of one sequence with masked tokens before it, as a batch of unlike prompts would have them."""
+        front = torch.zeros((1, padding), dtype=torch.int64)
+        tokens_BT = torch.cat([front, stack([tokens[:-1]], 0)], 1)
+        mask_BT = torch.cat([front, torch.ones((1, len(tokens) - 1), dtype=torch.int64)], 1).to(self.model.device)
+        hidden_BTD, _ = self.model.hidden(tokens_BT, attention_mask=mask_BT)
+        nll_N = self.model.nll(hidden_BTD[0, padding:], torch.from_numpy(np.asarray(tokens[1:], np.int64)))
+        values: NDArray[np.float64] = nll_N.double().cpu().numpy()
+        return values
+
+    @torch.inference_mode()
+    def score_many(
+        self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> list[list[NDArray[np.float64]]]:
+        """See `Engine.score_many`. Where no state can be kept, each continuation is computed with its prefix."""
+        check_requests(prefixes, continuations)
+        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
+            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
+        answers = []
+        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
+            if self.model.keeps_state and len(prefix) > 1:
+                scored = self._after(prefix, choices)
+            else:
+                whole = self._nll_of([np.concatenate([prefix, choice]) for choice in choices])
+                scored = [nll[len(prefix) - 1 :] for nll in whole]
+            answers.append([require_finite(nll, self.name, f"a continuation of request {i}") for nll in scored])
+        return answers
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+        """See `Engine.generate`. One prompt at a time, so that the timings are those of one request."""
+        return [self._write(prompt, sampling, index) for index, prompt in enumerate(prompts)]
+
+    @torch.inference_mode()
+    def seconds_per_step(self, context: int, rows: int, new_tokens: int) -> float:
+        """Mean time of a decoding step of so many sequences at once, each after `context` random tokens.
+
+        Raises:
+            RuntimeError: the device has not enough memory for it.
+        """
+        if not self.model.keeps_state:
+            raise UserError(f"{self.name} keeps no state", "models that do", "measure one sequence at a time")
+        generator = torch_generator(0, "seconds_per_step", context)
+        prompt_BT = torch.randint(0, self.tokenizer.vocab_size, (1, context), generator=generator)
+        state = select(self._prefill(prompt_BT)[1], torch.zeros(rows, dtype=torch.int64))
+        token_BT = prompt_BT[:, -1:].expand(rows, 1)
+        hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
+        self._synchronise()
+        began = time.perf_counter()
+        for _ in range(new_tokens):
+            token_BT = self.model.logits(hidden_B1D[:, -1:]).argmax(-1)
+            hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
+        self._synchronise()
+        return (time.perf_counter() - began) / new_tokens
+
+    def state_bytes(self, context: int) -> int | None:
+        """See `Engine.state_bytes`."""
+        if self.shape is None or not self.model.keeps_state:
+            return None
+        return self.shape.bytes(context, self.model.dtype.itemsize)
+
+    # --- likelihoods --------------------------------------------------------------------------------------------------
+
+    def _nll_of(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float64]]:
+        answers: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
+        for batch in by_length([len(sequence) - 1 for sequence in sequences], self.batch_tokens):
+            inputs_BT = stack([sequences[i][:-1] for i in batch], 0)
+            targets_BT = stack([sequences[i][1:] for i in batch], IGNORE)
+            part = self.batch_tokens if self.model.takes_parts else inputs_BT.shape[1]
+            nll_BT = self._token_nll(inputs_BT, targets_BT, part)
+            for row, i in enumerate(batch):
+                answers[i] = require_finite(nll_BT[row, : len(sequences[i]) - 1], self.name, f"sequence {i}")
+        return answers
+
+    def _token_nll(self, inputs_BT: Tensor, targets_BT: Tensor, part: int) -> NDArray[np.float64]:
+        """(B, T) nats, 0 where there is no target."""
+        self._check_logits(min(part, inputs_BT.shape[1]) * len(inputs_BT))
+        nll_BT = np.zeros(inputs_BT.shape)
+        for start, hidden_BTD, _ in self._parts(inputs_BT, part):
+            span = slice(start, start + hidden_BTD.shape[1])
+            counted_BT = targets_BT[:, span] != IGNORE
+            if bool(counted_BT.any()):
+                nll_N = self.model.nll(hidden_BTD[counted_BT.to(self.model.device)], targets_BT[:, span][counted_BT])
+                nll_BT[:, span][counted_BT.numpy()] = nll_N.double().cpu().numpy()
+        return nll_BT
+
+    def _parts(self, tokens_BT: Tensor, part: int, *, keep: bool = False) -> Iterator[tuple[int, Tensor, Any]]:
+        """(start, hidden states, state) of each part."""
+        state = None
+        length = tokens_BT.shape[1]
+        for start in range(0, length, part):
+            more = keep or start + part < length
+            hidden_BTD, state = self.model.hidden(tokens_BT[:, start : start + part], state, keep=more)
+            yield start, hidden_BTD, state
+
+    def _prefill(self, tokens_BT: Tensor) -> tuple[Tensor, Any]:
+        """The last hidden state (B, 1, D) and the state after the tokens."""
+        hidden_B1D, state = None, None
+        part = self.batch_tokens if self.model.takes_parts else tokens_BT.shape[1]
+        for _, hidden_BTD, after in self._parts(tokens_BT, part, keep=self.model.keeps_state):
+            hidden_B1D, state = hidden_BTD[:, -1:], after
+        assert hidden_B1D is not None
+        return hidden_B1D, state
+
+    def _after(self, prefix: Tokens, choices: Sequence[Tokens]) -> list[NDArray[np.float64]]:
+        # The last token of the prefix goes through with every continuation, so that its hidden state, from which the
+        # first token is predicted, need not be kept beside the state.
+        _, state = self._prefill(stack([prefix[:-1]], 0))
+        order = sorted(range(len(choices)), key=lambda i: len(choices[i]))
+        longest = len(choices[order[-1]])
+        most = max(1, COPIED_TOKENS // (len(prefix) + longest))
+        scored: list[NDArray[np.float64]] = [np.empty(0)] * len(choices)
+        marked = mark(state)
+        for start in range(0, len(order), most):
+            batch = order[start : start + most]
+            restore(marked)
+            here = state if len(batch) == 1 else select(state, torch.zeros(len(batch), dtype=torch.int64))
+            inputs_BT = stack([np.append(prefix[-1:], choices[i][:-1]) for i in batch], 0)
+            targets_BT = stack([choices[i] for i in batch], IGNORE)
+            nll_BT = self._continued(inputs_BT, targets_BT, here)
+            for row, i in enumerate(batch):
+                scored[i] = nll_BT[row, : len(choices[i])]
+        return scored
+
+    def _continued(self, inputs_BT: Tensor, targets_BT: Tensor, state: Any) -> NDArray[np.float64]:
+        length = inputs_BT.shape[1]
+        part = max(1, self.batch_tokens // len(inputs_BT)) if self.model.takes_parts else 1
+        nll_BT = np.zeros(inputs_BT.shape)
+        for start in range(0, length, part):
+            span = slice(start, start + part)
+            hidden_BTD, state = self.model.hidden(inputs_BT[:, span], state, keep=True)
+            counted_BT = targets_BT[:, span] != IGNORE
+            nll_N = self.model.nll(hidden_BTD[counted_BT.to(self.model.device)], targets_BT[:, span][counted_BT])
+            nll_BT[:, span][counted_BT.numpy()] = nll_N.double().cpu().numpy()
+        return nll_BT
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def _write(self, prompt: Tokens, sampling: Sampling, index: int) -> Generation:
+        self._check_length(len(prompt), f"prompt {index}")
+        generator = torch_generator(sampling.seed, "generate", index)
+        stream = TextStream(self.tokenizer, sampling.stop)
+        written: list[int] = []
+        reason: FinishReason | None = None
+        state: Any = None
+        seconds = [0.0, 0.0]
+        while reason is None:
+            self._synchronise()
+            began = time.perf_counter()
+            if state is None:
+                hidden_B1D, state = self._prefill(stack([np.append(prompt, np.array(written, np.int64))], 0))
+            else:
+                hidden_B1D, state = self.model.hidden(torch.tensor([written[-1:]]), state, keep=True)
+            # Picking waits for the device, so the token is really there when the clock is read.
+            token = pick(self, self.model.logits(hidden_B1D[:, -1])[0], sampling, generator)
+            seconds[bool(written)] += time.perf_counter() - began
+            ends = token == self.tokenizer.special.boundary or token in self.end_tokens
+            if ends and sampling.stop_at_boundary:
+                reason = "stop"
+                break
+            written.append(token)
+            stream.push(token)
+            if stream.stopped:
+                reason = "stop"
+            elif len(written) == sampling.max_new_tokens:
+                reason = "length"
+            elif self.context_limit is not None and len(prompt) + len(written) > self.context_limit:
+                reason = "context"
+        stream.flush()
+        return Generation(
+            tokens=np.array(written, dtype=np.int64),
+            text=stream.text,
+            finish_reason=reason,
+            prompt_tokens=len(prompt),
+            first_token_seconds=seconds[0],
+            decode_seconds=seconds[1],
+            state_bytes=state_size(state) if state is not None else None,
+        )
+
+    def _synchronise(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _check_length(self, num_inputs: int, what: str) -> None:
+        check_length(num_inputs, self.context_limit, what, self.name)
+
+    def _check_logits(self, positions: int) -> None:
+        """Without a head, logits of all positions of a pass exist at once: never of more than a batch."""
+        if not self.model.head_found and positions > self.batch_tokens:
+            raise UserError(
+                f"{positions} positions at once for {self.name}, whose head is not found and which takes no parts",
+                f"at most {self.batch_tokens}: the logits of all of them exist at once",
+                "ask it with a shorter context",
+            )

@@ -1,0 +1,153 @@
+"""RMSNorm, plain and gated, with one pass over memory forward and one backward.
+
+A program keeps a whole row in registers; the backward makes the statistics again instead of keeping them. The gradient
+of the weight is summed per program and then in one order: the same bits in every run.
+
+Shapes: M rows, D width, J programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs of the backward: a few for every multiprocessor of a large chip.
+PROGRAMS = 1056
+
+
+@triton.jit
+def _forward(
+    x_ptr, gate_ptr, weight_ptr, y_ptr, x_row, gate_row, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row + d, mask=d < D, other=0.0).to(tl.float32)
+    if GATED:
+        z = tl.load(gate_ptr + row * gate_row + d, mask=d < D, other=0.0).to(tl.float32)
+        x *= z * tl.sigmoid(z)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * D + d, (x * inverse * weight).to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _backward(
+    x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, sums_ptr, rows, x_row, gate_row, dy_row, dx_row, dgate_row,
+    eps, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    for step in range(tl.cdiv(rows, tl.num_programs(0))):
+        row = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        there = (d < D) & (row < rows)
+        x = tl.load(x_ptr + row * x_row + d, mask=there, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_row + d, mask=there, other=0.0).to(tl.float32)
+        silu, gated = x, x
+        if GATED:
+            z = tl.load(gate_ptr + row * gate_row + d, mask=there, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(z)
+            silu = z * sigmoid
+            gated = x * silu
+        inverse = tl.rsqrt(tl.sum(gated * gated, 0) / D + eps)
+        normed = gated * inverse
+        dweight += dy * normed
+        dnormed = dy * weight
+        dgated = (dnormed - normed * (tl.sum(dnormed * normed, 0) / D)) * inverse
+        if GATED:
+            dz = dgated * x * (sigmoid + silu * (1.0 - sigmoid))
+            tl.store(dgate_ptr + row * dgate_row + d, dz.to(dgate_ptr.dtype.element_ty), mask=there)
+            dgated = dgated * silu
+        tl.store(dx_ptr + row * dx_row + d, dgated.to(dx_ptr.dtype.element_ty), mask=there)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + d, dweight, mask=d < D)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(M, D) with the values of a row side by side."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.reshape(-1, x.shape[-1])
+
+
+def _warps(block: int) -> int:
+    return min(16, max(4, block // 512))
+
+
+def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`x * silu(gate) / rms * weight` in `dtype`, contiguous."""
+    rows_MD = _rows(x)
+    gates_MD = rows_MD if gate is None else _rows(gate)
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = max(16, triton.next_power_of_2(width))
+    _forward[(rows_MD.shape[0],)](
+        rows_MD, gates_MD, weight_D, y, rows_MD.stride(0), gates_MD.stride(0), eps,
+        D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
+    )  # fmt: skip
+    return y
+
+
+def run_backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dx_MD: Tensor, dgate_MD: Tensor | None
+) -> Tensor:
+    """Fills the gradients of x and gate, rows of any stride; returns that of the weight."""
+    rows_MD, dy_MD = _rows(x), _rows(dy)
+    gates_MD = rows_MD if gate is None else _rows(gate)
+    dgates_MD = dx_MD if dgate_MD is None else dgate_MD
+    rows, width = rows_MD.shape
+    block = max(16, triton.next_power_of_2(width))
+    programs = min(rows, PROGRAMS)
+    sums_JD = x.new_empty(programs, width, dtype=torch.float32)
+    _backward[(programs,)](
+        rows_MD, gates_MD, weight_D, dy_MD, dx_MD, dgates_MD, sums_JD, rows, rows_MD.stride(0), gates_MD.stride(0),
+        dy_MD.stride(0), dx_MD.stride(0), dgates_MD.stride(0), eps,
+        D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
+    )  # fmt: skip
+    return sums_JD.sum(0).to(weight_D.dtype)
+
+
+@torch.library.custom_op("longspan::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`x * silu(gate) / rms * weight` over the last dimension, statistics in fp32, rounded once, to `dtype`."""
+    return run_forward(x, gate, weight_D, eps, dtype)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("longspan::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, gate (empty where there is none) and weight."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dgate = x.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    flat = None if gate is None else dgate.view(-1, gate.shape[-1])
+    return dx, dgate, run_backward(dy, x, gate, weight_D, eps, dx.view(-1, x.shape[-1]), flat)
+
+
+@rms_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dgate = x.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return dx, dgate, torch.empty_like(weight_D)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, weight_D, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, gate, weight_D)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate, weight_D = ctx.saved_tensors
+    dx, dgate, dweight_D = rms_norm_backward(dy, x, gate, weight_D, ctx.eps)
+    return dx, None if gate is None else dgate, dweight_D, None, None
+
+
+rms_norm.register_autograd(_differentiate, setup_context=_save)

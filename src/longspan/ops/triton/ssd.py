@@ -1,0 +1,365 @@
+"""The Mamba-2 scan (SSD) on CUDA: how the kernels are cut, launched and made known to autograd and the compiler.
+
+Kept for the backward are the inputs and, unless `KEEP_STATES` is off, one state per chunk in the dtype of x.
+
+Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of heads that share B and C, N state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.ops.triton import ssd_kernels as kernels
+
+# Enough programs for any chip; below that the heads of a chunk are shared out.
+ENOUGH_PROGRAMS = 264
+KEEP_STATES = True
+HEADS_PER_DECAYS = 16
+
+
+class Cut(NamedTuple):
+    """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, warps and stages.
+
+    `state_*` is for the two kernels that carry states.
+    """
+
+    chunk: int
+    state_tile: tuple[int, int]
+    state_warps: tuple[int, int]
+    output_heads: int
+    output_warps: tuple[int, int]
+    gradient_warps: tuple[int, int]
+    group_warps: tuple[int, int]
+    precision: str
+
+
+# Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
+CUTS = {
+    torch.bfloat16: Cut(64, (64, 64), (4, 4), 4, (4, 2), (4, 1), (4, 3), "ieee"),
+    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
+}
+
+
+class Inputs(NamedTuple):
+    """What both directions need: x (B, T, H, P), dt (B, T, H), B and C (B, T, G, N), A, D and the bias of dt (H,).
+
+    With a bias, dt is what comes before bias and softplus.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    bias: Tensor | None
+    doc: Tensor | None
+    initial: Tensor | None
+    initial_doc: Tensor | None
+
+    def laid_out(self) -> Inputs:
+        """Copies what no kernel can walk through; slices of wider rows need none."""
+        x, B, C = (
+            z if z.stride(-1) == 1 and z.stride(-2) == z.shape[-1] else z.contiguous() for z in (self[0], *self[3:5])
+        )
+        dt = self.dt if self.dt.stride(-1) == 1 else self.dt.contiguous()
+        rest = (None if z is None else z.contiguous() for z in self[5:])
+        return Inputs(x, dt, self.A.contiguous(), B, C, *rest)  # type: ignore[arg-type]
+
+
+class Plan(NamedTuple):
+    """The sizes of one call and the arguments that its kernels share."""
+
+    cut: Cut
+    chunks: int
+    shared: dict[str, Any]
+    blocks: tuple[int, int]
+
+    @staticmethod
+    def of(inputs: Inputs) -> Plan:
+        """Of inputs that are laid out."""
+        x, B = inputs.x, inputs.B
+        _, time, heads, head_dim = x.shape
+        groups, state = B.shape[2:]
+        cut = CUTS[x.dtype]
+        chunks = triton.cdiv(time, cut.chunk)
+        # The interpreter has no bf16 products; rounding comes first there too.
+        operand = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype] if x.is_cuda else tl.float32
+        shared: dict[str, Any] = {"H": heads, "GROUP": heads // groups, "P": head_dim, "N": state, "Q": cut.chunk}
+        shared |= {"OPERAND": operand, "PRECISION": cut.precision}
+        return Plan(cut, chunks, shared, (_block(head_dim), _block(state)))
+
+    def tiled(self, time: int, tile: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The shared arguments with the tile of a kernel; WHOLE where every tile is full."""
+        block_p, block_n = (min(a, b) for a, b in zip(self.blocks, tile or self.blocks, strict=True))
+        whole = time % self.cut.chunk == 0 and self.shared["P"] % block_p == 0 and self.shared["N"] % block_n == 0
+        return {**self.shared, "BLOCK_P": block_p, "BLOCK_N": block_n, "WHOLE": whole}
+
+    def state_grid(self, rows: int) -> tuple[int, int, int]:
+        """Programs of the kernels that carry states."""
+        tile_p, tile_n = (min(a, b) for a, b in zip(self.blocks, self.cut.state_tile, strict=True))
+        tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
+        return tiles, self.shared["H"], rows
+
+
+def _block(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+class Decays(NamedTuple):
+    """See `ssd_kernels`: the planes (4, B, H, J * Q), what a state keeps over a chunk (B, H, J), runs (B, J * Q)."""
+
+    planes: Tensor
+    carry: Tensor
+    run: Tensor
+
+    @staticmethod
+    def of(inputs: Inputs, plan: Plan) -> Decays:
+        """Runs the kernel."""
+        x, dt = inputs.x, inputs.dt
+        rows, time, heads, _ = x.shape
+        padded = plan.chunks * plan.cut.chunk
+        planes = x.new_empty(4, rows, heads, padded, dtype=torch.float32)
+        carry = x.new_empty(rows, heads, plan.chunks, dtype=torch.float32)
+        run = x.new_empty(rows, padded, dtype=torch.int32)
+        kernels.decays[(plan.chunks, rows)](
+            dt, _or(inputs.bias, dt), inputs.A, _or(inputs.doc, dt), _or(inputs.initial_doc, dt), planes, carry, run,
+            time, *dt.stride()[:2], planes.stride(0),
+            H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None,
+            DOCS=inputs.doc is not None, BEFORE=inputs.doc is not None and inputs.initial_doc is not None, num_warps=4,
+        )  # fmt: skip
+        return Decays(planes, carry, run)
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A kernel takes some pointer, also where it never reads it."""
+    return stand_in if tensor is None else tensor
+
+
+def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
+    """(B, J, H, P, N): the state before every chunk; `final`, where given, receives the one after the last."""
+    x, B = inputs.x, inputs.B
+    rows, time, heads, head_dim = x.shape
+    states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1])
+    warps, stages = plan.cut.state_warps
+    kernels.states[plan.state_grid(rows)](
+        x, B, decays.planes, decays.carry, _or(inputs.initial, x), states, _or(final, x), time, plan.chunks,
+        decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2],
+        INITIAL=inputs.initial is not None, KEEP=True, FINAL=final is not None,
+        **plan.tiled(time, plan.cut.state_tile), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return states
+
+
+def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H, P), the last state (B, H, P, N) in fp32, and the states before the chunks."""
+    inputs = inputs.laid_out()
+    plan = Plan.of(inputs)
+    decays = Decays.of(inputs, plan)
+    x, B, C = inputs.x, inputs.B, inputs.C
+    rows, time, heads, head_dim = x.shape
+    final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
+    states = _states(inputs, plan, decays, final)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
+    warps, stages = plan.cut.output_warps
+    kernels.outputs[(heads // each, plan.chunks, rows)](
+        x, B, C, inputs.D, decays.planes, decays.run, states, y, time, decays.planes.stride(0),
+        *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, **plan.tiled(time), num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    return y, final, states if KEEP_STATES else x.new_empty(0)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, limit + 1) if number % d == 0)
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of x, B and C go."""
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+
+    @staticmethod
+    def like(inputs: Inputs) -> Gradients:
+        """Tensors of their own."""
+        return Gradients(
+            *(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs[0:1] + inputs[3:5])
+        )
+
+
+def run_backward(
+    inputs: Inputs, states: Tensor, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Fills `into` and `ddt`; returns the gradients of A, D, the bias of dt (zeros where there is none), the state."""
+    inputs = inputs.laid_out()
+    plan = Plan.of(inputs)
+    decays = Decays.of(inputs, plan)
+    x, dt, _, B, C = inputs[:5]
+    rows, time, heads, head_dim = x.shape
+    if states.numel() == 0:
+        states = _states(inputs, plan, decays, None)
+    if not (dy.stride(-1) == 1 and dy.stride(-2) == head_dim):
+        dy = dy.contiguous()
+    dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
+    dstates = torch.empty_like(states)
+    plane = decays.planes.stride(0)
+    warps, stages = plan.cut.state_warps
+    kernels.state_gradients[plan.state_grid(rows)](
+        dy, C, decays.planes, decays.carry, x if dfinal is None else dfinal.contiguous(), dstates, _or(dinitial, x),
+        time, plan.chunks, plane, *dy.stride()[:2], *C.stride()[:2],
+        FINAL=dfinal is not None, INITIAL=dinitial is not None, **plan.tiled(time, plan.cut.state_tile),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    groups, group = B.shape[2], plan.shared["GROUP"]
+    parts = _parts(group, plan.chunks * rows * groups)
+    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
+    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[0])
+    dD, dA = (x.new_empty(rows, plan.chunks, heads, dtype=torch.float32) for _ in range(2))
+    dbias = x.new_zeros(heads, dtype=torch.float32) if inputs.bias is None else torch.empty_like(dA)
+    strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
+    warps, stages = plan.cut.gradient_warps
+    kernels.gradients[(plan.chunks, groups * parts, rows)](
+        x, B, C, inputs.D, dy, decays.planes, decays.carry, decays.run, states, dstates,
+        into.x, dscores, ddriving, dsums, dD, time, plane, *strides, *into.x.stride()[:2],
+        HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    warps, stages = plan.cut.group_warps
+    kernels.group_gradients[(2 * plan.chunks, groups, rows)](
+        x, B, C, dy, decays.planes, states, dstates, dscores, into.B, into.C, time, plan.chunks, plane,
+        *strides, *into.B.stride()[:2], *into.C.stride()[:2],
+        PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    kernels.step_gradients[(plan.chunks, rows)](
+        dt, _or(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
+        time, *dt.stride()[:2], *ddt.stride()[:2],
+        H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None, num_warps=4,
+    )  # fmt: skip
+    if inputs.bias is not None:
+        dbias = dbias.sum((0, 1))
+    return dA.sum((0, 1)), dD.sum((0, 1)), dbias, dinitial
+
+
+def _parts(group: int, programs: int) -> int:
+    """Into how many parts the heads of a group are cut so that there are enough programs."""
+    return next((d for d in range(1, group + 1) if group % d == 0 and d * programs >= ENOUGH_PROGRAMS), group)
+
+
+@torch.library.custom_op("longspan::ssd", mutates_args=())
+def ssd(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHPN: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.ssd.ssd`; the third result is for the backward."""
+    return run_forward(Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B))
+
+
+@ssd.register_fake
+def _(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHPN: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_like(x_BTHP, B_BTGN.shape[-1])
+
+
+def _forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, time, heads, head_dim = x_BTHP.shape
+    chunk = CUTS[x_BTHP.dtype].chunk
+    final = x_BTHP.new_empty(rows, heads, head_dim, state, dtype=torch.float32)
+    states = x_BTHP.new_empty(rows, (time + chunk - 1) // chunk, heads, head_dim, state)
+    return (
+        torch.empty_like(x_BTHP, memory_format=torch.contiguous_format),
+        final,
+        states if KEEP_STATES else x_BTHP.new_empty(0),
+    )
+
+
+@torch.library.custom_op("longspan::ssd_backward", mutates_args=())
+def ssd_backward(
+    dy_BTHP: Tensor,
+    dfinal_BHPN: Tensor | None,
+    states: Tensor,
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHPN: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, A, B, C, D and the initial state (empty where there is none)."""
+    inputs = Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B)
+    into = Gradients.like(inputs)
+    ddt = torch.empty_like(dt_BTH, memory_format=torch.contiguous_format)
+    dA, dD, _, dinitial = run_backward(inputs, states, dy_BTHP, dfinal_BHPN, into, ddt)
+    return (
+        into.x,
+        ddt,
+        dA,
+        into.B,
+        into.C,
+        dD,
+        x_BTHP.new_empty(0, dtype=torch.float32) if dinitial is None else dinitial,
+    )
+
+
+@ssd_backward.register_fake
+def _(
+    dy_BTHP: Tensor,
+    dfinal_BHPN: Tensor | None,
+    states: Tensor,
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHPN: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, ddt, dB, dC = (
+        torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)
+    )
+    dA, dD = A_H.new_empty(A_H.shape, dtype=torch.float32), D_H.new_empty(D_H.shape, dtype=torch.float32)
+    shape = (0,) if initial_BHPN is None else initial_BHPN.shape
+    return dx, ddt, dA, dB, dC, dD, x_BTHP.new_empty(shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], *inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    states, *inputs = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format) if dy is None else dy
+    *gradients, dinitial = ssd_backward(dy, dfinal, states, *inputs)
+    gradients = [gradient.to(z.dtype) for gradient, z in zip(gradients, inputs[:6], strict=True)]
+    return *gradients, None, None if inputs[7] is None else dinitial, None
+
+
+ssd.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,280 @@
+"""Claims about models of transformers: what they say is what a direct call says, whichever way they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.corpus.tokenizer import Tokenizer
+from longspan.engines.base import Sampling
+from longspan.engines.oracle import check_equivalence
+from longspan.engines.transformers import TransformersEngine
+from longspan.foundation.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 270
+_BASE = {"vocab_size": VOCAB, "hidden_size": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_GRANITE = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 48,
+    "attention_multiplier": 8**-0.5,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
+}
+_NEMOTRON = {
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
+
+
+def _config(name: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, name)(**{**_BASE, **settings})
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": _config("LlamaConfig", **_ATTENTION, intermediate_size=48, num_hidden_layers=2),
+    "sliding": _config("MistralConfig", **_ATTENTION, intermediate_size=48, num_hidden_layers=2, sliding_window=8),
+    "mamba": _config("MambaConfig", state_size=8, num_hidden_layers=2),
+    "mamba2": _config(
+        "Mamba2Config", state_size=8, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2, chunk_size=16
+    ),
+    "granite": _config(
+        "GraniteMoeHybridConfig",
+        **_ATTENTION,
+        **_GRANITE,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        position_embedding_type="rope",
+        logits_scaling=2.0,
+    ),
+    "nemotron": _config(
+        "NemotronHConfig",
+        **_ATTENTION,
+        **_NEMOTRON,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"],
+    ),
+    "jamba": _config(
+        "JambaConfig",
+        **_ATTENTION,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+    ),
+    "zamba2": _config(
+        "Zamba2Config",
+        num_attention_heads=4,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        mamba_ngroups=1,
+        chunk_size=16,
+        intermediate_size=48,
+        num_mem_blocks=1,
+    ),
+    "granite all mamba": _config(
+        "GraniteMoeHybridConfig",
+        **_ATTENTION,
+        **_GRANITE,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "linear_attention"],
+    ),
+}
+IN_PARTS = {"llama", "sliding", "mamba2", "granite", "nemotron", "zamba2"}
+"""Those that take a text in parts; what `mamba` and `jamba` of transformers 5.23 give in parts is wrong."""
+WITH_STATE = set(CONFIGS) - {"granite all mamba"}
+"""Those that keep a state; transformers 5.23 cannot for hybrids without a layer of attention."""
+
+
+def build(name: str) -> Any:
+    """A model whose logits differ from token to token."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
+
+
+Make = Callable[..., TransformersEngine]
+
+
+@cache
+def model(name: str) -> Any:
+    return build(name)
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> Make:
+    def make(name: str, **options: Any) -> TransformersEngine:
+        settings = {"markers": True, "fingerprint": "f", **options}
+        return TransformersEngine(model(name), tokenizer, **settings)
+
+    return make
+
+
+def tokens(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, length)
+
+
+@torch.inference_mode()
+def directly(name: str, sequence: np.ndarray) -> np.ndarray:
+    """NLL by the model's own logits, the whole at once and nothing kept."""
+    ids = torch.from_numpy(sequence)[None]
+    logits = model(name)(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_likelihoods_are_those_of_a_direct_call(name: str, engine: Make) -> None:
+    some = [tokens(40, 1), tokens(7, 2), tokens(2, 3)]
+    # 16 positions at a time, so that the longest goes through in parts where that is right.
+    for found, sequence in zip(engine(name, batch_tokens=16).nll(some), some, strict=True):
+        assert found == pytest.approx(directly(name, sequence), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_continuations_of_a_shared_prefix_score_as_if_computed_with_it(name: str, engine: Make) -> None:
+    prefix = tokens(30, 4)
+    choices = [tokens(5, 5), tokens(1, 6), tokens(9, 7), tokens(5, 8)]
+    for found, choice in zip(engine(name).score(prefix, choices), choices, strict=True):
+        assert found == pytest.approx(directly(name, np.concatenate([prefix, choice]))[29:], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "zamba2", "sliding"])
+def test_one_continuation_after_another_starts_from_the_same_state(
+    name: str, engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One copy of a state at a time, which is put back after each continuation.
+    monkeypatch.setattr("longspan.engines.transformers.COPIED_TOKENS", 1)
+    prefix, choices = tokens(20, 4), [tokens(6, seed) for seed in range(3)]
+    for found, choice in zip(engine(name).score(prefix, choices), choices, strict=True):
+        assert found == pytest.approx(directly(name, np.concatenate([prefix, choice]))[19:], abs=1e-4)
+
+
+def test_the_prefix_goes_through_once(engine: Make) -> None:
+    subject, seen = engine("granite"), []
+    hidden = subject.model.hidden
+    subject.model.hidden = lambda tokens_BT, *a, **k: (seen.append(tokens_BT.numel()), hidden(tokens_BT, *a, **k))[1]  # type: ignore[method-assign]
+    subject.score(tokens(50), [tokens(3, seed) for seed in range(8)])
+    assert sum(seen) == 49 + 8 * 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_text_is_that_of_transformers(name: str, engine: Make) -> None:
+    prompt = tokens(12, 9)
+    (written,) = engine(name).generate([prompt], Sampling(max_new_tokens=8, stop_at_boundary=False))
+    wanted = model(name).generate(
+        torch.from_numpy(prompt)[None],
+        attention_mask=torch.ones(1, 12, dtype=torch.long),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        use_cache=name in WITH_STATE,
+        eos_token_id=None,
+    )
+    assert written.tokens.tolist() == wanted[0, 12:].tolist()
+    assert written.finish_reason == "length"
+    assert written.first_token_seconds > 0
+    assert written.decode_seconds > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bytes_of_a_state_are_as_predicted(name: str, engine: Make) -> None:
+    subject = engine(name)
+    (written,) = subject.generate([tokens(20)], Sampling(max_new_tokens=4, stop_at_boundary=False))
+    # The last token written has not gone through.
+    assert written.state_bytes == subject.state_bytes(23)
+    assert (written.state_bytes is None) == (name not in WITH_STATE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_ways_that_are_right_are_used(name: str, engine: Make) -> None:
+    subject = engine(name)
+    assert subject.model.keeps_state == (name in WITH_STATE)
+    assert subject.model.takes_parts == (name in IN_PARTS)
+    assert bool(subject.notes) == (name not in IN_PARTS)
+    assert subject.model.head_found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_ways_of_asking_agree(name: str, engine: Make) -> None:
+    found = {check.name: check for check in check_equivalence(engine(name, batch_tokens=64), tokens(120))}
+    assert {check.verdict for check in found.values()} <= {"equal", "not used"}
+    assert found["cached = cold"].verdict == "equal"
+    assert (found["chunked = whole"].verdict == "equal") == (name in IN_PARTS)
+    assert (found["streaming = parallel"].verdict == "equal") == (name in WITH_STATE)
+
+
+def test_a_way_that_is_wrong_is_seen(engine: Make) -> None:
+    subject = engine("mamba")
+    subject.model.takes_parts = True
+    found = {check.name: check.verdict for check in check_equivalence(subject, tokens(120))}
+    assert found["chunked = whole"] == "differs"
+    assert found["cached = cold"] == "differs"
+    assert found["batched = single"] == "equal"
+
+
+def test_without_a_known_head_the_logits_of_a_part_are_all_that_exists(
+    engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = engine("llama").nll([tokens(40)])[0]
+    monkeypatch.setattr(type(model("llama")), "get_output_embeddings", lambda self: None)
+    subject = engine("llama", batch_tokens=16)
+    assert not subject.model.head_found
+    assert "logits" in subject.notes[0]
+    assert subject.nll([tokens(40)])[0] == pytest.approx(known, abs=1e-5)
+    monkeypatch.setattr(type(model("mamba")), "get_output_embeddings", lambda self: None)
+    with pytest.raises(UserError, match="whose head is not found"):
+        engine("mamba", batch_tokens=16).nll([tokens(40)])
+
+
+def test_packed_documents_are_computed_alone(engine: Make) -> None:
+    first, second = tokens(10, 1), tokens(8, 2)
+    row = np.concatenate([first, second])
+    (found,) = engine("granite").nll([row], [np.array([7] * 10 + [9] * 8)])
+    alone = engine("granite").nll([np.append(first, second[:1]), second])
+    assert found == pytest.approx(np.concatenate(alone), abs=1e-5)
+    with pytest.raises(UserError, match="document ids"):
+        engine("granite").nll([row], [np.array([7] * 10)])
+
+
+def test_what_is_longer_than_the_limit_is_refused(engine: Make) -> None:
+    subject = engine("llama", context_limit=16)
+    assert len(subject.nll([tokens(17)])[0]) == 16
+    for ask in (
+        lambda: subject.nll([tokens(18)]),
+        lambda: subject.score(tokens(14), [tokens(4)]),
+        lambda: subject.generate([tokens(17)], Sampling()),
+    ):
+        with pytest.raises(UserError, match="at most 16"):
+            ask()
+    (written,) = subject.generate([tokens(14)], Sampling(max_new_tokens=9, stop_at_boundary=False))
+    assert (written.finish_reason, len(written.tokens)) == ("context", 3)
+
+
+def test_sampling_draws_from_a_stream_of_its_own_for_each_prompt(engine: Make) -> None:
+    subject, sampling = engine("mamba2"), Sampling(max_new_tokens=12, temperature=1.0, stop_at_boundary=False)
+    first, second = subject.generate([tokens(5), tokens(5)], sampling)
+    again = subject.generate([tokens(5)], sampling)[0]
+    assert first.tokens.tolist() == again.tokens.tolist()
+    assert first.tokens.tolist() != second.tokens.tolist()

@@ -1,0 +1,106 @@
+"""The kernels of the Mamba-2 scan say what the plain loop says in fp64, at any length, with any documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.ops.ssd import ssd
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(device, monkeypatch):
+    """Several chunks, tiles of a state and programs per chunk even at small shapes; on a GPU the cut that is used."""
+    from longspan.ops.triton import ssd as kernels
+
+    if device.type == "cpu":
+        cuts = {
+            dtype: cut._replace(chunk=16, state_tile=(16, 16), output_heads=2) for dtype, cut in kernels.CUTS.items()
+        }
+        monkeypatch.setattr(kernels, "CUTS", cuts)
+
+
+@pytest.fixture
+def size(device) -> tuple[int, int, int, int, int]:
+    """Rows, tokens, heads, head dim, state."""
+    return (2, 40, 4, 64, 128) if device.type == "cuda" else (2, 37, 2, 8, 24)
+
+
+def inputs(normal, rows: int, time: int, heads: int, head_dim: int, groups: int, state: int) -> list[Tensor]:
+    return [
+        normal(rows, time, heads, head_dim),
+        F.softplus(normal(rows, time, heads) - 1.0),
+        -normal(heads).abs() * 4.0,
+        normal(rows, time, groups, state, seed=1),
+        normal(rows, time, groups, state, seed=2),
+        normal(heads),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("chance", [0.1, 1.0])
+def test_matches_fp64(chance, dtype, assert_same, device, documents, normal, served, size):
+    """Boundaries on and off the edges of chunks, documents longer than a chunk and of one token."""
+    rows, time, heads, head_dim, state = size
+    doc = documents(rows, time, chance)
+    doc[0, 16:] += 100
+    assert_same(
+        lambda *z: ssd(*z, doc_BT=doc.to(device)),
+        lambda *z: ssd(*z, doc_BT=doc, backend="reference"),
+        inputs(normal, rows, time, heads, head_dim, 1, state),
+        [dtype, FP32, FP32, dtype, dtype, FP32],
+    )
+
+
+def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, documents, normal, served, size):
+    rows, time, heads, head_dim, state = size
+    doc = documents(rows, time, 0.05)
+    before = torch.stack((doc[0, 0], doc[1, 0] + 9))
+    assert_same(
+        lambda *z: ssd(*z[:6], doc_BT=doc.to(device), initial_state_BHPN=z[6], initial_doc_B=before.to(device)),
+        lambda *z: ssd(*z[:6], doc_BT=doc, initial_state_BHPN=z[6], initial_doc_B=before, backend="reference"),
+        [*inputs(normal, rows, time, heads, head_dim, 1, state), normal(rows, heads, head_dim, state)],
+        [BF16, FP32, FP32, BF16, BF16, FP32, FP32],
+    )
+
+
+@pytest.mark.parametrize("enough", [1, 1000])
+def test_groups_of_heads_and_whole_chunks(enough, assert_same, monkeypatch, normal, served):
+    """One program for the heads of a chunk, or each head its own."""
+    from longspan.ops.triton import ssd as kernels
+
+    monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(kernels, "KEEP_STATES", enough == 1)
+    assert_same(
+        lambda *z: ssd(*z)[:1],
+        lambda *z: ssd(*z, backend="reference")[:1],
+        inputs(normal, 1, 32, 4, 16, 2, 16),
+        [BF16, FP32, FP32, BF16, BF16, FP32],
+    )
+
+
+def test_nothing_of_one_document_reaches_another(device, documents, normal, served):
+    doc = documents(1, 40, 0.1).to(device)
+    other = doc == doc[:, 20:21]
+    tensors = [z.float().to(device) for z in inputs(normal, 1, 40, 2, 16, 1, 16)]
+    results = []
+    for scale in (1.0, 1e3):
+        x, dt, A, B, C, D = tensors
+        x, B, C = (torch.where(other[..., None, None], scale * z, z).requires_grad_() for z in (x, B, C))
+        y, _ = ssd(x, dt, A, B, C, D, doc_BT=doc)
+        results.append((y[~other], *(z[~other] for z in torch.autograd.grad(y[~other].sum(), (x, B, C)))))
+    for one, same in zip(*results, strict=True):
+        assert torch.equal(one, same)
+
+
+def test_the_compiler_sees_through(device, documents, normal, served):
+    from longspan.ops.triton.ssd import ssd as kernel
+
+    doc = documents(1, 20, 0.1).to(device)
+    tensors = [z.float().to(device).requires_grad_() for z in inputs(normal, 1, 20, 2, 16, 1, 16)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(kernel, (*tensors, doc, None, None), test_utils=tests)
