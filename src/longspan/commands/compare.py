@@ -87,8 +87,8 @@ def compare(
         )
         return
     columns = (
-        "<probe", "<metric", "<a", "<b", "at", "items", "documents", "a ", "b ", "a − b", "only a / b", "McNemar p", "p",
-        "Holm p", "MDE",
+        "<probe", "<metric", "<a", "<b", "at", "items", "documents", "a ", "b ", "a − b", "only a / b", "McNemar p",
+        "p", "Holm p", "MDE",
     )  # fmt: skip
     print_table(columns, [_row(pair) for pair in pairs])
     for note in notes:
