@@ -84,10 +84,16 @@ TINY_PROBES: dict[str, dict[str, object]] = {
     "phone_book": {"entries": [6], "per_size": 2, "ways": ["likelihood"]},
     "text_copy": {"lengths": [8], "per_length": 2},
     "repetition": {"lengths": [16, 32], "max_documents": 8},
+    "longbench_v2": {"contexts": [700], "max_items": 1, "max_new_tokens": 2, "letters": False},
+    "ada_leval": {"max_items": 1, "generate": False},
+    "tsort": {"max_items": 1, "generate": False},
+    "pg19": {"windows": [32], "max_books": 1, "max_tokens": 64},
+    "ruler": {"tasks": ["niah_single_1"], "lengths": [900], "samples": 1},
 }
 
 TINY_LISTS = {
     "quickstart": {"pattern": "[A, M]"},
+    "docs/examples/benchmarks.yaml": {"pattern": "[A]"},
     "wikitext-baseline": {},
     "hybrid-patterns": {"pattern": "[AM]"},
     "wiki-leakage": {"pattern": "[AM]", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
@@ -281,6 +287,8 @@ def write_no_page(report: ReportInput, folder: Path) -> Path:
 # --- trained runs, for the commands that use one ----------------------------------------------------------------------
 
 WITH_A_RUN = ("generate", "lm-eval", "export")
+WITH_RECORDS = ("rescore", "compare")
+BENCHMARKS = Path("docs/examples/benchmarks")
 PATTERNS = ("AAAA", "MMMM", "AMAM")
 
 
@@ -340,6 +348,14 @@ def with_a_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return words
 
 
+def provide_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/imported` and the like, as the commands that import leave them, whichever command comes first."""
+    for name in ("model-a", "model-b"):
+        answers = str(BENCHMARKS / f"{name}__ctx8192__rep1.jsonl")
+        for run in ("imported", name):
+            assert longspan(["import", answers, "--format", "ssm-experiment", "--to", f"runs/{run}"], monkeypatch) == 0
+
+
 def longspan(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["longspan", *words])
     try:
@@ -365,6 +381,9 @@ def test_documented_command_works(
     words = shrunk(command) if command.is_study else list(command.words[1:])
     if command.words[1] in WITH_A_RUN:
         words = with_a_run(command, monkeypatch)
+    if command.words[1] in WITH_RECORDS:
+        provide_records(monkeypatch)
+        capsys.readouterr()
     if command.words[1] == "report":
         # It writes from records only, so they must be there.
         assert longspan(["run", *words[1:]], monkeypatch) == 0, capsys.readouterr().err
@@ -526,7 +545,7 @@ def test_the_example_mixer_accounts_for_its_state(example_mixer: str) -> None:
     assert budget.forward_flops_per_token(model.config, 29, 64) > 0
 
 
-@pytest.mark.parametrize("name", ["mixer", "probe"])
+@pytest.mark.parametrize("name", ["mixer", "probe", "benchmarks"])
 def test_the_example_studies_end_in_a_report(
     name: str, at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -536,6 +555,9 @@ def test_the_example_studies_end_in_a_report(
     page = Path(outcome["report"]).read_text(encoding="utf-8")
     if name == "mixer":
         assert "moving_average" in page
+    elif name == "benchmarks":
+        assert {"longbench_v2", "ada_leval", "tsort", "pg19", "ruler"} == set(outcome["probes"])
+        assert all(found["measurements"] for found in outcome["probes"].values())
     else:
         assert "Saved by the first copy" in page
         assert {m["metric"] for m in outcome["probes"]["repetition"]["measurements"]} == {"saved", "nll_second"}

@@ -87,8 +87,8 @@ def compare(
         )
         return
     columns = (
-        "<metric", "<a", "<b", "at", "items", "documents", "a ", "b ", "a − b", "only a / b", "McNemar p", "p",
-        "Holm p", "MDE",
+        "<probe", "<metric", "<a", "<b", "at", "items", "documents", "a ", "b ", "a − b", "only a / b", "McNemar p",
+        "p", "Holm p", "MDE",
     )  # fmt: skip
     print_table(columns, [_row(pair) for pair in pairs])
     for note in notes:
@@ -179,6 +179,7 @@ def _row(pair: Pair) -> list[str]:
     values = [f"{100 * each:.1f} %" if share else significant(each, 4) for each in (pair.value_a, pair.value_b)]
     mde = "–" if found.mde is None else f"{100 * found.mde:.1f} pp" if share else f"{found.mde:.3g}"
     return [
+        pair.probe,
         found.metric,
         found.a,
         found.b,

@@ -166,6 +166,7 @@ class _Any:
                 "name": name,
                 "scorer": self.scorer,
                 "measurements": summary.to_json()["measurements"],
+                "remarks": probe.remarks(summary),
             }
             for name, (probe, summary) in self.summaries.items()
         ]
@@ -183,6 +184,8 @@ class _Any:
                 at = "" if found.x is None else f"{found.x:,.0f}"
                 rows.append([found.subject, metric.title, at, f"{value} {metric.unit}".strip(), str(found.n)])
             print_table(("<subject", "<metric", "at", "value", "n"), rows)
+            for line in probe.remarks(summary):
+                print(line)
 
 
 def _alone(metric: Any) -> Any:

@@ -32,7 +32,7 @@ from longspan.corpus.packing import PackingConfig
 from longspan.corpus.shards import TokenShards
 from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines.base import Engine
+from longspan.engines.base import Engine, Generation
 from longspan.foundation.config import Config, did_you_mean, shown_value
 from longspan.foundation.errors import UserError
 from longspan.records.observation import Measurement, Metric, Observation, Summary
@@ -156,6 +156,11 @@ class Probe(Config, ABC):
         del records
         return ()
 
+    def remarks(self, summary: Summary) -> list[str]:
+        """Lines to be read with the numbers, e.g. one that is made of several of them."""
+        del summary
+        return []
+
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The item as text, shortened."""
         return Asked(shown(data, data.shards.document(item.document)[:100]))
@@ -223,6 +228,13 @@ def shown(data: ProbeData, tokens: NDArray[Any], limit: int = 300) -> str:
     """Token ids as text on one line, shortened in the middle."""
     text = " ".join(data.tokenizer.decode(np.asarray(tokens)).split())
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def failure_of(written: Generation) -> dict[str, str]:
+    """Why there is no answer, for a record; empty where there is one."""
+    if not written.failure:
+        return {}
+    return {"failure": written.failure, "detail": written.detail[:200]}
 
 
 # --- registry ---------------------------------------------------------------------------------------------------------

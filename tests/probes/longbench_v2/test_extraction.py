@@ -123,7 +123,10 @@ def test_the_first_pass_leaves_the_second_question_out() -> None:
 @pytest.mark.parametrize(
     ("answer", "cause"),
     [
-        ({"response": "", "error": "connection refused"}, "transport_error"),
+        ({"response": "", "failure": "transport error"}, "transport_error"),
+        ({"response": "", "finish_reason": "failed", "failure": "timeout"}, "transport_error"),
+        ({"response": "", "finish_reason": "failed", "failure": "context overflow"}, "context_overflow"),
+        ({"response": "", "finish_reason": "failed", "failure": "empty reply"}, "empty"),
         ({"response": "", "finish_reason": "context"}, "context_overflow"),
         ({"response": " \n"}, "empty"),
         ({"response": "To find it, let us", "finish_reason": "length"}, "token_limit"),

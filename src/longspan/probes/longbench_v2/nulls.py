@@ -40,14 +40,15 @@ def null_cause(answer: Mapping[str, Any]) -> NullCause:
     """The cause of a null.
 
     Args:
-        answer: of a record: `response`, and where they are known `finish_reason` and `error`. Where nobody recorded
+        answer: of a record: `response`, and where they are known `finish_reason` and `failure`. Where nobody recorded
             the finish reason (answers from elsewhere) a reply that was cut off counts by its text.
     """
     text = str(answer.get("response", "")).split(ASKED_AGAIN, 1)[0]
     finish = answer.get("finish_reason")
-    if answer.get("error") or finish == "error":
+    failure = answer.get("failure")
+    if failure and failure not in ("context overflow", "empty reply"):
         return "transport_error"
-    if finish == "context":
+    if finish == "context" or failure == "context overflow":
         return "context_overflow"
     if not text.strip():
         return "empty"

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from longspan.engines.base import Engine, Generation, Sampling, Tokens
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
 from longspan.probes.benchmark_files import Rows, file_digest, hub_file, read_rows
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, Variant, render, retrieved_document
@@ -224,6 +224,7 @@ class LongBenchV2(Probe):
                     "prompt_tokens": written.prompt_tokens,
                     "new_tokens": len(written.tokens),
                     "max_new_tokens": self.max_new_tokens,
+                    **failure_of(written),
                 }
 
     def _generate(

@@ -53,10 +53,13 @@ def fit(engine: Engine, prompt: Rendered, room: int, answer_prefix: str = "") ->
     tokenizer, marker = engine.tokenizer, engine.document_prefix
     ids = encoded(tokenizer, prompt.text)
     around = len(engine.encode_prompt("x", answer_prefix)) - len(tokenizer.encode("x")) - len(marker)
-    whole = engine.encode_prompt(prompt.text, answer_prefix)
-    if len(whole) <= room:
-        return Fitted(prompt.text, whole, _ledger(tokenizer, prompt, ids, len(ids), 0))
     budget = room - around
+    if len(marker) + len(ids) <= budget:
+        # Only now: to encode a book that will not fit a second time would cost as much as the first.
+        whole = engine.encode_prompt(prompt.text, answer_prefix)
+        if len(whole) <= room:
+            return Fitted(prompt.text, whole, _ledger(tokenizer, prompt, ids, len(ids), 0))
+        budget = len(marker) + len(ids) - (len(whole) - room)
     for _ in range(TRIES):
         if budget - len(marker) < 2:
             return None
