@@ -208,7 +208,7 @@ def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
     number = "The number is per cent" if percent else f"The number is {metric.unit or metric.title.lower()}"
     caption = f"{better} is better. {number}, from {asked} questions a cell; intervals (95 %) are in the table."
     if any(row["open"] for row in rows):
-        guess = f" ({numbers.significant(100 * metric.chance, 2)} %)" if metric.chance is not None and percent else ""
+        guess = f" ({100 * metric.chance:.3g} %)" if metric.chance is not None and percent else ""
         caption += f" A ring marks cells whose interval holds guessing{guess}."
     if floors:
         caption += " The floor is what the subject scores on the same questions without the text."
