@@ -124,6 +124,7 @@ class PG19(Probe):
                 x_name=at,
                 transform="exp",
                 compare=False,
+                detail=True,
             ),
         )
 

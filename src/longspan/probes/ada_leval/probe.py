@@ -82,7 +82,7 @@ class AdaLEval(Probe):
         def shown(
             name: str, title: str, kind: Kind = "proportion", better: Literal["higher", "lower"] = "higher"
         ) -> Metric:
-            return Metric(name, title, "", kind, better, x_name=at, compare=False)
+            return Metric(name, title, "", kind, better, x_name=at, compare=False, detail=True)
 
         return (
             Metric("accuracy", "Accuracy", "", "proportion", "higher", x_name=at, chance=chance),
