@@ -92,7 +92,7 @@ def test_every_accuracy_is_drawn_on_it_and_details_have_a_table_instead(report: 
 
 def test_panels_have_the_same_ground(report: ReportInput, leakage_report: ReportInput) -> None:
     labels = [subject.label for subject in leakage_report.subjects]
-    records = [record(s, n, c, cut=True) for s in labels[:8:4] for c in (8192, 32768) for n in range(6)]
+    records = [record(s, n, c, cut=True) for s in labels[:2] for c in (8192, 32768) for n in range(6)]
     summary = summarise([o for each in records for o in PROBE.observe(each)], PROBE.metrics, resamples=2_000)
     crossed = replace(
         leakage_report, probes=[replace(report.probes[0], summary=summary)], context=None, training=[], items=[]
