@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,10 +36,11 @@ from longspan.corpus.sources import (
 )
 from longspan.corpus.tokenizer import TokenizerConfig, train_tokenizer
 from longspan.engines.run_index import ListedRun, list_runs
-from longspan.engines.trained_run import describe_run
+from longspan.engines.trained_run import TrainedRun, describe_run
 from longspan.foundation.files import write_json
 from longspan.foundation.plugins import load_file
 from longspan.models import budget
+from longspan.models.interchange import write_folder
 from longspan.models.language_model import LanguageModel, ModelConfig
 from longspan.models.matching import MatchConfig
 from longspan.models.mixers import base as mixers
@@ -66,12 +67,22 @@ TINY = (
 
 TINY_MODEL = {"width": 16, "heads": 2, "state": 4, "mamba_head_dim": 8, "mlp_width": 16}
 
-TINY_PROBES = {
+TINY_NEEDLES = {
+    "contexts": [256], "depths": 2, "per_cell": 1, "needles": 1, "candidates": 2, "haystack": "made_up",
+    "needle": "made_up",
+}  # fmt: skip
+
+TINY_PROBES: dict[str, dict[str, object]] = {
     "perplexity": {"max_documents": 8, "max_tokens": 64},
     "perplexity_as_trained": {"kind": "perplexity", "mode": "as_trained", "max_documents": 8},
     "position_curve": {"length": 64, "max_documents": 8, "min_documents": 2},
     "suffix_identification": {"contexts": [16], "suffix": 4, "num_items": 8, "min_documents": 2, "bins": 2},
     "efficiency": {"contexts": [16], "repeats": 3, "warm_ups": 0, "new_tokens": 2},
+    "needle": {**TINY_NEEDLES, "ways": ["generation"]},
+    "needle_made_up": {**TINY_NEEDLES, "kind": "needle", "ways": ["likelihood"]},
+    "entity_recurrence": {"longest": 128, "per_bin": 4, "min_documents": 1, "max_documents": 4},
+    "phone_book": {"entries": [6], "per_size": 2, "ways": ["likelihood"]},
+    "text_copy": {"lengths": [8], "per_length": 2},
     "repetition": {"lengths": [16, 32], "max_documents": 8},
     "longbench_v2": {"contexts": [700], "max_items": 1, "max_new_tokens": 2, "letters": False},
     "ada_leval": {"max_items": 1, "generate": False},
@@ -231,6 +242,7 @@ def shrunk(command: Command) -> list[str]:
     name, overrides = command.words[2], command.overrides
     study = load_study(name, overrides)
     expand(study)
+    provide_exports(source.pretrained for source in study.sources)
     corpus = study.base["corpus"]
     extra: list[str] = []
     words = list(command.words[1:])
@@ -243,13 +255,13 @@ def shrunk(command: Command) -> list[str]:
         extra += ["corpus.source=synthetic", "corpus.num_documents=30", "corpus.min_words=80", "corpus.max_words=200"]
     elif corpus["source"] == "sotu":
         extra.append("corpus.max_documents=16")
-    if study.base["tokenizer"].get("pretrained"):
+    if study.base.get("tokenizer", {}).get("pretrained"):
         extra += ["tokenizer.kind=byte_bpe", "tokenizer.pretrained=null"]
     if any("overlap" in variant.get("packing", {}) for variant in study.variants.values()):
         extra.append("packing.overlap=0")
-    if study.base["model"].get("match"):
+    if study.base.get("model", {}).get("match"):
         extra.append("model.match.tolerance=0.5")
-    if "warmup" in study.base["training"] and "decay" in study.base["training"]:
+    if "warmup" in study.base.get("training", {}) and "decay" in study.base["training"]:
         extra.append("training.decay=1")
     given = {override.partition("=")[0] for override in overrides}
     lists = {**TINY_LISTS.get(name, {}), **({"seed": "[0]"} if "seed" in study.vary else {})}
@@ -258,7 +270,11 @@ def shrunk(command: Command) -> list[str]:
         tiny = TINY_PROBES[probe]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key not in settings]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key in settings]
-    return [*words, *re.split(r" (?=[a-z_.]+=)", TINY), *extra]
+    tiny = re.split(r" (?=[a-z_.]+=)", TINY)
+    if "model" not in study.base:
+        # Models that are asked as they are have the size that they have.
+        tiny = ["probe_context=32", *(setting for setting in tiny if setting.startswith("corpus."))]
+    return [*words, *tiny, *extra]
 
 
 def write_no_page(report: ReportInput, folder: Path) -> Path:
@@ -296,6 +312,16 @@ def provide_runs(study: Path) -> None:
     list_runs(study, listed)
 
 
+def provide_exports(folders: Iterable[str | None]) -> None:
+    """The exports that a study names, as `longspan export runs/quickstart pattern=... --to FOLDER` writes them."""
+    for folder in map(Path, filter(None, folders)):
+        if folder.name in PATTERNS and not folder.exists():
+            pytest.importorskip("transformers")
+            provide_runs(Path("runs/quickstart"))
+            run = TrainedRun.open(Path("runs/jobs") / f"train-{folder.name}")
+            write_folder(run.load_model(), folder, tokenizer=run.tokenizer, markers=run.markers, context=64)
+
+
 def with_a_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words of a command that uses a run, with a run and its inputs there, and local tasks for those of the hub."""
     words = list(command.words[1:])
@@ -307,6 +333,9 @@ def with_a_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         content = Path(words[place + 1]).read_bytes()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         del words[place : place + 2]
+    if words[0] == "export":
+        # Another command's test may have provided it.
+        shutil.rmtree(words[words.index("--to") + 1], ignore_errors=True)
     if words[0] == "lm-eval":
         pytest.importorskip("lm_eval")
         tasks = importlib.import_module("lm_eval.tasks")

@@ -32,7 +32,7 @@ class Stub:
         self.limit = 512
         self.model, self.metrics = "m", ""
         self.ids = self.echo = True
-        self.under_way = self.most_under_way = 0
+        self.under_way = self.most_under_way = self.connections = 0
         self.lock = threading.Lock()
         self.url = ""
 
@@ -77,6 +77,10 @@ def serving(port: int = 0) -> Iterator[Stub]:
 
         def log_message(self, *arguments: Any) -> None:
             """Say nothing."""
+
+        def setup(self) -> None:
+            super().setup()
+            stub.connections += 1
 
         def do_GET(self) -> None:
             known = {

@@ -240,6 +240,13 @@ def test_requests_are_under_way_together_but_no_more_than_asked(stub: Any, conne
     assert stub.most_under_way == 3
 
 
+def test_connections_are_used_again(stub: Any, connect: Open) -> None:
+    engine = connect(concurrency=1)
+    engine.generate(prompts(4, 5, 6, 7), LIMIT)
+    engine.nll(prompts(4, 5))
+    assert stub.connections == 1
+
+
 def test_what_the_context_cannot_hold_is_not_sent(stub: Any, connect: Open) -> None:
     stub.limit = 60
     engine = connect()

@@ -200,7 +200,13 @@ def test_metrics_that_are_not_there_are_left_out() -> None:
 @pytest.mark.skipif(
     not os.environ.get("LONGSPAN_VLLM"), reason="no vLLM here: LONGSPAN_VLLM names the environment that has one"
 )
-def test_a_real_vllm_says_what_transformers_says(exported: Path, tmp_path: Path) -> None:
+def test_a_real_vllm_says_what_transformers_says(
+    tokenizer: Tokenizer, tiny_model: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    # Its attention on a CPU takes heads of 32 and more.
+    model = tiny_model("AMA", mlp="swiglu", width=128, heads=4, mamba_head_dim=32, state=16)
+    exported = tmp_path / "exported"
+    write_folder(model, exported, tokenizer=tokenizer, markers=True, context=256)
     arguments = {
         "serve": {"enforce-eager": True, "max-model-len": 128, "max-num-seqs": 4},
         "environment": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},

@@ -110,9 +110,11 @@ def subject(tokenizer: Tokenizer) -> Callable[..., NativeEngine]:
 
 @pytest.fixture(scope="session")
 def fake(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
-    def build(say: Callable[[Tokens], Tokens] | None = None, limit: int | None = None) -> FakeEngine:
-        constant = np.log(tokenizer.vocab_size)
-        return FakeEngine(tokenizer, say or (lambda tokens: np.full(len(tokens), constant)), limit)
+    def build(
+        say: Callable[[Tokens], Tokens] | None = None, limit: int | None = None, of: Tokenizer = tokenizer
+    ) -> FakeEngine:
+        constant = np.log(of.vocab_size)
+        return FakeEngine(of, say or (lambda tokens: np.full(len(tokens), constant)), limit)
 
     return build
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from longspan.engines.base import LargestBatch
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.probes.base import ProbeData, make_probe
@@ -54,6 +56,58 @@ def test_prompts_are_fresh_exact_and_repeat_a_short_split(data: ProbeData) -> No
     assert [len(prompt) for prompt in prompts] == [5_000, 5_000]
     assert not np.array_equal(*prompts)
     assert [item.details["context"] for item in probe.items(data)] == [32, 64, 128, 256, 512]
+
+
+def test_time_per_token_is_a_line_over_the_contexts(
+    data: ProbeData, fake: Callable[..., object], ask: Ask, read: Callable[..., object]
+) -> None:
+    probe = make_probe("efficiency", {**SETTINGS, "contexts": [16, 64, 256]})
+    engine = fake()
+    # Two milliseconds a token, and one more for every thousand tokens of context.
+    write = type(engine).generate
+    prompt_to_seconds = lambda prompt: 5 * (2e-3 + 1e-6 * len(prompt))  # noqa: E731
+    engine.generate = lambda prompts, sampling: [  # type: ignore[attr-defined]
+        replace(each, decode_seconds=prompt_to_seconds(prompts[0])) for each in write(engine, prompts, sampling)
+    ]
+    records = ask(probe, engine, data)
+    found = {each.metric: each.numerator / each.denominator for each in probe.observe_together(records)}
+    assert found == {"fixed": pytest.approx(2.0), "growth": pytest.approx(1.0)}
+    assert len(list(probe.observe_together(records))) == 2 * 3
+    assert list(probe.observe_together(records[:1])) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"timed": False}, "at once"),
+        ({"failure": "timeout", "detail": "slow"}, "timeout: slow"),
+        ({"cached_tokens": 12}, "12 of 16 tokens"),
+    ],
+)
+def test_runs_that_say_nothing_about_cost_are_not_counted(
+    data: ProbeData, fake: Callable[..., object], ask: Ask, change: dict[str, object], words: str
+) -> None:
+    probe, engine = make_probe("efficiency", {**SETTINGS, "contexts": [16]}), fake()
+    write = type(engine).generate
+    engine.generate = lambda *given: [replace(each, **change) for each in write(engine, *given)]  # type: ignore[attr-defined]
+    (record,) = ask(probe, engine, data)
+    assert words in record.answer["not_counted"]
+    assert list(probe.observe(record)) == list(probe.observe_together([record])) == []
+
+
+def test_bandwidth_and_batches_are_measured_where_the_engine_knows(
+    data: ProbeData, fake: Callable[..., object], ask: Ask
+) -> None:
+    probe, engine = make_probe("efficiency", {**SETTINGS, "contexts": [16], "largest_batch": True}), fake()
+    (record,) = ask(probe, engine, data)
+    assert {each.metric for each in probe.observe(record)} == {"prefill_rate", "first_token", "output_token"}
+    engine.weight_bytes = 10**9 - 160  # type: ignore[attr-defined]
+    engine.largest_batch = lambda context: LargestBatch(1024 // context, 50.0)  # type: ignore[attr-defined]
+    (record,) = ask(probe, engine, data)
+    seen = {each.metric: each.numerator / each.denominator for each in probe.observe(record)}
+    # 5 tokens in half a second read a gigabyte each.
+    assert seen["bandwidth"] == pytest.approx(10.0)
+    assert (seen["largest_batch"], seen["batch_rate"]) == (64.0, 50.0)
 
 
 def test_contexts_must_be_positive(data: ProbeData) -> None:

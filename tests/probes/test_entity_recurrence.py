@@ -83,7 +83,7 @@ def test_a_subject_that_looks_back_less_far_gains_nothing(
     def bigram(sequences: Sequence[Tokens], doc_ids: object = None) -> list[np.ndarray]:
         return [pairs[sequence[:-1], sequence[1:]] for sequence in sequences]
 
-    engine = fake()
+    engine = fake(of=text.tokenizer)
     engine.nll = bigram  # type: ignore[attr-defined]
     probe = probe_with()
     observations, summary = read(probe, ask(probe, engine, text))
@@ -99,7 +99,7 @@ def test_a_subject_that_remembers_words_gains_at_every_distance(
     def memory(sequences: Sequence[Tokens], doc_ids: object = None) -> list[np.ndarray]:
         return [np.array([0.5 if t in s[: i + 1] else 3.0 for i, t in enumerate(s[1:])]) for s in sequences]
 
-    engine = fake()
+    engine = fake(of=text.tokenizer)
     engine.nll = memory  # type: ignore[attr-defined]
     probe = probe_with()
     observations, summary = read(probe, ask(probe, engine, text))

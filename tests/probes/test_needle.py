@@ -124,6 +124,16 @@ def test_values_stand_nowhere_but_in_their_needle_and_are_equally_long(text: Pro
         assert len(set(item.details["values"])) == probe.candidates
 
 
+def test_a_number_takes_the_place_of_a_number_and_a_name_that_of_a_name(text: ProbeData) -> None:
+    seen = set()
+    for item in probe_with().items(text):
+        for (cue, _), value in zip(item.details["facts"], item.details["values"], strict=False):
+            assert cue.endswith("was built for") == value.isdigit(), (cue, value)
+            assert cue.endswith("belonged to") == value.isalpha(), (cue, value)
+            seen.add(value.isdigit())
+    assert seen == {True, False}
+
+
 def test_the_haystack_never_begins_the_sentence_of_a_needle(text: ProbeData) -> None:
     for item in probe_with().items(text):
         start = item.details["start"]
@@ -151,8 +161,7 @@ def test_a_subject_that_ignores_the_text_scores_its_floor_and_gains_nothing(
 ) -> None:
     surprise = unigram_nll(text)
     for say in (None, lambda tokens: surprise[tokens]):
-        engine = fake(say)
-        engine.tokenizer = text.tokenizer  # type: ignore[attr-defined]
+        engine = fake(say, of=text.tokenizer)
         found = values(read(probe := probe_with(), ask(probe, engine, text))[1])
         assert found["gain", 384.0, None] == found["gain", 512.0, None] == 0
         assert found["accuracy", 384.0, None] == pytest.approx(found["no_context", None, None])
@@ -213,8 +222,7 @@ def test_a_real_subject_answers_both_ways_and_what_it_cannot_take_is_left_out(
 
 
 def test_nan_is_refused(text: ProbeData, fake: Callable[..., object], ask: Ask, read: Read) -> None:
-    engine = fake(lambda tokens: np.full(len(tokens), np.nan))
-    engine.tokenizer = text.tokenizer  # type: ignore[attr-defined]
+    engine = fake(lambda tokens: np.full(len(tokens), np.nan), of=text.tokenizer)
     probe = probe_with(per_cell=1)
     with pytest.raises(UnusableAnswer):
         read(probe, ask(probe, engine, text))

@@ -67,6 +67,19 @@ def test_leaders_that_tie_are_named_together_and_the_rest_behind_them() -> None:
     assert found.groups == [["AM", "MM"], ["AA"]]
 
 
+def test_whom_the_best_one_beats_is_said_where_the_rest_is_open() -> None:
+    # AA is behind both others, yet only from one of them is it told apart: nobody leads.
+    found = decide(report(
+        [measurement("AA", 1.3), measurement("MM", 1.25), measurement("AM", 1.2)],
+        [comparison("AA", "MM", 0.05, 0.08, 0.4, 500), comparison("AA", "AM", 0.1, 0.05, 0.015, None),
+         comparison("MM", "AM", 0.05, 0.06, 0.3, 400)],
+    ))  # fmt: skip
+    assert found.verdict == "undecided"
+    told = "AM looks best at 1.200 ± 0.010, and is told apart from AA (−0.10 [−0.15, −0.05], Holm-adjusted p = 0.015)"
+    assert found.answer.endswith(f"{told}, but not from MM.")
+    assert "(AM against MM) would need about 400 documents" in found.certainty
+
+
 def test_one_seed_is_said_to_leave_training_luck_unmeasured() -> None:
     one = decide(report([measurement("AA", 1.3)], [], seeds=(0,)))
     assert "seed to seed is unmeasured" in one.certainty

@@ -91,10 +91,28 @@ def test_a_layer_of_mixers_side_by_side_is_one_cell_in_two_colours(quickstart_re
     )
     text = page.html(page.lay_out(replace(quickstart_report, subjects=[subject, *quickstart_report.subjects[1:]])))
     assert "--m-[" not in text
-    single, double = page._cells("A[AM]")
-    assert single == ("A", "--c:var(--m-A)")
+    single, double = page._cells("A[AM]", ("attention", "[attention+mamba2]"))
+    assert single == ("A", "--c:var(--m-attention)")
     assert double[0] == "AM"
-    assert "linear-gradient(var(--way),var(--m-A) 0 50%,var(--m-M) 0 100%)" in double[1]
+    assert "linear-gradient(var(--way),var(--m-attention) 0 50%,var(--m-mamba2) 0 100%)" in double[1]
+
+
+def test_a_letter_that_means_two_mixers_is_shown_as_both(quickstart_report: ReportInput) -> None:
+    first, second, *rest = quickstart_report.subjects
+    two = [
+        replace(first, label="one · MM", letters="MM", mixers=("mamba2", "mamba2")),
+        replace(second, label="two · MM", letters="MM", mixers=("gated_short_convolution",) * 2),
+    ]
+    text = page.html(page.lay_out(replace(quickstart_report, subjects=[*two, *rest])))
+    section = text[text.index('<section id="subjects"') :]
+    key = section[: section.index("</div>")]
+    assert "</b></span> mamba2</span>" in key
+    assert "</b></span> gated_short_convolution</span>" in key
+    # Their layers stand beside names that are no bare pattern, each in the colour of its own mixer.
+    assert 'title="mamba2, mamba2"' in section
+    cells = '<b style="--c:var(--m-gated-5f-short-5f-convolution)">M</b>' * 2
+    assert f'title="gated_short_convolution, gated_short_convolution">{cells}' in section
+    assert "--m-gated-5f-short-5f-convolution: #" in text
 
 
 def test_every_chart_draws_in_both_themes(content: page.Content) -> None:
@@ -208,4 +226,12 @@ def test_the_terminal_table_has_the_best_subject_first(quickstart_report: Report
 def test_the_lead_says_what_is_held_equal(quickstart_report: ReportInput) -> None:
     subjects = [replace(s, match_quantity="training_flops_per_token") for s in quickstart_report.subjects]
     text = page.subjects_lead(replace(quickstart_report, subjects=subjects))
-    assert "matched in training flops per token; the worst match is off by 0.11 %" in text
+    assert "They are matched in training flops per token; the worst match is off by 0.11 %" in text
+    assert "not matched" not in text
+
+
+def test_the_lead_says_how_many_are_not_matched(quickstart_report: ReportInput) -> None:
+    first, *rest = (replace(s, match_quantity="parameters", match_residual=0.001) for s in quickstart_report.subjects)
+    unmatched = [replace(s, match_quantity="", match_residual=None) for s in rest]
+    text = page.subjects_lead(replace(quickstart_report, subjects=[first, *unmatched]))
+    assert "1 of them is matched in parameters; the worst match is off by 0.10 %. The others are not matched." in text

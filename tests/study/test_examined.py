@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
+from longspan.engines.server import ServerGone
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TrainedRun
 from longspan.engines.transformers import TransformersEngine
@@ -17,6 +20,12 @@ from longspan.study.plan import make_plan
 from longspan.study.run import run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
+
+_spec = importlib.util.spec_from_file_location("stub_server", Path(__file__).parents[1] / "engines" / "stub_server.py")
+assert _spec is not None
+assert _spec.loader is not None
+stub_server = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(stub_server)
 
 CORPUS = """
 corpus: {source: synthetic, max_documents: 100, splits: {train: 0.6, validation: 0.2, test: 0.2}, dedup: null}
@@ -187,3 +196,41 @@ def test_without_training_the_length_of_the_items_must_be_said(
     study.write_text(f"question: Which?\nsubjects: [{{checkpoint: {trained[2].folder}}}]\n{CORPUS}")
     with pytest.raises(UserError, match="probe_context"):
         make_plan(load_study(str(study)), tmp_path / "runs")
+
+
+def test_a_server_that_goes_away_stops_the_study_and_the_same_command_goes_on(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
+) -> None:
+    found = trained[2]
+    exported = tmp_path / "exported"
+    write_folder(found.load_model(), exported, tokenizer=found.tokenizer, markers=found.markers, context=found.context)
+    with stub_server.serving() as stub:
+        endpoint = f"{{base_url: '{stub.url}', model: m, tokenizer: {exported}}}"
+        served = f"{{endpoint: {endpoint}, name: served, template: raw, arguments: {{retries: 0, concurrency: 2}}}}"
+        here = f"{{pretrained: {exported}, engine: transformers, name: here, context_limit: 256}}"
+        study = tmp_path / "asked.yaml"
+        study.write_text(
+            f"question: Which?\nsubjects: [{served}, {here}]\nprobe_context: 48\n{CORPUS}"
+            "  - efficiency: {contexts: [16, 32], repeats: 3, warm_ups: 0, new_tokens: 4}\n"
+        )
+        # The server gives up after the oracle and some answers.
+        stub.behave = lambda body: (503, "busy", {}) if len(stub.asked) > 60 else None
+        with pytest.raises(ServerGone, match="served cannot be reached"):
+            run(study, tmp_path / "runs")
+        before = {path: path.read_text() for path in (tmp_path / "runs").rglob("records.jsonl")}
+        assert before
+        stub.behave = None
+        facts = run(study, tmp_path / "runs")
+        stub.asked.clear()
+        run(study, tmp_path / "runs")
+        assert stub.asked == []
+    for path, text in before.items():
+        assert path.read_text().startswith(text)
+    for path in (tmp_path / "runs").rglob("records.jsonl"):
+        keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+        assert len(set(keys)) == len(keys)
+    assert {subject.label: subject.kind for subject in facts.subjects} == {"served": "endpoint", "here": "pretrained"}
+    costs = measured(facts, "efficiency")
+    assert len(costs["here"]) == len({"prefill_rate", "first_token", "output_token", "bandwidth"}) * 2 + 2
+    # The stub's whole stream comes at once, so only what it says counts; its state is not known.
+    assert set(measured(facts, "perplexity")) == {"served", "here"}

@@ -12,13 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from longspan.corpus.packing import Batch
 from longspan.foundation.randomness import numpy_generator
 from longspan.models.language_model import IGNORE, LanguageModel, ModelConfig
 from longspan.training.config import TrainingConfig
@@ -27,13 +27,6 @@ from longspan.training.result import TrainingResult
 
 VOCAB = 32
 CONTEXT = 16
-
-
-@dataclass
-class Batch:
-    tokens: np.ndarray
-    targets: np.ndarray
-    doc_id: np.ndarray
 
 
 class Rows:

@@ -16,9 +16,11 @@ from typing import Any
 
 from longspan.corpus.collect import Collected, CorpusConfig, SplitConfig, collect
 from longspan.corpus.document import SPLITS
+from longspan.corpus.packing import Batch, PackedBatches, PackingConfig, evaluation_batches
 from longspan.corpus.sharding import write_shards
 from longspan.corpus.shards import TokenShards
 from longspan.corpus.spool import PART_BYTES, read_part
+from longspan.corpus.tasks import Task, TaskBatches, make_task, validation_batches
 from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, tokenizer_fingerprint, train_tokenizer
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.files import atomic_directory, digest, read_json, recover_directory, sha256_file, write_json
@@ -26,8 +28,11 @@ from longspan.foundation.progress import Progress, Report, silent
 
 __all__ = ["CorpusConfig", "PreparedCorpus", "SplitConfig", "prepare"]
 
-_REQUEST, _LEDGER, _WORK, _TOKENIZER = "request.json", "ledger.json", "work", "tokenizer"
+LEDGER, TOKENIZER = "ledger.json", "tokenizer"
+_REQUEST, _WORK = "request.json", "work"
 _REPORT_BYTES = 1 << 20
+
+TrainingBatches = PackedBatches | TaskBatches
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ class PreparedCorpus:
         ledger: where every document went: `seen`, `dropped` by reason with examples, `dedup`, `splits` (documents,
             characters, bytes, tokens), `tokenizer`.
         fingerprint: sha256 (hex) of tokenizer and shards.
+        task: what training draws its strings from where the corpus is a task; its shards hold a few for the probes.
     """
 
     folder: Path
     tokenizer: Tokenizer
     shards: dict[str, TokenShards]
     ledger: dict[str, Any]
+    task: Task | None = None
 
     @staticmethod
     def open(folder: Path, verify: bool = True) -> PreparedCorpus:
@@ -59,12 +66,12 @@ class PreparedCorpus:
         Raises:
             DataError: an unfinished preparation, or a missing, truncated or altered file, by name.
         """
-        if not (folder / _LEDGER).is_file():
+        if not (folder / LEDGER).is_file():
             raise DataError(
-                f"{folder} holds no finished corpus (no {_LEDGER})", "a finished preparation", "prepare the corpus"
+                f"{folder} holds no finished corpus (no {LEDGER})", "a finished preparation", "prepare the corpus"
             )
-        ledger = read_json(folder / _LEDGER)
-        tokenizer = Tokenizer.load(folder / _TOKENIZER)
+        ledger = read_json(folder / LEDGER)
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
         shards = {split: TokenShards.open(folder / split, verify=verify) for split in ledger["splits"]}
         for split, of_split in shards.items():
             if of_split.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -73,7 +80,36 @@ class PreparedCorpus:
                     "the files as written",
                     "remove the folder and prepare the corpus again",
                 )
-        return PreparedCorpus(folder=folder, tokenizer=tokenizer, shards=shards, ledger=ledger)
+        task = make_task(ledger["task"], f"{folder}: task") if "task" in ledger else None
+        return PreparedCorpus(folder=folder, tokenizer=tokenizer, shards=shards, ledger=ledger, task=task)
+
+    def training_batches(self, packing: PackingConfig, *, context: int, rows: int, seed: int) -> TrainingBatches:
+        """Batches to train on, without end.
+
+        Raises:
+            DataError, UserError: nothing to train on, or a packing that cannot be; see `PackedBatches`, `TaskBatches`.
+        """
+        if self.task is not None:
+            return TaskBatches(self.task, packing, context=context, rows=rows, seed=seed)
+        special = self.tokenizer.special
+        return PackedBatches(self.shards["train"], packing, context=context, rows=rows, special=special, seed=seed)
+
+    def validation_batches(self, packing: PackingConfig, *, context: int, rows: int) -> Iterator[Batch]:
+        """One pass over the validation split, or over a task's fixed validation set.
+
+        Raises:
+            DataError: no validation split.
+        """
+        if self.task is not None:
+            return validation_batches(self.task, packing, context=context, rows=rows)
+        if "validation" not in self.shards:
+            raise DataError(
+                "the corpus has no validation split",
+                "one for training, which keeps the best weights by it",
+                "raise corpus.splits.validation, or take it out of train with corpus.carve=[validation]",
+            )
+        special = self.tokenizer.special
+        return evaluation_batches(self.shards["validation"], packing, context=context, rows=rows, special=special)
 
     @property
     def fingerprint(self) -> str:
@@ -112,17 +148,17 @@ def prepare(
     """
     _claim(folder, corpus, tokenizer, cache, part_bytes)
     work = folder / _WORK
-    if not (folder / _LEDGER).exists():
+    if not (folder / LEDGER).exists():
         documents = work / "documents"
         recover_directory(documents)
         if documents.exists():
             collected = Collected(documents)
         else:
             collected = collect(corpus, documents, cache, part_bytes, report)
-        recover_directory(folder / _TOKENIZER)
-        if not (folder / _TOKENIZER).exists():
-            _make_tokenizer(tokenizer, collected, folder / _TOKENIZER, report)
-        splits = write_shards(collected, folder / _TOKENIZER, folder, work / "entries", workers, report)
+        recover_directory(folder / TOKENIZER)
+        if not (folder / TOKENIZER).exists():
+            _make_tokenizer(tokenizer, collected, folder / TOKENIZER, report)
+        splits = write_shards(collected, folder / TOKENIZER, folder, work / "entries", workers, report)
         _write_ledger(folder, collected, splits)
     shutil.rmtree(work, ignore_errors=True)
     return PreparedCorpus.open(folder)
@@ -189,12 +225,12 @@ def _place(document_id: str) -> float:
 
 
 def _write_ledger(folder: Path, collected: Collected, splits: dict[str, dict[str, int]]) -> None:
-    tokenizer = Tokenizer.load(folder / _TOKENIZER)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
     dropped = dict(collected.facts["dropped"])
     if without_tokens := sum(facts.pop("without_tokens") for facts in splits.values()):
         dropped["without_tokens"] = {"documents": without_tokens, "examples": []}
     write_json(
-        folder / _LEDGER,
+        folder / LEDGER,
         {
             "format": 1,
             "request": sha256_file(folder / _REQUEST),

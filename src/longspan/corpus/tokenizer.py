@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from longspan.corpus import symbols
 from longspan.foundation.config import Config
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.files import atomic_write, digest, read_json, sha256_file, write_json
@@ -69,10 +70,11 @@ class Encoder(Protocol):
 
 
 class TokenizerConfig(Config):
-    """Which tokenizer: trained on the training split (`byte_bpe`, `sentencepiece`), or loaded (`pretrained`).
+    """Which tokenizer: trained on the training split (`byte_bpe`, `sentencepiece`), loaded (`pretrained`), or a task's.
 
     Attributes:
-        kind: `byte_bpe` is lossless byte-level BPE; `sentencepiece` is SentencePiece BPE with byte fallback (extra).
+        kind: `byte_bpe` is lossless byte-level BPE; `sentencepiece` is SentencePiece BPE with byte fallback (extra);
+            `task` is what a task brings: it is filled in where the corpus is one.
         vocab_size: rows of the embedding, the two special ids included (trained kinds); reached exactly, or an error.
         min_frequency: how often a pair must occur to be merged (`byte_bpe`).
         character_coverage: share of characters that get a piece of their own; the rest are bytes (`sentencepiece`).
@@ -86,7 +88,7 @@ class TokenizerConfig(Config):
             exactly; on, ids equal the original tokenizer's.
     """
 
-    kind: Literal["byte_bpe", "sentencepiece", "pretrained"] = "byte_bpe"
+    kind: Literal["byte_bpe", "sentencepiece", "pretrained", "task"] = "byte_bpe"
     vocab_size: int = Field(default=4096, ge=3)
     min_frequency: int = Field(default=2, ge=1)
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
@@ -130,6 +132,7 @@ class TokenizerConfig(Config):
 _HONOURED = {
     "byte_bpe": {"vocab_size", "min_frequency", "training_bytes"},
     "sentencepiece": {"vocab_size", "character_coverage", "training_bytes"},
+    "task": {"vocab_size"},
     "pretrained": {"pretrained", "revision", "boundary", "pad", "prefix_space"},
 }
 
@@ -289,6 +292,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """
     if config.kind == "pretrained":
         return _pretrained(config)
+    if config.kind == "task":
+        raise UserError("a tokenizer of kind `task` for text", "a kind that encodes text", "choose byte_bpe")
     counted = _Counted(texts)
     if config.kind == "byte_bpe":
         from longspan.corpus.bpe import BpeEncoder
@@ -382,6 +387,8 @@ def _read_encoder(path: Path) -> Encoder:
         from longspan.corpus.sentencepiece_bpe import SentencePieceEncoder
 
         return SentencePieceEncoder(path.read_bytes())
+    if path.name == symbols.FILENAME:
+        return symbols.SymbolEncoder(path.read_bytes())
     from longspan.corpus.bpe import BpeEncoder
 
     return BpeEncoder(path.read_bytes(), origin=str(path))

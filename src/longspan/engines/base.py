@@ -18,12 +18,16 @@ from longspan.foundation.errors import DataError, UserError
 Tokens = NDArray[Any]
 """Integer ids (T,), of any integer dtype."""
 
-Capability = Literal["nll", "score", "generate"]
+Capability = Literal["nll", "score", "generate", "predict"]
 FinishReason = Literal["stop", "length", "context", "interrupted", "failed"]
 Failure = Literal[
     "", "context overflow", "empty reply", "malformed reply", "refused request", "timeout", "transport error"
 ]
 AnswerPrefixMode = Literal["prefill", "in prompt"]
+
+
+OWN = -1
+"""In what is given to `generate`: the subject reads what it wrote itself."""
 
 
 class UnusableAnswer(DataError):
@@ -75,13 +79,14 @@ class Generation:
         finish_reason: `stop` (boundary or stop string), `length` (max_new_tokens), `context` (the subject's context
             limit), `interrupted` (asked for before the end) or `failed` (there is no answer, see `failure`).
         prompt_tokens: length of the prompt, as the server counts it where one does.
-        first_token_seconds: from sending the prompt to the first token.
+        first_token_seconds: from sending the prompt to the first token, as this request waited for it.
         decode_seconds: for all tokens after the first.
         state_bytes: measured at the end, None where the engine cannot tell.
         failure: why there is no answer, empty where there is one; `detail` is what the server said.
         tokens_from_text: whether `tokens` are those of the text encoded again, since only text came back.
         cached_tokens: tokens of the prompt that a server took from its cache, None where it does not say.
         timed: whether the seconds say what they should; not where a server sends its whole answer at once.
+        together: requests that were served at once; timings of several are no timings of one alone.
     """
 
     tokens: NDArray[np.int64]
@@ -96,6 +101,20 @@ class Generation:
     tokens_from_text: bool = False
     cached_tokens: int | None = None
     timed: bool = True
+    together: int = 1
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The most sequences whose states fit at a time.
+
+    Attributes:
+        sequences: how many.
+        tokens_per_second: of decoding them together, None where only the room was measured.
+    """
+
+    sequences: int
+    tokens_per_second: float | None = None
 
 
 class Prompting(ABC):
@@ -116,7 +135,7 @@ class Engine(ABC):
 
     Attributes:
         name: for people.
-        capabilities: which of `nll`, `score`, `generate` it has.
+        capabilities: which of `nll`, `score`, `generate`, `predict` it has.
         tokenizer: the subject's own.
         document_prefix: ids that the subject expects before a document; may be empty.
         end_tokens: ids beside the boundary token with which it ends a document.
@@ -126,6 +145,7 @@ class Engine(ABC):
         prompting: how texts become prompts; None: as they are, after `document_prefix`.
         answer_prefix_mode: whether a given beginning of the answer stands where the answer stands (`prefill`), or at
             the end of the question, because the engine cannot begin an answer (`in prompt`).
+        weight_bytes: of all that a decoding step reads of the weights, None where that is not known.
         notes: what a reader of the numbers must know about how they were made, one sentence each.
     """
 
@@ -139,6 +159,7 @@ class Engine(ABC):
     fingerprint: str
     prompting: Prompting | None = None
     answer_prefix_mode: AnswerPrefixMode = "prefill"
+    weight_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     def encode_prompt(self, text: str, answer_prefix: str = "") -> NDArray[np.int64]:
@@ -199,9 +220,33 @@ class Engine(ABC):
     ) -> list[list[NDArray[np.float64]]]:
         """`score` for several prefixes at once, each with continuations of its own."""
 
+    def predict(self, sequences: Sequence[Tokens], wanted: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.int64]]:
+        """The likeliest next token after each wanted position, in one pass over what really stands in a sequence.
+
+        Args:
+            sequences: of at least 1 id each; nothing is added.
+            wanted: per sequence bool (n,), the positions after which the likeliest token is asked for.
+
+        Returns:
+            Per sequence int64 (wanted positions,).
+
+        Raises:
+            UserError: the engine cannot; see `capabilities`.
+        """
+        raise self.refuse("predict")
+
     @abstractmethod
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
-        """Continue each prompt (at least 1 id; nothing is added)."""
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
+    ) -> list[Generation]:
+        """Continue each prompt (at least 1 id; nothing is added). What is written does not depend on the others.
+
+        Args:
+            prompts: one alone is timed as one request; several may be served together (`Generation.together`).
+            sampling: how.
+            given: per prompt ids that the subject reads in place of what it wrote, the first after its first new token;
+                -1 where it reads its own. It writes one token more than are given, `max_new_tokens` at most.
+        """
 
     @abstractmethod
     def state_bytes(self, context: int) -> int | None:
@@ -209,6 +254,19 @@ class Engine(ABC):
 
         None where the configuration is not known, or is of a kind whose state is not known.
         """
+
+    def refuse_given(self) -> UserError:
+        """The error for an engine that reads nothing but what it writes."""
+        return UserError(
+            f"{self.name} is to read other tokens than it wrote, with {type(self).__name__}",
+            "the native engine, which can put them in between",
+            "leave this probe out for it, or run it with `engine: native`",
+        )
+
+    def largest_batch(self, context: int) -> LargestBatch | None:
+        """The most sequences of `context` tokens that can be decoded at a time; None where that is not measured."""
+        del context
+        return None
 
     def refuse(self, capability: str) -> UserError:
         """The error for something this engine cannot do."""

@@ -86,7 +86,7 @@ class Continuation(Iterator[str]):
     def _step(self) -> int:
         first = self._state.length == 0
         if first:
-            _synchronise(self._prompt_BT.device)
+            synchronise(self._prompt_BT.device)
         began = time.perf_counter()
         if first:
             for part_BT in torch.split(self._prompt_BT, self._chunk, dim=1):
@@ -95,7 +95,7 @@ class Continuation(Iterator[str]):
             last_BT = torch.tensor([self._written[-1:]], device=self._prompt_BT.device)
             logits_BV, self._state = self._model.next_logits(last_BT, self._state)
         # Picking waits for the device, so the token is really there when the clock is read.
-        token = _pick(self._engine, logits_BV[0], self._sampling, self._generator)
+        token = pick(self._engine, logits_BV[0], self._sampling, self._generator)
         seconds = time.perf_counter() - began
         if first:
             self._first_token_seconds = seconds
@@ -104,7 +104,18 @@ class Continuation(Iterator[str]):
         return token
 
 
-def _pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token.
+
+    Args:
+        engine: whose vocabulary counts.
+        logits_V: of every row of the embedding.
+        sampling: how.
+        generator: of the draw.
+
+    Raises:
+        UnusableAnswer: NaN or infinite logits.
+    """
     # Rows beyond the tokenizer's vocabulary stand for nothing.
     logits = logits_V[: engine.tokenizer.vocab_size].float().cpu()
     require_finite(logits.double().numpy(), engine.name, "the vocabulary, while generating")
@@ -118,6 +129,7 @@ def _pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch
     return int(order[torch.multinomial(shares, 1, generator=generator)])
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -104,7 +104,7 @@ def engine_of(
     batch_tokens: int = 8_192,
 ) -> NativeEngine:
     """A trained run, ready to answer; see `load`."""
-    return NativeEngine(
+    engine = NativeEngine(
         run.load_model(weights),
         run.tokenizer,
         markers=run.markers,
@@ -116,6 +116,8 @@ def engine_of(
         trained_context=run.context,
         name=run.name,
     )
+    engine.weight_bytes = engine.num_parameters * torch_dtype(dtype).itemsize
+    return engine
 
 
 def _from_hugging_face(folder: Path, name: str, *, dtype: Dtype, device: str, batch_tokens: int) -> NativeEngine:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Capability, Engine, Generation, Sampling, Scored, Tokens, require_finite
+from longspan.engines.batched_generation import BatchedGeneration
 from longspan.engines.generation import Continuation
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel
 from longspan.models.segments import Isolation
 from longspan.models.state import ModelState
-from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
+from longspan.ops.linear_cross_entropy import linear_cross_entropy
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +44,7 @@ class NativeEngine(Engine):
     Answers to the same batch of requests are the same bytes each time; another grouping may round differently.
     """
 
-    capabilities: frozenset[Capability] = frozenset({"nll", "score", "generate"})
+    capabilities: frozenset[Capability] = frozenset({"nll", "score", "generate", "predict"})
 
     def __init__(
         self,
@@ -159,15 +160,42 @@ class NativeEngine(Engine):
             answers[i] = scored
         return answers
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
-        """See `Engine.generate`. One prompt at a time, so that the timings are those of one request."""
-        answers = []
-        for i, prompt in enumerate(prompts):
-            continuation = self.continue_text(prompt, sampling, index=i)
+    @torch.inference_mode()
+    def predict(self, sequences: Sequence[Tokens], wanted: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.int64]]:
+        """See `Engine.predict`."""
+        for i, sequence in enumerate(sequences):
+            self._check_length(len(sequence), f"sequence {i}")
+        answers: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(sequences)
+        for batch in self._by_length([len(sequence) for sequence in sequences]):
+            inputs_BT = _stack([sequences[i] for i in batch], self.tokenizer.special.pad)
+            wanted_BT = _stack([wanted[i] for i in batch], 0).bool()
+            state = self._model.initial_state() if inputs_BT.shape[1] > self.batch_tokens else None
+            found = np.zeros(inputs_BT.shape, np.int64)
+            for start in range(0, inputs_BT.shape[1], self.batch_tokens):
+                span = slice(start, start + self.batch_tokens)
+                hidden_BTD, state = self._model(inputs_BT[:, span].to(self.device), None, state)
+                chosen_BT = wanted_BT[:, span]
+                hidden_ND = hidden_BTD[chosen_BT.to(self.device)]
+                require_finite(hidden_ND.double().sum(-1).cpu().numpy(), self.name, "what it computes of a string")
+                likeliest_N = self._model.likeliest(hidden_ND, self.tokenizer.vocab_size)
+                found[:, span][chosen_BT.numpy()] = likeliest_N.cpu().numpy()
+            for row, i in enumerate(batch):
+                answers[i] = found[row, : len(sequences[i])][wanted[i]]
+        return answers
+
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
+    ) -> list[Generation]:
+        """See `Engine.generate`. Several prompts go through together, beside others of similar length."""
+        if len(prompts) == 1 and given is None:
+            continuation = self.continue_text(prompts[0], sampling)
             for _ in continuation:
                 pass
-            answers.append(continuation.result())
-        return answers
+            return [continuation.result()]
+        for i, prompt in enumerate(prompts):
+            self._check_length(len(prompt), f"prompt {i}")
+        batched = BatchedGeneration(self, self._model, self.device, sampling, chunk=self.batch_tokens)
+        return batched.run(prompts, given) if prompts else []
 
     def continue_text(self, prompt: Tokens, sampling: Sampling, *, index: int = 0) -> Continuation:
         """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
@@ -275,14 +303,8 @@ class NativeEngine(Engine):
             hidden_ND = hidden_BTD[counted_BT.to(self.device)]
             targets_N = targets_BT[:, span][counted_BT].to(self.device)
             nll_N = linear_cross_entropy(hidden_ND, weight, targets_N, ignore=IGNORE, reduction="none")
-            rows = default_chunk(weight.shape[0], weight.device)
             # Rows beyond the tokenizer's vocabulary stand for nothing, here as in generation.
-            likeliest_N = torch.cat(
-                [
-                    self._model.logits(part_ND)[:, : self.tokenizer.vocab_size].argmax(-1)
-                    for part_ND in hidden_ND.split(rows)
-                ]
-            )
+            likeliest_N = self._model.likeliest(hidden_ND, self.tokenizer.vocab_size)
             counted = counted_BT.numpy()
             nll_BT[:, span][counted] = nll_N.double().cpu().numpy()
             right_BT[:, span][counted] = (likeliest_N == targets_N).cpu().numpy()

@@ -161,8 +161,12 @@ class OpenAIEngine(Engine):
             for prefix, choices in zip(prefixes, continuations, strict=True)
         ]
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
+    ) -> list[Generation]:
         """See `Engine.generate`. A prompt without an answer gives a `Generation` that has `failed`, with the cause."""
+        if given is not None:
+            raise self.refuse_given()
         for i, prompt in enumerate(prompts):
             check_length(len(prompt), None, f"prompt {i}", self.name)
         return self._all(lambda given: self._write(given[1], sampling, given[0]), list(enumerate(prompts)))

@@ -59,6 +59,7 @@ class Server:
 
     Attributes:
         url: its address.
+        last_words: what is known of why it is gone; empty where nothing is.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Server:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
         self._jitter = random.Random(0)
+        self.last_words: Callable[[], str] = str
 
     def close(self) -> None:
         """Close the connections."""
@@ -146,17 +148,21 @@ class Server:
         return self._persist(once)
 
     def _events(self, lines: Iterator[str], began: float) -> Iterator[tuple[float, dict[str, Any]]]:
+        ended = False
+        # Read to the very end, also after the end was said: only then can the connection be used again.
         for line in lines:
-            if not line.startswith("data:"):
+            if ended or not line.startswith("data:"):
                 continue
             data = line.removeprefix("data:").strip()
             if data == "[DONE]":
-                return
+                ended = True
+                continue
             event = _object(data)
             if error := event.get("error"):
                 raise self._refused(str(error))
             yield time.perf_counter() - began, event
-        raise _Again("malformed reply", "the stream ended before its end was said")
+        if not ended:
+            raise _Again("malformed reply", "the stream ended before its end was said")
 
     def _persist(self, once: Callable[[], Result]) -> Result:
         """Try, and try again with growing pauses what may succeed later."""
@@ -192,7 +198,7 @@ class Server:
             )
         if last.status in (502, 503, 504) or (last.cause in ("timeout", "transport error") and not self.is_alive()):
             return ServerGone(
-                f"{self._what} cannot be reached at {self.url} {tries}: {last.detail}",
+                f"{self._what} cannot be reached at {self.url} {tries}: {last.detail}{self.last_words()}",
                 "a server that answers",
                 "start it, then run the same command again: it goes on from here",
             )

@@ -20,6 +20,7 @@ from longspan.engines.base import (
     Engine,
     FinishReason,
     Generation,
+    LargestBatch,
     Prompting,
     Sampling,
     Tokens,
@@ -34,6 +35,8 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
 
 IGNORE = -100
+MOST_ROWS, BATCH_STEPS = 4_096, 8
+"""Sequences at a time beyond which no larger batch is sought, and steps that each is timed for."""
 PART_TOKENS = 4_096
 """Positions of a forward pass: the mask of a part over 131,072 tokens takes half a gigabyte at this."""
 COPIED_TOKENS = 65_536
@@ -105,6 +108,7 @@ class TransformersEngine(Engine):
         self.batch_tokens = batch_tokens
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.shape = StateShape.of(self.model.model.config)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.notes = tuple(self.model.notes)
 
     @torch.inference_mode()
@@ -158,8 +162,12 @@ class TransformersEngine(Engine):
         return answers
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
+    ) -> list[Generation]:
         """See `Engine.generate`. One prompt at a time, so that the timings are those of one request."""
+        if given is not None:
+            raise self.refuse_given()
         return [self._write(prompt, sampling, index) for index, prompt in enumerate(prompts)]
 
     @torch.inference_mode()
@@ -183,6 +191,24 @@ class TransformersEngine(Engine):
             hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
         self._synchronise()
         return (time.perf_counter() - began) / new_tokens
+
+    def largest_batch(self, context: int) -> LargestBatch | None:
+        """See `Engine.largest_batch`; found on CUDA by trying, since running out of memory there does no harm."""
+        if self.model.device.type != "cuda" or not self.model.keeps_state:
+            return None
+        fits, seconds, too_many = 0, 0.0, MOST_ROWS + 1
+        rows = 1
+        while fits + 1 < too_many:
+            try:
+                seconds = self.seconds_per_step(context, rows, BATCH_STEPS)
+                fits = rows
+            except torch.cuda.OutOfMemoryError:
+                too_many = rows
+            torch.cuda.empty_cache()
+            rows = 2 * fits if too_many > MOST_ROWS else (fits + too_many) // 2
+            if too_many <= MOST_ROWS and too_many - fits <= max(1, fits // 16):
+                break
+        return LargestBatch(fits, fits / seconds) if fits else LargestBatch(0)
 
     def state_bytes(self, context: int) -> int | None:
         """See `Engine.state_bytes`."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longspan.engines.base import LargestBatch
 from longspan.engines.openai import OpenAIEngine
 from longspan.engines.opening import Described
 from longspan.engines.server import Server
@@ -33,8 +34,8 @@ VARIABLE = "LONGSPAN_VLLM"
 POLL_SECONDS = 0.5
 STOP_SECONDS = 20.0
 """Seconds between asking the server to end and ending it."""
-TAIL = 12
-"""Lines of its log that an error shows."""
+TAIL, MOST_LINES = 1_500, 400
+"""Characters of its log that an error shows, of so many last lines."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _METRIC = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>[^}]*)\})?\s+(?P<value>[-+\w.]+)$", re.M)
 
@@ -73,9 +74,17 @@ class Child:
         return self._process.poll()
 
     def tail(self) -> str:
-        """The last lines that it wrote."""
+        """The last lines that it wrote, those about errors if there are any."""
         with self.log.open(errors="replace") as file:
-            return "".join(deque(file, TAIL)).strip()
+            lines = deque(file, MOST_LINES)
+        errors = [line for line in lines if re.search(r"\w*(Error|Exception)\b.*:", line)]
+        return "".join(dict.fromkeys(errors or lines)).strip()[-TAIL:]
+
+    def last_words(self) -> str:
+        """How it ended, if it did."""
+        if self.ended is None:
+            return ""
+        return f"; vLLM ended with code {self.ended} (log: {self.log}); its last words:\n{self.tail()}"
 
     def stop(self) -> None:
         """End it and all that it started."""
@@ -107,6 +116,12 @@ class VllmEngine(OpenAIEngine):
         finally:
             self.child.stop()
             shutil.rmtree(self.child.log.parent, ignore_errors=True)
+
+    def largest_batch(self, context: int) -> LargestBatch | None:
+        """See `Engine.largest_batch`; by the room in the server's cache, which it says itself."""
+        said = self.metrics()
+        room = said.get("cache_blocks", 0.0) * said.get("cache_block_tokens", 0.0)
+        return LargestBatch(int(room // context)) if room else None
 
     def metrics(self) -> dict[str, float]:
         """What the server says of its cache: blocks, tokens per block, share in use, prefix look-ups and hits."""
@@ -149,6 +164,7 @@ def start_vllm(found: Described, fingerprint: str, arguments: VllmArguments, dev
     child = Child(command, {"HF_HUB_OFFLINE": "1", **seen, **arguments.environment}, log)
     try:
         server = Server(f"http://127.0.0.1:{port}", arguments, what=name)
+        server.last_words = child.last_words
         wait_until_healthy(child, server, arguments.start_timeout, report)
         version = server.get("/version")
         engine = VllmEngine(
@@ -165,7 +181,7 @@ def start_vllm(found: Described, fingerprint: str, arguments: VllmArguments, dev
             server=server,
         )
     except BaseException:
-        # Ctrl-C while it starts leaves nothing behind either.
+        # Ctrl-C while it starts leaves no process behind either.
         child.stop()
         raise
     engine.child = child

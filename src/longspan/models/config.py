@@ -22,7 +22,8 @@ class ModelConfig(Config):
     Attributes:
         pattern: the layer string, see `parse_pattern`; `[AM]` is one layer with two mixers, see `Parallel`.
         width: D, the residual stream.
-        heads, kv_heads, positions, rope_base, attention_bias, attention_dropout: attention, see `AttentionSettings`.
+        heads, kv_heads, positions, masked_heads, rope_base, attention_bias, attention_dropout: attention, see
+            `AttentionSettings`.
         window: tokens that sliding-window attention sees, see `SlidingWindowAttentionSettings`.
         max_positions: rows of the learned position table; required with `positions: learned`.
         state, expand, mamba_head_dim, conv, chunk: Mamba-2, see `Mamba2Settings`.
@@ -49,6 +50,7 @@ class ModelConfig(Config):
     heads: int | None = None
     kv_heads: int | None = None
     positions: Positions = "rope"
+    masked_heads: int | None = Field(None, ge=1)
     rope_base: float = 10_000.0
     attention_bias: bool = False
     attention_dropout: float = Field(0.0, ge=0, lt=1)
@@ -129,7 +131,7 @@ class ModelConfig(Config):
         inherited = {key: getattr(self, key) for key in mixer.Settings.model_fields if key in ModelConfig.model_fields}
         settings = mixer.Settings.parse({**inherited, **given}, f"mixers.{letter}")
         if given.get("positions") == "learned" and self.positions != "learned":
-            allowed = "rope, nope, alibi, or learned positions for the whole model"
+            allowed = "other positions, or learned ones for the whole model"
             raise UserError(f"mixers.{letter}.positions = 'learned'", allowed, "set `positions: learned` on the model")
         return mixer, settings
 

@@ -18,7 +18,7 @@ from longspan.models.config import ModelConfig
 from longspan.models.mixers import Mixer
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
-from longspan.ops.linear_cross_entropy import linear_cross_entropy
+from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
 __all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
 
@@ -198,6 +198,28 @@ class LanguageModel(nn.Module):
         hidden_BTD, _ = self(tokens_BT, doc_id_BT, isolation=isolation)
         nll = self._nll(hidden_BTD, targets_BT, "sum")
         return nll, (targets_BT != IGNORE).sum()
+
+    def judge(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        doc_id_BT: Tensor | Segments | None = None,
+        isolation: Isolation = "full",
+    ) -> tuple[Tensor, Tensor]:
+        """`loss` without the number of targets, and for each of them (in order) whether it is the likeliest token.
+
+        Returns:
+            fp32 scalar, and bool (N,) over the targets that are not ignored.
+        """
+        hidden_BTD, _ = self(tokens_BT, doc_id_BT, isolation=isolation)
+        counted_BT = targets_BT != IGNORE
+        likeliest_N = self.likeliest(hidden_BTD[counted_BT])
+        return self._nll(hidden_BTD, targets_BT, "sum"), likeliest_N == targets_BT[counted_BT]
+
+    def likeliest(self, hidden_ND: Tensor, rows: int | None = None) -> Tensor:
+        """int64 (N,): the likeliest of the first `rows` tokens (None: of all), without holding all logits at once."""
+        parts = torch.split(hidden_ND, default_chunk(self.head_weight.shape[0], hidden_ND.device))
+        return torch.cat([self.logits(part_ND)[:, :rows].argmax(-1) for part_ND in parts])
 
     def token_nll(
         self,

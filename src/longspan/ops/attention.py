@@ -34,6 +34,7 @@ def attention(
     q_offset: int = 0,
     alibi_slopes_H: Tensor | None = None,
     window: int | None = None,
+    head_windows_H: Tensor | None = None,
     dropout: float = 0.0,
     backend: Backend = "sdpa",
     block_mask: Any = None,
@@ -50,6 +51,7 @@ def attention(
         alibi_slopes_H: adds `-slope * distance` to the scores (Press et al. 2022).
         window: a query sees the last `window` positions, itself included; None: all. "sdpa" then takes blocks of
             queries with the keys they can reach, where that is less work than the whole masked square.
+        head_windows_H: int64, a window of each head's own, none wider than `window`, which is needed beside it.
         dropout: probability of dropping an attention weight, drawn from torch's own generator of the device.
         backend: "sdpa" (torch's fused kernels), "reference" (plain, right for anything), "flex" (FlexAttention, CUDA).
         block_mask: for "flex", the mask of this batch from `flex_block_mask`, made once for all layers.
@@ -60,7 +62,7 @@ def attention(
     Raises:
         UserError: shapes, window or backend that cannot be honoured.
     """
-    rules = _Rules(q_offset, alibi_slopes_H, window, dropout)
+    rules = _Rules(q_offset, alibi_slopes_H, window, head_windows_H, dropout)
     if q_doc_BT is not None and k_doc_BS is None:
         k_doc_BS = q_doc_BT
     _check(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules, backend, block_mask)
@@ -94,21 +96,24 @@ class _Rules(NamedTuple):
     q_offset: int
     slopes: Tensor | None
     window: int | None
+    head_windows: Tensor | None
     dropout: float
 
     def visible(self, time: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(T, S) bool mask of causality and window, and the distances (T, S)."""
+        """Bool mask (1 or H, T, S) of causality and windows, and the distances (T, S)."""
         queries = torch.arange(time, device=device) + self.q_offset
         distance = queries[:, None] - torch.arange(keys, device=device)
         visible = distance >= 0
         if self.window is not None:
             visible &= distance < self.window
-        return visible, distance
+        if self.head_windows is None:
+            return visible[None], distance
+        return visible & (distance < self.head_windows.to(device)[:, None, None]), distance
 
     def mask(self, time: int, keys: int, same: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Bool mask, or additive bias with ALiBi; broadcasts to (B, H, T, S). `same` (B, T, S): same document."""
         visible, distance = self.visible(time, keys, device)
-        visible = visible[None, None] if same is None else visible & same[:, None]
+        visible = visible[None] if same is None else visible & same[:, None]
         if self.slopes is None:
             return visible
         bias = -self.slopes.to(device, dtype)[:, None, None] * distance.to(dtype)
@@ -143,6 +148,9 @@ def _check(
         raise UserError(given, "key-value heads that divide the query heads", "change kv_heads")
     if rules.window is not None and rules.window < 1:
         raise UserError(f"window {rules.window}", "1 or more, or None for all", "raise it")
+    if rules.head_windows is not None and (rules.window is None or backend == "flex"):
+        given = f"windows of each head with window {rules.window} and backend {backend!r}"
+        raise UserError(given, "a window as wide as the widest, and another backend", "give `window`, use 'sdpa'")
     if keys < rules.q_offset + time:
         given = f"{keys} keys for {time} queries from position {rules.q_offset}"
         raise UserError(given, "a key for every query", "put the new keys into the cache first")
@@ -177,7 +185,7 @@ def _fused(
     q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, q_doc_BT: Tensor | None, k_doc_BS: Tensor | None, rules: _Rules
 ) -> Tensor:
     time, keys = q_BTHP.shape[1], k_BSGP.shape[1]
-    if rules.window is not None and rules.window >= keys:
+    if rules.window is not None and rules.window >= keys and rules.head_windows is None:
         rules = rules._replace(window=None)
     if rules.window is not None and time > block_size(rules.window) and _band_pairs(rules.window) < keys:
         return _banded(q_BTHP, k_BSGP, v_BSGP, q_doc_BT, k_doc_BS, rules)

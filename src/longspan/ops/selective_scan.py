@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops import kernels
 from longspan.ops.selective_scan_chunked import document_starts, selective_scan_chunked
 
 Backend = Literal["chunked", "reference"]
+# The states of one channel have to fit the registers of a kernel's program, which is one warp.
+LARGEST_KERNEL_STATE = 64
 
 
 def selective_scan(
@@ -45,8 +48,9 @@ def selective_scan(
         initial_state_BNE: state before the first token; None: zeros.
         initial_doc_B: document of the initial state, which counts only while `doc_BT` stays equal to it from the first
             token on. None: the initial state belongs to the document of the first token.
-        chunk: tokens per chunk of the chunked form; one state per chunk is kept for the backward.
-        backend: "chunked" (for training and prefill) or "reference" (a Python loop over tokens).
+        chunk: tokens per chunk of the chunked form; one state per chunk is kept for the backward. A kernel has its own.
+        backend: "chunked" (for training and prefill) or "reference" (a Python loop over tokens). Where `ops.kernels`
+            says so, "chunked" is a Triton kernel; it serves fp32 and bf16 with N up to 64, all else stays plain torch.
 
     Returns:
         y (B, T, E) in the dtype of x, and the state after the last token (B, N, E) in fp32 (fp64 for fp64 input).
@@ -58,7 +62,15 @@ def selective_scan(
     arguments = (x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, doc_BT, initial_state_BNE, initial_doc_B)
     if backend == "reference":
         return _reference(*arguments)
-    return _step(*arguments) if x_BTE.shape[1] == 1 else selective_scan_chunked(*arguments, chunk)
+    if x_BTE.shape[1] == 1:
+        return _step(*arguments)
+    if A_EN.shape[1] <= LARGEST_KERNEL_STATE and kernels.serve(x_BTE):
+        from longspan.ops.triton.selective_scan import selective_scan as kernel
+
+        starts_BT = document_starts(doc_BT, initial_doc_B)
+        y_BTE, state_BNE, _ = kernel(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT, initial_state_BNE)
+        return y_BTE, state_BNE
+    return selective_scan_chunked(*arguments, chunk)
 
 
 def _check(x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, chunk: int, backend: str) -> None:

@@ -30,11 +30,12 @@ from numpy.typing import NDArray
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.shards import TokenShards
+from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine, Generation
 from longspan.foundation.config import Config, did_you_mean, shown_value
 from longspan.foundation.errors import UserError
-from longspan.records.observation import Metric, Observation, Summary
+from longspan.records.observation import Measurement, Metric, Observation, Summary
 from longspan.records.store import Record
 
 
@@ -50,6 +51,7 @@ class ProbeData:
             depend on it.
         packing: how the subject that is asked was trained; items never depend on it.
         seed: of the items, the same for every subject.
+        task: what the subject was trained on where the corpus is a task; the shards then hold a few of its strings.
     """
 
     shards: TokenShards
@@ -58,6 +60,7 @@ class ProbeData:
     packing: PackingConfig = field(default_factory=PackingConfig)
     seed: int = 0
     trained_context: int | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,16 @@ class Probe(Config, ABC):
     @abstractmethod
     def observe(self, record: Record) -> Iterable[Observation]:
         """Read one record; pure, so that stored records can be read again without a model."""
+
+    def derive(self, summary: Summary) -> tuple[Measurement, ...]:
+        """Numbers of the metrics of kind `derived`, which no single item has: read off the summary of the others."""
+        del summary
+        return ()
+
+    def observe_together(self, records: Sequence[Record]) -> Iterable[Observation]:
+        """What only all records of one subject and seed together show; pure as `observe`."""
+        del records
+        return ()
 
     def remarks(self, summary: Summary) -> list[str]:
         """Lines to be read with the numbers, e.g. one that is made of several of them."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from longspan.engines.base import Engine, Sampling
+from longspan.engines.base import Engine, Generation, Sampling
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
 from longspan.probes.base import Asked, Item, Probe, ProbeData, register
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
+
+MOST_CACHED = 0.05
+"""Share of a fresh prompt that a server may have met before (what every prompt begins with)."""
 
 
 @register("efficiency")
@@ -22,13 +25,20 @@ class Efficiency(Probe):
 
     Time to first token is from sending the prompt to the first token; prefill rate is prompt tokens over that time;
     time per output token leaves out the first. Medians with quartiles over `repeats`, after `warm_ups` that are not
-    counted. Records also hold the state bytes of a sequence.
+    counted. Time per output token is also fitted as `fixed` + `growth` × context over all contexts: what the weights
+    cost, and what each token of context adds. Records also hold the state bytes of a sequence, by the configuration
+    and as measured.
+
+    A run does not count where the engine cannot time it (a server that sends its answer at once), where it failed, or
+    where the server had more than `MOST_CACHED` of the prompt in its cache; the record says so.
 
     Attributes:
         contexts: prompt lengths; None: 1/2, 1, 2, 4 and 8 times the training context.
         new_tokens: tokens generated, at least 2.
         repeats: counted runs at each context.
         warm_ups: runs before them.
+        largest_batch: also find how many sequences of each context fit at a time, where the engine can: transformers on
+            CUDA, by trying; vLLM, by the room in its cache.
     """
 
     title: ClassVar[str] = "Cost against context"
@@ -43,6 +53,7 @@ class Efficiency(Probe):
     new_tokens: int = Field(32, ge=2)
     repeats: int = Field(5, ge=3)
     warm_ups: int = Field(2, ge=0)
+    largest_batch: bool = False
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -51,6 +62,18 @@ class Efficiency(Probe):
             Metric("prefill_rate", "Prefill", "tok/s", "median", "higher", x_name="context", compare=False),
             Metric("first_token", "Time to first token", "ms", "median", "lower", x_name="context", compare=False),
             Metric("output_token", "Time per output token", "ms", "median", "lower", x_name="context", compare=False),
+            Metric("fixed", "Time per output token without context", "ms", "median", "lower", compare=False),
+            Metric("growth", "Time per output token that 1,000 tokens add", "ms", "median", "lower", compare=False),
+            Metric("bandwidth", "Weights and state read", "GB/s", "median", "higher", x_name="context", compare=False),
+            *self._batch_metrics(),
+        )
+
+    def _batch_metrics(self) -> tuple[Metric, ...]:
+        if not self.largest_batch:
+            return ()
+        return (
+            Metric("largest_batch", "Largest batch", "sequences", "median", "higher", x_name="context", compare=False),
+            Metric("batch_rate", "Decoding at it", "tok/s", "median", "higher", x_name="context", compare=False),
         )
 
     def items(self, data: ProbeData) -> list[Item]:
@@ -68,33 +91,66 @@ class Efficiency(Probe):
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """Seconds of each run, and state bytes; no runs where the subject cannot take the context."""
-        contents = []
-        for item in items:
-            context = item.details["context"]
-            content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
-            limit = engine.context_limit
-            if limit is None or context + self.new_tokens - 1 <= limit:
-                sampling = Sampling(max_new_tokens=self.new_tokens, stop_at_boundary=False)
-                for run in range(self.warm_ups + self.repeats):
-                    (written,) = engine.generate([self._prompt(data, context, run)], sampling)
-                    if run >= self.warm_ups:
-                        content["runs"].append([written.first_token_seconds, written.decode_seconds])
-                content["state_bytes"] = engine.state_bytes(context)
-            contents.append(content)
-        return contents
+        return [self._measured(engine, item.details["context"], data) for item in items]
+
+    def _measured(self, engine: Engine, context: int, data: ProbeData) -> dict[str, Any]:
+        content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
+        limit = engine.context_limit
+        if limit is not None and context + self.new_tokens - 1 > limit:
+            return content
+        sampling = Sampling(max_new_tokens=self.new_tokens, stop_at_boundary=False)
+        for run in range(self.warm_ups + self.repeats):
+            (written,) = engine.generate([self._prompt(data, context, run)], sampling)
+            if reason := _not_counted(written, context):
+                return {**content, "not_counted": reason}
+            if run >= self.warm_ups:
+                further = len(written.tokens) - 1
+                content["runs"].append([written.first_token_seconds, written.decode_seconds, further])
+            content["state_bytes_measured"] = written.state_bytes
+        content["state_bytes"] = engine.state_bytes(context)
+        content["weight_bytes"] = engine.weight_bytes
+        if self.largest_batch and (batch := engine.largest_batch(context)) is not None:
+            content["batch"] = [batch.sequences, batch.tokens_per_second]
+        return content
 
     def observe(self, record: Record) -> Iterable[Observation]:
         """Each run is an observation of its own."""
-        context, further = record.answer["context"], record.answer["new_tokens"] - 1
-        x = float(context)
-        for run, (first, decode) in enumerate(record.answer["runs"]):
-            for metric, numerator, denominator in (
-                ("prefill_rate", context, first),
-                ("first_token", 1e3 * first, 1.0),
-                ("output_token", 1e3 * decode, further),
-            ):
-                item = f"{record.item}:{run}"
-                yield Observation(record.subject, record.seed, item, item, metric, x, numerator, denominator)
+        answer = record.answer
+        context, x = answer["context"], float(answer["context"])
+        read = (answer.get("weight_bytes") or 0) + (answer.get("state_bytes") or 0)
+        for run, (first, decode, further) in enumerate(_runs(answer)):
+            item = f"{record.item}:{run}"
+            values = [("prefill_rate", context, first), ("first_token", 1e3 * first, 1.0)]
+            if further > 0:
+                values.append(("output_token", 1e3 * decode, further))
+            if further > 0 and answer.get("weight_bytes") and answer.get("state_bytes") is not None:
+                values.append(("bandwidth", read * further / 1e9, decode))
+            for metric, numerator, denominator in values:
+                if denominator > 0:
+                    yield Observation(record.subject, record.seed, item, item, metric, x, numerator, denominator)
+        if self.largest_batch and "batch" in answer:
+            sequences, rate = answer["batch"]
+            for metric, value in (("largest_batch", sequences), ("batch_rate", rate)):
+                if value is not None:
+                    yield self.observation(record, metric, float(value), 1.0, cluster=record.item, x=x)
+
+    def observe_together(self, records: Sequence[Record]) -> Iterable[Observation]:
+        """Time per output token as a line over the contexts, one for each repeat."""
+        measured: dict[int, list[tuple[float, float]]] = {}
+        for record in records:
+            for run, (_, decode, further) in enumerate(_runs(record.answer)):
+                if further > 0:
+                    measured.setdefault(run, []).append((float(record.answer["context"]), 1e3 * decode / further))
+        for run, points in measured.items():
+            contexts, times = (np.array(values) for values in zip(*points, strict=True))
+            if len(set(contexts.tolist())) < 2:
+                continue
+            # Relative errors are alike at all contexts, so the short ones count as much as the long ones.
+            growth, fixed = np.polyfit(contexts, times, 1, w=1 / times)
+            item = f"fit:{run}"
+            for metric, value in (("fixed", fixed), ("growth", 1e3 * growth)):
+                first = records[0]
+                yield Observation(first.subject, first.seed, item, item, metric, None, float(value), 1.0)
 
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The size of the request."""
@@ -102,10 +158,15 @@ class Efficiency(Probe):
         return Asked(f"a prompt of {item.details['context']} tokens, then {self.new_tokens} tokens one by one")
 
     def _prompt(self, data: ProbeData, context: int, run: int) -> np.ndarray:
-        """Documents in another order for every run; repeated where the split is shorter than the prompt."""
-        order = numpy_generator(data.seed, "efficiency", context, run).permutation(data.shards.num_documents)
-        parts: list[np.ndarray] = []
-        total = 0
+        """Documents in another order for every run, the first from somewhere inside, so that no cache has met them.
+
+        Repeated where the split is shorter than the prompt.
+        """
+        generator = numpy_generator(data.seed, "efficiency", context, run)
+        order = generator.permutation(data.shards.num_documents)
+        first = data.shards.document(int(order[0]))
+        parts: list[np.ndarray] = [first[int(generator.integers(len(first))) :]] if len(first) else []
+        total = sum(map(len, parts))
         while total < context:
             for document in order.tolist():
                 parts.append(data.shards.document(document))
@@ -113,3 +174,20 @@ class Efficiency(Probe):
                 if total >= context:
                     break
         return np.concatenate(parts)[:context]
+
+
+def _runs(answer: Mapping[str, Any]) -> Iterator[tuple[float, float, int]]:
+    """(seconds to the first token, seconds of the others, how many others) of each run."""
+    for run in answer["runs"]:
+        yield run[0], run[1], run[2] if len(run) > 2 else answer["new_tokens"] - 1
+
+
+def _not_counted(written: Generation, context: int) -> str:
+    """Why a run says nothing about cost; empty where it does."""
+    if written.failure:
+        return f"{written.failure}: {written.detail}"
+    if not written.timed:
+        return "the server sends its whole answer at once, so no token's time is known"
+    if written.cached_tokens is not None and written.cached_tokens > MOST_CACHED * context:
+        return f"the server had {written.cached_tokens} of {context} tokens of the prompt in its cache"
+    return ""

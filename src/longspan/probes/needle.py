@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -28,6 +25,7 @@ from longspan.probes.asking import (
     ways_of,
 )
 from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
+from longspan.probes.gapped_sentences import FEWEST_WORDS, NEAR, Fact, facts_of, sentence_end
 from longspan.probes.suffix_identification import credit
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
@@ -36,29 +34,6 @@ SHORTEST = 64
 READ_FOR_NEEDLES = 20_000
 """Tokens at the beginning of each document in which needles are sought."""
 NEEDLES_PER_DOCUMENT = 6
-NEAR = 32
-"""Tokens behind the wanted depth in which the end of a sentence is sought."""
-
-_SENTENCE = re.compile(r"(?<=[.!?]\s)[A-Z](?:[^.!?\n]|\n(?!\n)){20,240}[.!?](?=\s)")
-_VALUE = {
-    "number": re.compile(r"(?<= )\d{1,3}(?:,\d{3})+(?=[ .;])|(?<= )\d{2,9}(?=[ .;])"),
-    "name": re.compile(r"(?<= )[A-Z][a-z]{3,}(?=[ .,;])"),
-}
-_FEWEST_WORDS = 4
-"""Words before the value: a shorter cue could stand anywhere."""
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A sentence with a gap for its value: cue, value, rest.
-
-    Attributes:
-        document: it comes from, -1 where it is made up.
-    """
-
-    cue: str
-    rest: str
-    document: int
 
 
 @register("needle")
@@ -238,7 +213,7 @@ class Needle(Probe):
         hay = self._hay(data, details, length)
         parts, last = [], 0
         for depth, tokens in sorted(zip(details["depths"], hidden, strict=True), key=lambda pair: pair[0]):
-            cut = max(last, _sentence_end(data.tokenizer, hay, round(depth * length)))
+            cut = max(last, sentence_end(data.tokenizer, hay, round(depth * length)))
             parts += [hay[last:cut], tokens]
             last = cut
         return np.concatenate([*parts, hay[last:]])
@@ -263,11 +238,13 @@ class Needle(Probe):
         details: dict[str, Any] = {"haystack": -1 if made_up_hay else haystack, "start": start, "number": number}
         hay = "" if made_up_hay else data.tokenizer.decode(data.shards.document(haystack)[start : start + longest])
         kind = self.values[(number // self.depths) % len(self.values)]
-        chosen = self._choose(facts, haystack, hay, generator)
-        draw = {
-            "number": lambda: made_up.number(generator, self.digits),
-            "name": lambda: made_up.name(generator),
-        }["number" if self.needle == "made_up" else kind]
+        if self.needle == "made_up":
+            kind = "number"
+        chosen = self._choose([fact for fact in facts if fact.kind == kind], haystack, hay, generator)
+
+        def draw() -> str:
+            return made_up.number(generator, self.digits) if kind == "number" else made_up.name(generator)
+
         said = "\n".join([hay, *(fact.cue + fact.rest for fact in chosen)])
         try:
             values = made_up.equally_long(draw, self.candidates, data.tokenizer, said)
@@ -294,7 +271,7 @@ class Needle(Probe):
         chosen: dict[str, Fact] = {}
         if self.needle == "made_up":
             names = made_up.distinct(lambda: made_up.name(generator), self.needles, ())
-            return [Fact(f"The number of {name} is", ".", -1) for name in names]
+            return [Fact("number", f"The number of {name} is", ".", -1) for name in names]
         for index in generator.permutation(len(facts)):
             fact = facts[int(index)]
             if len(chosen) == self.needles:
@@ -302,7 +279,7 @@ class Needle(Probe):
             if fact.document != haystack and fact.cue not in hay:
                 chosen.setdefault(fact.cue, fact)
         if len(chosen) < self.needles:
-            raise self._few_facts(len(chosen))
+            raise self._few_facts(" or ".join(self.values), len(chosen))
         return list(chosen.values())
 
     def _facts(self, data: ProbeData, generator: np.random.Generator) -> list[Fact]:
@@ -310,20 +287,21 @@ class Needle(Probe):
         if self.needle == "made_up":
             return []
         found: list[Fact] = []
-        plenty = 4 * self.needles * self._num_texts()
+        plenty = 2 * self.needles * self._num_texts()
         for document in generator.permutation(len(data.shards)).tolist():
-            if len(found) >= plenty:
+            if all(sum(fact.kind == kind for fact in found) >= plenty for kind in self.values):
                 break
             text = data.tokenizer.decode(data.shards.document(document)[:READ_FOR_NEEDLES])
-            sentences = (" ".join(match.group().split()) for match in _SENTENCE.finditer(text))
-            own = [fact for sentence in sentences for fact in _fact(sentence, document, self.values)]
+            own = facts_of(text, document, self.values)
             fitting = [
                 fact for fact in own if len(data.tokenizer.encode(f" {fact.cue} {fact.rest}")) <= self.longest_needle
             ]
             drawn = generator.permutation(len(fitting))[:NEEDLES_PER_DOCUMENT]
             found += [fitting[int(i)] for i in drawn]
-        if len({fact.cue for fact in found}) < 2 * self.needles:
-            raise self._few_facts(len(found))
+        for kind in self.values:
+            cues = {fact.cue for fact in found if fact.kind == kind}
+            if len(cues) < 2 * self.needles:
+                raise self._few_facts(kind, len(cues))
         return found
 
     def _hay(self, data: ProbeData, details: dict[str, Any] | Any, length: int) -> NDArray[np.int64]:
@@ -390,22 +368,12 @@ class Needle(Probe):
         if not self.values:
             raise UserError("values = []", "number, name", "name one or both in `values`")
 
-    def _few_facts(self, found: int) -> UserError:
+    def _few_facts(self, kind: str, found: int) -> UserError:
         return UserError(
-            f"{found} sentences of the test documents hold {' or '.join(self.values)}s behind {_FEWEST_WORDS} words",
+            f"{found} short sentences of the test documents hold a {kind} behind {FEWEST_WORDS} words",
             f"at least {2 * self.needles} in several documents",
-            "write `needle: made_up`, use fewer `needles`, or more test documents",
+            "name another kind in `values`, write `needle: made_up`, use fewer `needles`, or more test documents",
         )
-
-
-def _fact(sentence: str, document: int, kinds: Sequence[str]) -> list[Fact]:
-    """The sentence cut at its last value that enough words stand before; nothing where there is none."""
-    for kind in kinds:
-        for match in reversed(list(_VALUE[kind].finditer(sentence))):
-            cue = sentence[: match.start()].rstrip()
-            if len(cue.split()) >= _FEWEST_WORDS:
-                return [Fact(cue, sentence[match.end() :], document)]
-    return []
 
 
 def _needles(tokenizer: Tokenizer, text: Any) -> list[NDArray[np.int64]]:
@@ -424,19 +392,3 @@ def _question_room(tokenizer: Tokenizer, text: Any) -> int:
 
 def _encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
     return tokenizer.encode(text).astype(np.int64)
-
-
-@functools.lru_cache(maxsize=1 << 17)
-def _ends_sentence(tokenizer: Tokenizer, token: int) -> bool:
-    text = tokenizer.decode([token])
-    return "\n" in text or text.rstrip().endswith((".", "!", "?"))
-
-
-def _sentence_end(tokenizer: Tokenizer, hay: NDArray[np.int64], wanted: int) -> int:
-    """The end of a sentence nearest behind `wanted`, `wanted` itself where none is near."""
-    if wanted in (0, len(hay)):
-        return wanted
-    for place in range(wanted, min(wanted + NEAR, len(hay))):
-        if _ends_sentence(tokenizer, int(hay[place - 1])):
-            return place
-    return wanted

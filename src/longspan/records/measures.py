@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["ratio", "proportion", "difference", "median", "exact"]
+Kind = Literal["ratio", "proportion", "difference", "median", "exact", "derived"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Metric:
             `difference`: a ratio that is a difference of two proportions on the same items, within [-1, 1].
             `median`: median of numerator/denominator over repeats; low and high are the quartiles.
             `exact`: computed, not sampled; low and high equal the value.
+            `derived`: no item has it; the probe reads it off the other metrics (`Probe.derive`), interval included.
         better: which direction is better.
         x_name: what `Observation.x` is (`position`, `context`), None for a single number.
         chance: what guessing scores, None where that has no meaning.

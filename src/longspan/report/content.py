@@ -107,7 +107,11 @@ def subjects_lead(report: ReportInput) -> str:
             dict.fromkeys(s.match_quantity.replace("_", " ") for s in report.subjects if s.match_quantity)
         )
         worst = numbers.significant(100 * max(residuals), 2)
-        text += f" They are matched in {held or 'size'}; the worst match is off by {worst} %."
+        rest = len(report.subjects) - len(residuals)
+        who = f"{len(residuals)} of them {'are' if len(residuals) > 1 else 'is'}" if rest else "They are"
+        text += f" {who} matched in {held or 'size'}; the worst match is off by {worst} %."
+        if rest:
+            text += f" The other{'s are' if rest > 1 else ' is'} not matched."
     return text
 
 

@@ -118,7 +118,7 @@ def _winner(finding: Finding, ranked: list[Measurement]) -> str:
 
 
 def _no_difference(finding: Finding, ranked: list[Measurement], what: str) -> tuple[Verdict, str, str]:
-    best, last = ranked[0], ranked[-1]
+    best = ranked[0]
     compared = [c for r in ranked[1:] if (c := findings.between(finding, best.subject, r.subject)) is not None]
     names = _names([r.subject for r in ranked]) if len(ranked) <= 4 else f"The {len(ranked)} subjects"
     if not compared:
@@ -134,16 +134,21 @@ def _no_difference(finding: Finding, ranked: list[Measurement], what: str) -> tu
         f"Which of {names if len(ranked) <= 4 else names.lower()} is better on {what} cannot be decided with this data"
     )
     shown = value_text(finding.metric, best)
-    text += f": {best.subject} looks best at {shown}, but its difference to {widest.b} is {size}"
-    if (
-        widest.p_holm is not None
-        and widest.low is not None
-        and widest.high is not None
-        and widest.low * widest.high > 0
-    ):
-        text += f", which is not beyond doubt among so many (Holm-adjusted p {_equals(widest.p_holm)})"
+    text += f": {best.subject} looks best at {shown}, "
+    beaten = [c.b for c in compared if c.decided]
+    standing = [r.subject for r in ranked[1:] if r.subject not in beaten]
+    if widest.decided:
+        which = f"{widest.b}: " if len(beaten) > 1 else ""
+        text += (
+            f"and is told apart from {_names(beaten)} ({which}{size}, Holm-adjusted p {_equals(widest.p_holm)}), "
+            f"but not from {_names(standing)}"
+        )
+    else:
+        text += f"but its difference to {widest.b} is {size}"
+        if widest.p_holm is not None and (widest.low or 0.0) * (widest.high or 0.0) > 0:
+            text += f", which is not beyond doubt among so many (Holm-adjusted p {_equals(widest.p_holm)})"
     text += "."
-    return "undecided", text, _open_question(finding, best.subject, [r.subject for r in (*ranked[1:], last)])
+    return "undecided", text, _open_question(finding, best.subject, standing)
 
 
 def _open_question(finding: Finding, best: str, others: list[str]) -> str:

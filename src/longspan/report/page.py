@@ -87,7 +87,7 @@ def html(content: Content) -> str:
         most_rows=tables.MOST_ROWS,
         decision=content.decision,
         by_label={s.label: s for s in report.subjects},
-        mixers=list(letters.items()),
+        mixers=letters,
         contents=CONTENTS,
         verdict_names=VERDICTS,
         facts=_facts(report),
@@ -147,33 +147,30 @@ def _script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def _styles(arms: Arms, letters: dict[str, str]) -> str:
+def _styles(arms: Arms, letters: Sequence[tuple[str, str]]) -> str:
     text = _template_text("report.css").replace("FONT", charts.FONT)
     for theme in ("light", "dark"):
         colours = [f"--{name}: {colour};" for name, colour in charts.THEMES[theme].items()]
         colours += [f"{name}: {getattr(shade, theme)};" for name, shade in arms.shades.items()]
-        colours += [
-            f"--m-{_letter_name(letter)}: {getattr(palette.mixer_shade(mixer), theme)};"
-            for letter, mixer in {"A": "attention", "M": "mamba2", **letters}.items()
-        ]
+        mixers = dict.fromkeys(["attention", "mamba2", *(mixer for _, mixer in letters)])
+        colours += [f"{_variable(mixer)}: {getattr(palette.mixer_shade(mixer), theme)};" for mixer in mixers]
         text = text.replace(theme.upper(), " ".join(colours))
     return text
 
 
-def _letters(report: ReportInput) -> dict[str, str]:
-    """Every layer letter in the report with its true mixer."""
-    found: dict[str, str] = {}
-    for subject in report.subjects:
-        found = {**palette.letter_names(subject.letters, subject.mixers), **found}
-    return found
+def _letters(report: ReportInput) -> list[tuple[str, str]]:
+    """Every layer letter in the report with its true mixer; a letter that means two things stands there twice."""
+    named = (palette.letter_names(s.letters, s.mixers) for s in report.subjects)
+    return list(dict.fromkeys(pair for names in named for pair in names.items()))
 
 
-def _cells(letters: str) -> list[tuple[str, Markup]]:
+def _cells(letters: str, mixers: Sequence[str]) -> list[tuple[str, Markup]]:
     """The cells of a pattern strip: what is written in each layer's cell and its style, split where mixers share it."""
     cells = []
-    for layer in palette.split_layers(letters):
+    for number, layer in enumerate(palette.split_layers(letters)):
         inside = layer.strip("[]")
-        colours = [f"var(--m-{_letter_name(letter)})" for letter in inside]
+        names = palette.letter_names(layer, mixers[number : number + 1])
+        colours = [f"var({_variable(names[letter])})" for letter in inside]
         style = f"--c:{colours[0]}"
         if len(inside) > 1:
             bands = [f"{colour} 0 {100 * (i + 1) / len(inside):.4g}%" for i, colour in enumerate(colours)]
@@ -182,8 +179,9 @@ def _cells(letters: str) -> list[tuple[str, Markup]]:
     return cells
 
 
-def _letter_name(letter: str) -> str:
-    return letter if letter.isascii() and letter.isalpha() else f"u{ord(letter)}"
+def _variable(mixer: str) -> str:
+    """The CSS variable of a mixer's colour."""
+    return "--m-" + "".join(c if c.isascii() and c.isalnum() else f"-{ord(c):x}-" for c in mixer)
 
 
 def _data_uri(table: Table) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +122,10 @@ def _trains(study: Study) -> bool:
 
 def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectConfig]]:
     keys = list(study.vary)
-    for values in itertools.product(*study.vary.values()):
+    for levels in itertools.product(*(_levels(key, values) for key, values in study.vary.items())):
         base = copy.deepcopy(dict(study.base))
         factors: dict[str, str] = {}
-        given = dict(zip(keys, values, strict=True))
+        given = {key: value for key, (_, value) in zip(keys, levels, strict=True)}
         if "variant" in given:
             # A variant is the ground that everything else is set on: the variant chosen for all subjects (a size, say)
             # lies over the one that varies, and the command line over both.
@@ -134,16 +134,28 @@ def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectCo
             apply_settings(study.settings, base)
         for key, value in given.items():
             set_path(base, resolve_key(key), value)
-        for key, value in zip(keys, values, strict=True):
+        for key, (shown, _) in zip(keys, levels, strict=True):
             name = key.rpartition(".")[2]
             if name != "seed":
-                factors[name] = _shown(name, value)
-        if missing := next((each for each in ("corpus", "tokenizer", "model", "training") if each not in base), None):
-            raise UserError(
-                f"the study has no `{missing}` section", "corpus, tokenizer, model, training", f"add `{missing}:`"
-            )
+                factors[name] = shown
+        if missing := next((each for each in _needed(base) if each not in base), None):
+            raise UserError(f"the study has no `{missing}` section", ", ".join(_needed(base)), f"add `{missing}:`")
         config = SubjectConfig.parse(base, "")
         yield factors, config.training.seed, config
+
+
+def _levels(key: str, values: Any) -> list[tuple[str, Any]]:
+    """(how a level is shown, its value) of a varied key."""
+    if isinstance(values, Mapping):
+        return [(str(name), value) for name, value in values.items()]
+    return [(_shown(key.rpartition(".")[2], value), value) for value in values]
+
+
+def _needed(base: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sections without which nothing can be trained; a task brings its tokenizer."""
+    corpus = base.get("corpus")
+    of_task = isinstance(corpus, Mapping) and corpus.get("source") == "task"
+    return ("corpus", "model", "training") if of_task else ("corpus", "tokenizer", "model", "training")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -26,6 +26,9 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
 
 def corpus_entries(facts: dict[str, Any]) -> list[LedgerEntry]:
     """The ledger of a prepared corpus as entries."""
+    if "task" in facts:
+        text = "Strings of a task: training draws new ones in every step, from its seed and the number of the step."
+        return [LedgerEntry("info", "corpus", text, [_flat(facts["task"])])]
     splits: list[Row] = [{"split": name, **_flat(split)} for name, split in facts["splits"].items()]
     entries = [LedgerEntry("info", "corpus", f"Tokens of {facts['tokenizer']['name']} by split.", splits)]
     dropped: list[Row] = [

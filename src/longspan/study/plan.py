@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.corpus.prepare import CorpusConfig
+from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
 from longspan.engines import opening
 from longspan.engines.opening import Described
@@ -247,7 +248,9 @@ def _plan_examined(
     )
 
 
-def _prepare_job(corpus: CorpusConfig, tokenizer: TokenizerConfig, runs: Path, plugins: tuple[str, ...]) -> Job:
+def _prepare_job(
+    corpus: CorpusConfig | TaskCorpus, tokenizer: TokenizerConfig, runs: Path, plugins: tuple[str, ...]
+) -> Job:
     return Job(
         "prepare",
         "prepare corpus",

@@ -14,7 +14,7 @@ from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TRAINING
 from longspan.foundation.files import digest, read_json
 from longspan.models.budget import Parameters, forward_flops_per_token, state_bytes
-from longspan.probes.base import Probe, ProbeData
+from longspan.probes.base import Probe
 from longspan.records.observation import Observation, Summary, summarise
 from longspan.records.store import Record, RecordStore
 from longspan.report.data import (
@@ -32,7 +32,7 @@ from longspan.study.ledger import agreement, ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
 from longspan.study.schema import ExaminedConfig
-from longspan.study.stages import ITEMS_SEED, RECORDS, open_corpus
+from longspan.study.stages import RECORDS, open_corpus, probe_data
 from longspan.training.metrics import read_metrics
 
 COST_CONTEXTS = tuple(2**power for power in range(8, 18))
@@ -190,6 +190,7 @@ def _probe(
             continue
         probe = planned.subject.config.make_probes()[name]
         asked = planned.probes[name].result(runs)["fingerprint"]
+        together = []
         for record in RecordStore(planned.probes[name].folder(runs) / RECORDS):
             if record.fingerprint != asked:
                 # Of weights that were trained again since.
@@ -197,11 +198,14 @@ def _probe(
             # The record keeps the label it was asked under; here the arm may have another name.
             record = record.model_copy(update={"subject": planned.subject.label, "seed": planned.subject.seed})
             observations += probe.observe(record)
+            together.append(record)
             if len(answers) < ITEMS_SHOWN or record.item in answers:
                 answers[record.item].append((planned, record))
+        observations += probe.observe_together(together)
     assert probe is not None
     factors = {planned.subject.label: planned.subject.factors for planned in plan.subjects}
     summary = summarise(observations, probe.metrics, factors=factors) if observations else Summary((), (), (), ())
+    summary = replace(summary, measurements=(*summary.measurements, *probe.derive(summary)))
     section = ProbeSection(
         kind=name,
         # A second probe of a kind carries the name that the study gave it.
@@ -226,10 +230,8 @@ def _items(
     if probe.place == "cost" or not answers:
         return []
     first = next(planned for planned in plan.subjects if name in planned.probes)
-    config = first.subject.config
     corpus = prepared[first.prepare.key]
-    context = first.probes[name].specification["context"]
-    data = ProbeData(corpus.shards["test"], corpus.tokenizer, context, config.packing, ITEMS_SEED)
+    data = probe_data(first.probes[name], corpus)
     items = {item.id: item for item in probe.items(data)}
     metric = probe.metrics[0]
     rows = []

@@ -235,6 +235,8 @@ def headline(job: Job, result: dict[str, Any]) -> str:
         training = result["training"]
         rate = training["tokens_per_second"]
         speed = f", {rate:,.0f} tok/s" if rate else ""
+        if (strings := training["final"]["string_accuracy"]) is not None:
+            return f"{strings:.1%} of strings right after {training['samples']:,} samples{speed}"
         return f"validation {training['best']['bits_per_byte']:.4f} bits/byte{speed}"
     if job.kind in ("import", "check"):
         differ = [check["name"] for check in result["oracle"] if check["verdict"] == "differs"]

@@ -7,17 +7,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from longspan.corpus.packing import PackingConfig
 from longspan.corpus.prepare import CorpusConfig
 from longspan.corpus.sources import SOURCES
+from longspan.corpus.tasks import registered as registered_tasks
+from longspan.corpus.tasks.batches import check_task
+from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, settings_of_kind
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import Weights
-from longspan.foundation.config import Config, did_you_mean, shown_value, unknown_key
+from longspan.foundation.config import Config, ConfigError, did_you_mean, shown_value, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models.config import ModelConfig
@@ -39,10 +42,21 @@ class ModelSection(ModelConfig):
         return ModelConfig(**self.model_dump(exclude={"match"}))
 
 
+def _kind_of_corpus(value: Any) -> str:
+    source = value.get("source") if isinstance(value, Mapping) else getattr(value, "source", None)
+    return "task" if source == "task" else "text"
+
+
+AnyCorpus = Annotated[
+    Annotated[CorpusConfig, Tag("text")] | Annotated[TaskCorpus, Tag("task")], Discriminator(_kind_of_corpus)
+]
+"""Documents, or the strings of a task."""
+
+
 class AskedConfig(Config):
     """What any subject is asked, on which text."""
 
-    corpus: CorpusConfig
+    corpus: AnyCorpus
     packing: PackingConfig = PackingConfig()
     probes: dict[str, Any] = Field(default_factory=dict)
 
@@ -67,6 +81,34 @@ class SubjectConfig(AskedConfig):
     training: TrainingConfig
     tracking: TrackingConfig = TrackingConfig()
     weights: Weights = "best"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_brings_its_tokenizer(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or _kind_of_corpus(data.get("corpus")) != "task":
+            return data
+        given = data.get("tokenizer")
+        if given is not None and not (isinstance(given, Mapping) and given.get("kind") == "task"):
+            raise ConfigError(
+                "tokenizer",
+                f"`{ConfigError.PLACE}` with a task as the corpus",
+                "none: a task brings its own",
+                f"remove `{ConfigError.PLACE}`, or write `{ConfigError.PLACE}: null`",
+            )
+        corpus = TaskCorpus.parse(data["corpus"], "corpus")
+        return {**data, "corpus": corpus, "tokenizer": corpus.tokenizer()}
+
+    @model_validator(mode="after")
+    def _rows_hold_a_string(self) -> Self:
+        if isinstance(self.corpus, TaskCorpus):
+            check_task(self.corpus.task, self.packing, self.training.context)
+        elif self.training.mastery is not None:
+            raise UserError(
+                f"training.mastery = {self.training.mastery} with text as the corpus",
+                "mastery of a task (`corpus: {source: task, ...}`)",
+                "remove it; `patience` ends training on text early",
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_advance(self) -> Self:
@@ -105,6 +147,8 @@ STUDY_KEYS = (
     "study", "question", "primary", "variants", "variant", "vary", "plugins", "subjects", "probe_context",
     *SubjectConfig.model_fields,
 )  # fmt: skip
+OF_THE_WHOLE = ("subjects", "probe_context", "primary")
+"""What a variant that is chosen for the whole study may replace beside sections."""
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 SEED = ("training", "seed")
 PATTERN = ("model", "pattern")
@@ -123,7 +167,7 @@ class Study:
         question: what it asks, one sentence.
         base: the sections that all subjects share, as plain data.
         variants: name → overlay of sections; `variant` names those that apply to every subject.
-        vary: key → values; subjects are the product of all of them, in the order written.
+        vary: key → values, or names of values; subjects are the product of all of them, in the order written.
         primary: `probe.metric` that decides.
         overrides: what the command line changed, as written.
         settings: the same as (path, value), in the order they are set; they come after every variant.
@@ -137,7 +181,7 @@ class Study:
     base: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     variant: str = ""
-    vary: Mapping[str, list[Any]] = field(default_factory=dict)
+    vary: Mapping[str, list[Any] | Mapping[str, Any]] = field(default_factory=dict)
     primary: str = DEFAULT_PRIMARY
     overrides: tuple[str, ...] = ()
     settings: tuple[tuple[tuple[str, ...], Any], ...] = ()
@@ -190,6 +234,13 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     base = {key: raw[key] for key in SubjectConfig.model_fields if key in raw}
     vary = dict(_mapping("vary", raw.get("vary")))
     apply_variant(chosen, variants, base, vary)
+    for name in filter(None, (part.strip() for part in chosen.split(","))):
+        raw |= {key: variants[name][key] for key in OF_THE_WHOLE if key in variants[name]}
+    for name in vary.get("variant") or []:
+        for key in OF_THE_WHOLE:
+            if key in variants.get(str(name), {}):
+                fix = "choose the variant on the command line"
+                raise UserError(f"vary.variant = {name!r}, which sets `{key}`", "variants that set sections", fix)
     varied = {resolve_key(key): key for key in vary if key != "variant"}
     settings: list[tuple[tuple[str, ...], Any]] = []
     # Another source or kind takes the settings of the one before it away, so it comes first wherever it was written.
@@ -207,9 +258,10 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
                     f"override `{key}`", "one varied key each", "write `vary.KEY=[...]`, e.g. vary.width=[64, 96]"
                 )
             path_of = ("variant",) if name == "variant" else resolve_key(name)
-            vary[varied.setdefault(path_of, name)] = _listed(value)
+            called = varied.setdefault(path_of, name)
+            vary[called] = value if isinstance(value, Mapping) else _chosen(value, vary.get(called))
         elif (path_of := resolve_key(key)) in varied:
-            vary[varied[path_of]] = _listed(value)
+            vary[varied[path_of]] = _chosen(value, vary[varied[path_of]])
         elif path_of == SEED and isinstance(value, list):
             vary["seed"] = value
             varied[SEED] = "seed"
@@ -219,8 +271,12 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     for key in vary:
         if key != "variant":
             resolve_key(key)
-        if not isinstance(vary[key], list) or not vary[key]:
-            raise UserError(f"vary.{key} = {vary[key]!r}", "a list with at least one value", f"write `{key}: [..]`")
+        if not isinstance(vary[key], list | Mapping) or not vary[key]:
+            raise UserError(
+                f"vary.{key} = {vary[key]!r}",
+                "a list with at least one value, or a mapping from names to values",
+                f"write `{key}: [..]`",
+            )
     return Study(
         name=_name(raw["study"]),
         question=_question(path, raw.get("question")),
@@ -243,7 +299,11 @@ def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, A
         bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
         if bare and value == [bare[1]] and resolve_key(key.removeprefix("vary.")) == PATTERN:
             layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""
-            raise UserError(f"override {text!r}", f"the pattern {layer}, or one layer with {layer} side by side", fix)
+            raise UserError(
+                f"override {text!r}, which can mean two things",
+                f"the pattern {layer}, or one layer with {layer} side by side",
+                fix,
+            )
 
 
 def _sources(entries: Any) -> tuple[ModelSource, ...]:
@@ -320,8 +380,8 @@ def apply_variant(
                 base[key] = _overlay(_without_rivals(key, below, value or {}), value)
             elif key in SubjectConfig.model_fields:
                 base[key] = copy.deepcopy(value)
-            else:
-                raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary"))
+            elif key not in OF_THE_WHOLE:
+                raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary", *OF_THE_WHOLE))
 
 
 def apply_settings(settings: Iterable[tuple[tuple[str, ...], Any]], base: dict[str, Any]) -> None:
@@ -385,7 +445,7 @@ def _fields(model: type[BaseModel]) -> list[str]:
 
 def _source_keys() -> set[str]:
     """Settings of the sources: they stand beside the source's name in the corpus section."""
-    return {name for source in SOURCES for name in _fields(source)}
+    return {name for source in (*SOURCES, *registered_tasks().values()) for name in _fields(source)}
 
 
 def _overlay(below: Any, above: Any) -> Any:
@@ -398,10 +458,20 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _chosen(value: Any, named: Any) -> Any:
+    """The values to vary, as a list; of levels that the study has names for, those that are named."""
+    values = _listed(value)
+    if isinstance(named, Mapping) and all(isinstance(each, str) and each in named for each in values):
+        return {each: named[each] for each in values}
+    return values
+
+
 def _with_source(corpus: Mapping[str, Any], source: Any) -> dict[str, Any]:
     """The corpus section with another source: settings that only the old source had go with it."""
     if corpus.get("source") == source:
         return dict(corpus)
+    if source == "task":
+        return {"source": source}
     return {**{key: value for key, value in corpus.items() if key in CorpusConfig.model_fields}, "source": source}
 
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from longspan.corpus.packing import PackedBatches, PackingConfig, evaluation_batches
-from longspan.corpus.prepare import CorpusConfig, PreparedCorpus, prepare
+from longspan.corpus.packing import PackingConfig
+from longspan.corpus.prepare import CorpusConfig, PreparedCorpus, TrainingBatches, prepare
+from longspan.corpus.tasks.corpus import TaskCorpus, prepare_task
 from longspan.corpus.tokenizer import TokenizerConfig
 from longspan.engines.base import Engine
 from longspan.engines.oracle import check_equivalence, sample_tokens
@@ -52,9 +53,13 @@ def execute(job: Job, runs: Path, report: Report, device: str) -> dict[str, Any]
 
 def prepare_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
     """Raw text → cleaned, deduplicated, split, tokenized shards."""
-    corpus = CorpusConfig.parse(job.details["corpus"], "corpus")
     tokenizer = TokenizerConfig.parse(job.details["tokenizer"], "tokenizer")
-    prepared = prepare(corpus, tokenizer, folder / CORPUS, runs / DOWNLOADS, report)
+    settings = job.details["corpus"]
+    if settings["source"] == "task":
+        prepared = prepare_task(TaskCorpus.parse(settings, "corpus"), tokenizer, folder / CORPUS, report)
+    else:
+        corpus = CorpusConfig.parse(settings, "corpus")
+        prepared = prepare(corpus, tokenizer, folder / CORPUS, runs / DOWNLOADS, report)
     vocab_size = prepared.tokenizer.vocab_size
     return {
         "tokenizer": prepared.tokenizer.name,
@@ -76,12 +81,6 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     """Shards → weights, metrics and the cost of getting them."""
     specification = job.specification
     prepared = open_corpus(runs / "jobs" / job.details["prepare"])
-    if "validation" not in prepared.shards:
-        raise DataError(
-            "the corpus has no validation split",
-            "one for training, which keeps the best weights by it",
-            "raise corpus.splits.validation, or take it out of train with corpus.carve=[validation]",
-        )
     vocab_size = prepared.tokenizer.vocab_size
     if vocab_size != specification["vocab_size"]:
         raise LongspanError(
@@ -90,39 +89,30 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     training = TrainingConfig.parse(specification["training"], "training")
     packing = PackingConfig.parse(specification["packing"], "packing")
     model = LanguageModel(ModelConfig.parse(specification["model"], "model"), vocab_size, seed=training.seed)
-    special = prepared.tokenizer.special
-    batches: list[PackedBatches] = []
+    shape = {"context": training.context, "rows": training.rows}
+    # Whether there is something to validate on is found out before training.
+    prepared.validation_batches(packing, **shape)
+    batches: list[TrainingBatches] = []
     describe_run(
         folder,
         name=job.title.removeprefix("train "),
         model=specification["model"],
         tokenizer=prepared.tokenizer,
-        markers=packing.markers,
+        markers=packing.markers if prepared.task is None else prepared.task.marked,
         isolation=packing.isolation,
         context=training.context,
         plugins=job.details.get("plugins", ()),
     )
 
-    def make_batches() -> PackedBatches:
-        batches.append(
-            PackedBatches(
-                prepared.shards["train"],
-                packing,
-                context=training.context,
-                rows=training.rows,
-                special=special,
-                seed=training.seed,
-            )
-        )
+    def make_batches() -> TrainingBatches:
+        batches.append(prepared.training_batches(packing, **shape, seed=training.seed))
         return batches[-1]
 
     result = train(
         model,
         training,
         make_batches=make_batches,
-        validation=lambda: evaluation_batches(
-            prepared.shards["validation"], packing, context=training.context, rows=training.rows, special=special
-        ),
+        validation=lambda: prepared.validation_batches(packing, **shape),
         isolation=packing.isolation,
         token_bytes=prepared.tokenizer.token_bytes,
         directory=folder / TRAINING,
@@ -179,6 +169,7 @@ def probe_data(job: Job, prepared: PreparedCorpus) -> ProbeData:
         trained_context=job.specification["trained_context"],
         packing=PackingConfig.parse(job.specification["packing"], "packing"),
         seed=ITEMS_SEED,
+        task=prepared.task,
     )
 
 

@@ -31,6 +31,7 @@ class TrainingState:
     Attributes:
         step: finished optimizer steps.
         targets: positions trained on so far that carried loss.
+        samples: strings of a task trained on so far; 0 for text.
         evaluated_step: the step of the last evaluation.
         final, best: the last and the lowest validation.
         patience_loss: the loss that the next evaluation must beat by `min_delta`.
@@ -46,6 +47,7 @@ class TrainingState:
 
     step: int = 0
     targets: int = 0
+    samples: int = 0
     evaluated_step: int = 0
     final: Validation | None = None
     best: Validation | None = None

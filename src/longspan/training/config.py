@@ -30,6 +30,8 @@ class TrainingConfig(Config):
         dtype: `auto` is bf16 autocast with fp32 parameters on CUDA and fp32 everywhere else.
         evaluate_every: steps between evaluations on the whole validation split; the last step is always evaluated.
         patience: evaluations without improvement before stopping early; null never stops early.
+        mastery: of a task: share of the fixed validation strings answered without a mistake (teacher-forced) that ends
+            training; null never does.
         min_delta: how much lower a loss must be to count as an improvement for `patience` (never for `best`).
         checkpoint_every: steps between checkpoints; an improvement and the last step are always kept.
         log_every: steps between lines in `metrics.jsonl`; loss is the mean over them.
@@ -54,6 +56,7 @@ class TrainingConfig(Config):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     evaluate_every: PositiveInt = 200
     patience: PositiveInt | None = None
+    mastery: float | None = Field(default=None, gt=0, le=1)
     min_delta: float = Field(default=0.0, ge=0)
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10

@@ -33,13 +33,16 @@ def evaluate(
     report: Report,
     step: int,
     tokens: int,
+    samples: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Validation:
     """Token-weighted NLL of `model` over `batches`; the model's mode (train or eval) is restored.
 
+    Batches of a task are also judged string by string; equal `doc_id` means the same string.
+
     Args:
         token_bytes: (V,) UTF-8 bytes per token id, for bits per byte.
-        step, tokens: where training stands, copied into the result.
+        step, tokens, samples: where training stands, copied into the result.
 
     Raises:
         DataError: the batches hold no target at all.
@@ -48,14 +51,22 @@ def evaluate(
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    num_targets = num_bytes = 0
+    num_targets = num_bytes = num_right = num_strings = num_whole = 0
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 report(Progress("validate", done=index, unit="batches"))
                 tokens_BT, targets_BT, doc_BT = to_device(batch, device)
                 with autocast():
-                    nll, _ = model.loss(tokens_BT, targets_BT, doc_BT, isolation)
+                    if batch.samples:
+                        nll, right_N = model.judge(tokens_BT, targets_BT, doc_BT, isolation)
+                        right = right_N.cpu().numpy()
+                        strings = batch.doc_id[batch.targets != IGNORE]
+                        num_right += int(right.sum())
+                        num_strings += len(np.unique(strings))
+                        num_whole += len(np.unique(strings)) - len(np.unique(strings[~right]))
+                    else:
+                        nll, _ = model.loss(tokens_BT, targets_BT, doc_BT, isolation)
                 total += nll.double()
                 scored = batch.targets[batch.targets != IGNORE]
                 num_targets += scored.size
@@ -79,4 +90,8 @@ def evaluate(
         num_targets=num_targets,
         num_bytes=num_bytes,
         seconds=clock() - started,
+        samples=samples,
+        string_accuracy=num_whole / num_strings if num_strings else None,
+        token_accuracy=num_right / num_targets if num_strings else None,
+        num_strings=num_strings,
     )

@@ -238,6 +238,7 @@ class _Run:
         self.nll_sum += nll.double()
         self.state.step += 1
         self.state.targets += targets
+        self.state.samples += sum(batch.samples for batch in micro_batches)
         self.state.window_targets += targets
         self.throughput.step(self.training.batch_tokens)
         if self.state.step % self.training.log_every == 0 or self.state.step in (1, self.training.num_steps):
@@ -338,6 +339,7 @@ class _Run:
                 report=self.report,
                 step=self.state.step,
                 tokens=self._tokens(),
+                samples=self.state.samples,
                 clock=self.clock,
             )
         record = {"kind": "validation", **dataclasses.asdict(found)}
@@ -353,7 +355,8 @@ class _Run:
             state.patience_loss, state.without_improvement = found.loss, 0
         else:
             state.without_improvement += 1
-        self.numbers = {**self.numbers, "bpb": found.bits_per_byte}
+        strings = found.string_accuracy
+        self.numbers = {**self.numbers, **({"bpb": found.bits_per_byte} if strings is None else {"strings": strings})}
         better = state.best is None or found.loss < state.best.loss
         state.best = found if better else state.best
         self.consistent = True
@@ -384,8 +387,14 @@ class _Run:
         patience = self.training.patience
         return patience is not None and self.state.without_improvement >= patience
 
+    def _mastered(self) -> Validation | None:
+        """The last validation, if it reached `mastery`."""
+        found, wanted = self.state.final, self.training.mastery
+        reached = found is not None and wanted is not None and (found.string_accuracy or 0.0) >= wanted
+        return found if reached else None
+
     def _finished(self) -> bool:
-        return self.state.step >= self.training.num_steps or self._stopped_early()
+        return self.state.step >= self.training.num_steps or self._stopped_early() or self._mastered() is not None
 
     def _tokens(self) -> int:
         return self.state.step * self.training.batch_tokens
@@ -414,6 +423,8 @@ class _Run:
             sessions=state.sessions,
             dtype=self.dtype,
             device=device_name(self.device),
+            samples=state.samples,
+            mastered=self._mastered(),
         )
         result.write(self.directory / "result.json")
         return result

@@ -24,6 +24,11 @@ class Validation:
         num_targets: scored tokens.
         num_bytes: UTF-8 bytes of the scored tokens.
         seconds: wall time it took.
+        samples: strings of a task trained on before it; 0 for text.
+        string_accuracy: share of the strings of a task whose whole answer is the likeliest, token by token with the
+            right ones before it; None for text.
+        token_accuracy: share of the answers' tokens that are the likeliest; None for text.
+        num_strings: strings that were scored; 0 for text.
     """
 
     step: int
@@ -34,6 +39,10 @@ class Validation:
     num_targets: int
     num_bytes: int
     seconds: float
+    samples: int = 0
+    string_accuracy: float | None = None
+    token_accuracy: float | None = None
+    num_strings: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class TrainingResult:
         targets: those of them that carried loss.
         final: validation of the last weights.
         best: validation of the best weights (lowest loss on the whole validation split).
-        stopped_early: whether `patience` ended the run.
+        stopped_early: whether `patience` or `mastery` ended the run.
         tokens_per_second: median over the logged windows, None where the run was shorter than its warm-up.
         tokens_per_second_overall: trained positions / wall time between device synchronisations, over the whole run;
             warm-up steps, evaluation and checkpoints are left out of both.
@@ -56,6 +65,8 @@ class TrainingResult:
         sessions: how many processes it took.
         dtype: what the matrix products ran in; parameters are fp32.
         device: the hardware's name.
+        samples: strings of a task trained on; 0 for text.
+        mastered: the validation that reached `mastery` and ended the run; None where none did.
     """
 
     steps: int
@@ -72,6 +83,8 @@ class TrainingResult:
     sessions: int
     dtype: str
     device: str
+    samples: int = 0
+    mastered: Validation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -80,7 +93,8 @@ class TrainingResult:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{**data, "final": Validation(**data["final"]), "best": Validation(**data["best"])})
+        validations = {name: Validation(**data[name]) for name in ("final", "best", "mastered") if data.get(name)}
+        return cls(**{**data, **validations})
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""

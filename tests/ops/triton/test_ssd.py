@@ -10,18 +10,7 @@ from torch import Tensor
 from longspan.ops.ssd import ssd
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(device, monkeypatch):
-    """Several chunks, tiles of a state and programs per chunk even at small shapes; on a GPU the cut that is used."""
-    from longspan.ops.triton import ssd as kernels
-
-    if device.type == "cpu":
-        cuts = {
-            dtype: cut._replace(chunk=16, state_tile=(16, 16), output_heads=2) for dtype, cut in kernels.CUTS.items()
-        }
-        monkeypatch.setattr(kernels, "CUTS", cuts)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

@@ -35,11 +35,13 @@ class Batch:
         targets: the id that follows, or `IGNORE`.
         doc_id: equal values in a row = same document; -1 on padding. In training documents are numbered from 0 within
             the batch; `evaluation_batches` gives each document's index in the shards.
+        samples: strings of a task whose whole answer carries loss; 0 for text.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     doc_id: np.ndarray
+    samples: int = 0
 
 
 @dataclass(slots=True)

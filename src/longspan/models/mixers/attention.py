@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from longspan.models.segments import Segments
 from longspan.ops.attention import attention
 from longspan.ops.rotary import RopeScaling, rotary
 
-Positions = Literal["rope", "nope", "alibi", "learned"]
+Positions = Literal["rope", "nope", "alibi", "hard_alibi", "hard_alibi_rope", "learned"]
 # Dropped keys that a cache may keep alive, beside as many as it needs.
 SPARE_KEYS = 64
 
@@ -32,7 +32,10 @@ class AttentionSettings(Config):
     Attributes:
         heads: query heads; must divide the width.
         kv_heads: key-value heads (grouped-query attention); must divide `heads`; None: as many as `heads`.
-        positions: `rope`, `nope` (none), `alibi`, or `learned` (the model adds them to the embeddings).
+        positions: `rope`, `nope` (none), `alibi`, `learned` (the model adds them to the embeddings), or `hard_alibi`:
+            head i of the first `masked_heads` sees itself and the i tokens before it (i from 0), the others see all
+            and have no positions, or rotary ones with `hard_alibi_rope` (Jelassi et al. 2024).
+        masked_heads: of `hard_alibi`; None: half of the heads.
         rope_base: base of the rotary frequencies.
         rope_scaling: how they are slowed for long contexts; None: not.
         attention_bias: biases on the query, key, value and output projections.
@@ -43,10 +46,23 @@ class AttentionSettings(Config):
     heads: int | None = None
     kv_heads: int | None = None
     positions: Positions = "rope"
+    masked_heads: int | None = Field(None, ge=1)
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     attention_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def num_masked(self) -> int:
+        """Heads that see a few tokens only."""
+        if not self.positions.startswith("hard_alibi"):
+            return 0
+        return (self.heads or 0) // 2 if self.masked_heads is None else self.masked_heads
+
+    @property
+    def rotates(self) -> bool:
+        """Whether some heads have rotary positions."""
+        return self.positions in ("rope", "hard_alibi_rope")
 
 
 class _Cache:
@@ -142,6 +158,7 @@ class Attention(Mixer):
     name = "attention"
     Settings = AttentionSettings
     isolated_as = "attention"
+    windowed: ClassVar[bool] = False
     window: int | None = None
 
     @classmethod
@@ -157,17 +174,34 @@ class Attention(Mixer):
             raise UserError(f"heads = {heads}", allowed, f"use one of {', '.join(map(str, sorted(near)))}")
         if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
             raise UserError(f"kv_heads = {kv_heads}", f"a divisor of heads = {heads}", "change one of the two")
-        if settings.positions == "rope" and (width // heads) % 2:
+        if settings.rotates and (width // heads) % 2:
             odd = f"rotary positions on a head dimension of {width // heads} (width {width} / heads {heads})"
             raise UserError(odd, "an even head dimension", "change `heads` or `width`, or use other positions")
+        cls._check_masked(settings, heads)
         if settings.rope_base <= 0:
             raise UserError(f"rope_base = {settings.rope_base}", "a positive number", "the usual base is 10000")
+
+    @classmethod
+    def _check_masked(cls, settings: AttentionSettings, heads: int) -> None:
+        """Refuse hard ALiBi where its heads have no meaning."""
+        if not settings.positions.startswith("hard_alibi"):
+            return
+        if not 1 <= settings.num_masked < heads:
+            given = f"{settings.num_masked} masked heads of {heads}"
+            raise UserError(given, f"1 to {heads - 1}: some see few tokens, some see all", "change `masked_heads`")
+        if settings.kv_heads not in (None, heads):
+            given = f"positions `{settings.positions}` with {settings.kv_heads} key-value heads for {heads} heads"
+            raise UserError(given, "keys of its own for every head", "leave `kv_heads` out")
+        if cls.windowed:
+            raise UserError(
+                f"positions `{settings.positions}` with a sliding window", "other positions", "use attention, `A`"
+            )
 
     @classmethod
     def width_step(cls, settings: Config) -> int:
         """A multiple of the heads, of twice the heads with rotary positions."""
         assert isinstance(settings, AttentionSettings)
-        return (settings.heads or 1) * (2 if settings.positions == "rope" else 1)
+        return (settings.heads or 1) * (2 if settings.rotates else 1)
 
     def __init__(self, width: int, settings: AttentionSettings) -> None:
         super().__init__()
@@ -185,6 +219,10 @@ class Attention(Mixer):
         self.alibi_slopes_H: Tensor | None
         slopes = torch.empty(self.heads) if settings.positions == "alibi" else None
         self.register_buffer("alibi_slopes_H", slopes, persistent=False)
+        self.num_masked = settings.num_masked
+        self.head_windows_H: Tensor | None
+        windows = torch.empty(self.num_masked, dtype=torch.int64) if self.num_masked else None
+        self.register_buffer("head_windows_H", windows, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -193,6 +231,8 @@ class Attention(Mixer):
         init_linear(self.out_proj, generator)
         if self.alibi_slopes_H is not None:
             self.alibi_slopes_H.copy_(torch.tensor(alibi_slopes(self.heads)))
+        if self.head_windows_H is not None:
+            self.head_windows_H.copy_(torch.arange(1, self.num_masked + 1))
 
     def initial_state(self) -> AttentionState:
         """An empty cache."""
@@ -203,10 +243,8 @@ class Attention(Mixer):
         rows, num_tokens, _ = x_BTD.shape
         qkv = self.qkv_proj(x_BTD).view(rows, num_tokens, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if self.settings.positions == "rope":
-            dtype = torch.float64 if qk.dtype == torch.float64 else torch.float32
-            base, scaling = self.settings.rope_base, self.settings.rope_scaling
-            qk = rotary(qk, segments.rotation(self.head_dim, base, dtype, scaling))
+        if self.settings.rotates:
+            qk = self._rotated(qk, segments)
         q, k = qk.split([self.heads, self.kv_heads], dim=2)
         # A window's cache is the end of what the whole cache would be, and so are the documents of its keys.
         num_cached = self._cached(segments.num_keys)
@@ -220,25 +258,45 @@ class Attention(Mixer):
             k, v = live
             after = after.last(self._cached(segments.past.num_keys))
         key_doc = segments.key_doc
-        y_BTHP = attention(
-            q,
-            k,
-            v,
-            q_doc_BT=segments.attention_doc,
-            k_doc_BS=None if key_doc is None else key_doc[:, segments.num_keys - num_cached :],
-            q_offset=num_cached,
-            alibi_slopes_H=self.alibi_slopes_H,
-            window=self.window,
-            dropout=self.settings.attention_dropout if self.training else 0.0,
-        )
+        k_doc = None if key_doc is None else key_doc[:, segments.num_keys - num_cached :]
+        y_BTHP = self._attend(q, k, v, segments.attention_doc, k_doc, num_cached)
         return self.out_proj(y_BTHP.reshape(rows, num_tokens, -1)), after
+
+    def _rotated(self, qk_BTHP: Tensor, segments: Segments) -> Tensor:
+        """Queries and keys with rotary positions; masked heads have none."""
+        dtype = torch.float64 if qk_BTHP.dtype == torch.float64 else torch.float32
+        rotation = segments.rotation(self.head_dim, self.settings.rope_base, dtype, self.settings.rope_scaling)
+        if not self.num_masked:
+            return rotary(qk_BTHP, rotation)
+        masked = self.num_masked
+        parts = [(part[:, :, :masked], part[:, :, masked:]) for part in torch.split(qk_BTHP, self.heads, dim=2)]
+        return torch.cat([each for low, high in parts for each in (low, rotary(high, rotation))], dim=2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, offset: int
+    ) -> Tensor:
+        """(B, T, H, P); heads with windows of their own go through on their own."""
+        dropout = self.settings.attention_dropout if self.training else 0.0
+        slopes, masked = self.alibi_slopes_H, self.num_masked
+        documents: dict[str, Any] = {"q_doc_BT": q_doc, "k_doc_BS": k_doc, "q_offset": offset, "dropout": dropout}
+        if not masked:
+            return attention(q, k, v, **documents, alibi_slopes_H=slopes, window=self.window)
+        near, far = (tuple(part[:, :, heads] for part in (q, k, v)) for heads in (slice(masked), slice(masked, None)))
+        return torch.cat(
+            [
+                attention(*near, **documents, window=masked, head_windows_H=self.head_windows_H),
+                attention(*far, **documents),
+            ],
+            dim=2,
+        )
 
     def flops(self, context: int) -> float:
         """Projections, and scores and values over the causal average of context/2 keys, fewer in a window."""
         projections = 2 * (self.qkv_proj.weight.numel() + self.out_proj.weight.numel())
-        reach = context if self.window is None else min(context, self.window)
-        keys = reach - reach * reach / (2 * context)
-        return projections + 4 * keys * self.heads * self.head_dim
+        windows = [self.window] * (self.heads - self.num_masked) + list(range(1, self.num_masked + 1))
+        reaches = [context if window is None else min(context, window) for window in windows]
+        keys = sum(reach - reach * reach / (2 * context) for reach in reaches)
+        return projections + 4 * keys * self.head_dim
 
     def state_bytes(self, context: int, element_bytes: int) -> int:
         """Keys and values of every token, in a window of all that the next token still sees."""

@@ -19,6 +19,7 @@ from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
 from longspan.models.mixers.short_conv import short_conv
 from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
+from longspan.ops import mamba2
 from longspan.ops.causal_conv import causal_conv_step
 from longspan.ops.ssd import ssd, ssd_step
 
@@ -125,7 +126,11 @@ class Mamba2(Mixer):
         settings, doc_BT = self.settings, segments.state_doc
         if num_tokens == 1 and doc_BT is None and before.scan is not None:
             return self._step(x_BTD, before)
-        z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
+        projected_BTK = self.in_proj(x_BTD)
+        sizes = (self.inner, settings.conv, settings.mamba_head_dim, settings.state)
+        if state is None and mamba2.serves(projected_BTK, *sizes):
+            return self.out_proj(self._between_projections(projected_BTK, doc_BT)), None
+        z, xBC, dt = projected_BTK.split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         xBC, tail, tail_doc = short_conv(xBC, self.conv_weight, self.conv_bias, segments, before.tail, before.tail_doc)
         x, B, C = xBC.split_with_sizes([self.inner, settings.state, settings.state], dim=-1)
         # The scan chooses its own precision: autocast would round its sums of decays.
@@ -144,6 +149,23 @@ class Mamba2(Mixer):
             )
         y_BTD = self.out_proj(self.norm(y_BTHP.flatten(2), z))
         return y_BTD, None if state is None else Mamba2State(tail, tail_doc, scan)
+
+    def _between_projections(self, projected_BTK: Tensor, doc_BT: Tensor | None) -> Tensor:
+        """(B, T, E): what `forward` does in steps, for rows that start here."""
+        settings = self.settings
+        with without_autocast(projected_BTK.device):
+            return mamba2.between_projections(
+                projected_BTK,
+                self.conv_weight,
+                self.conv_bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.norm.weight,
+                doc_BT=doc_BT,
+                state=settings.state,
+                eps=settings.norm_eps,
+            )
 
     def _step(self, x_B1D: Tensor, before: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One more token of the open document: decoding, where every call into torch counts."""

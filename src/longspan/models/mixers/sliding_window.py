@@ -28,6 +28,7 @@ class SlidingWindowAttention(Attention):
 
     name = "sliding_window_attention"
     Settings = SlidingWindowAttentionSettings
+    windowed = True
 
     def __init__(self, width: int, settings: SlidingWindowAttentionSettings) -> None:
         super().__init__(width, settings)

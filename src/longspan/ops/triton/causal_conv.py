@@ -2,8 +2,9 @@
 
 A few taps move next to no arithmetic, so what counts is that x is read once, y written once, and few instructions are
 spent in between. A program walks through spans of tokens with the last inputs in registers, many spans side by side;
-the backward meets every token once too, and holds what the next tokens still add to its gradient. The gradient of the
-filters is summed per program and then in one order: the same bits in every run.
+the backward meets every token once too, and holds what the next tokens still add to its gradient. Distances between
+tokens are constants of a kernel, so that any multiple of 8 gets wide loads. The gradient of the filters is summed per
+program and then in one order: the same bits in every run.
 
 Shapes: B batch, T time, D channels, K taps, J programs along the tokens.
 """
@@ -29,7 +30,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(64, 16, 64, 4), Tile(64, 16, 64, 4)
+FORWARD, BACKWARD = Tile(64, 16, 64, 4), Tile(64, 8, 64, 4)
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def _spans(batch, time, SPAN: tl.constexpr, SPANS: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x_ptr, filters, bias_ptr, doc_ptr, y_ptr, batch, time, x_row, x_token, y_row, y_token,
+    x_ptr, filters, bias_ptr, doc_ptr, y_ptr, batch, time, x_row, y_row,
+    x_token: tl.constexpr, y_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +110,7 @@ def _forward(
 @triton.jit
 def _backward(
     x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, batch, time,
-    x_row, x_token, dy_row, dy_token, dx_row, dx_token,
+    x_row, dy_row, dx_row, x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -181,19 +183,24 @@ def _dense(x_BTD: Tensor) -> Tensor:
     return x_BTD if x_BTD.stride(-1) == 1 else x_BTD.contiguous()
 
 
-@torch.library.custom_op("longspan::causal_conv", mutates_args=())
-def causal_conv(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT: Tensor | None, silu: bool) -> Tensor:
-    """`ops.causal_conv.causal_conv` of rows that start here, K <= `LARGEST_TAPS`; y (B, T, D), contiguous."""
+def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT: Tensor | None, silu: bool) -> Tensor:
+    """y (B, T, D), contiguous."""
     x_BTD, weight_DK = _dense(x_BTD), weight_DK.contiguous()
     y_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     channels, taps = weight_DK.shape
     _forward[_grid(x_BTD, FORWARD)](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
-        y_BTD, *x_BTD.shape[:2], *x_BTD.stride()[:2], *y_BTD.stride()[:2],
+        y_BTD, *x_BTD.shape[:2], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
         SPAN=FORWARD.span, SPANS=FORWARD.spans, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
     )  # fmt: skip
     return y_BTD
+
+
+@torch.library.custom_op("longspan::causal_conv", mutates_args=())
+def causal_conv(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT: Tensor | None, silu: bool) -> Tensor:
+    """`ops.causal_conv.causal_conv` of rows that start here, K <= `LARGEST_TAPS`; y (B, T, D), contiguous."""
+    return run_forward(x_BTD, weight_DK, bias_D, doc_BT, silu)
 
 
 @causal_conv.register_fake
@@ -207,11 +214,11 @@ def causal_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias (the latter also where there is none)."""
     dx_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
-    dweight_DK, dbias_D = backward_into(dx_BTD, dy_BTD, x_BTD, weight_DK, bias_D, doc_BT, silu)
+    dweight_DK, dbias_D = run_backward(dx_BTD, dy_BTD, x_BTD, weight_DK, bias_D, doc_BT, silu)
     return dx_BTD, dweight_DK, dbias_D
 
 
-def backward_into(
+def run_backward(
     dx_BTD: Tensor,
     dy_BTD: Tensor,
     x_BTD: Tensor,
@@ -227,7 +234,8 @@ def backward_into(
     sums_JKD = x_BTD.new_empty((grid[1], 5, channels), dtype=torch.float32)
     _backward[grid](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
-        dy_BTD, dx_BTD, sums_JKD, *x_BTD.shape[:2], *x_BTD.stride()[:2], *dy_BTD.stride()[:2], *dx_BTD.stride()[:2],
+        dy_BTD, dx_BTD, sums_JKD, *x_BTD.shape[:2], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
+        *(z.stride(1) for z in (x_BTD, dy_BTD, dx_BTD)),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
         SPAN=BACKWARD.span, SPANS=BACKWARD.spans, CHANNELS=BACKWARD.channels, num_warps=BACKWARD.warps,
     )  # fmt: skip

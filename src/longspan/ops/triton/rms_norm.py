@@ -21,7 +21,7 @@ PROGRAMS = 1056
 
 @triton.jit
 def _forward(
-    x_ptr, gate_ptr, weight_ptr, y_ptr, x_row, gate_row, eps,
+    x_ptr, gate_ptr, weight_ptr, y_ptr, eps, x_row: tl.constexpr, gate_row: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -36,8 +36,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, sums_ptr, rows, x_row, gate_row, dy_row, dx_row, dgate_row,
-    eps, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, sums_ptr, rows, eps,
+    x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, dgate_row: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -85,7 +86,7 @@ def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dt
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     block = max(16, triton.next_power_of_2(width))
     _forward[(rows_MD.shape[0],)](
-        rows_MD, gates_MD, weight_D, y, rows_MD.stride(0), gates_MD.stride(0), eps,
+        rows_MD, gates_MD, weight_D, y, eps, rows_MD.stride(0), gates_MD.stride(0),
         D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
     )  # fmt: skip
     return y
@@ -103,8 +104,8 @@ def run_backward(
     programs = min(rows, PROGRAMS)
     sums_JD = x.new_empty(programs, width, dtype=torch.float32)
     _backward[(programs,)](
-        rows_MD, gates_MD, weight_D, dy_MD, dx_MD, dgates_MD, sums_JD, rows, rows_MD.stride(0), gates_MD.stride(0),
-        dy_MD.stride(0), dx_MD.stride(0), dgates_MD.stride(0), eps,
+        rows_MD, gates_MD, weight_D, dy_MD, dx_MD, dgates_MD, sums_JD, rows, eps,
+        *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dx_MD, dgates_MD)),
         D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
     )  # fmt: skip
     return sums_JD.sum(0).to(weight_D.dtype)

@@ -280,10 +280,11 @@ def _(
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_like(x_BTHP, B_BTGN.shape[-1])
+    return forward_like(x_BTHP, B_BTGN.shape[-1])
 
 
-def _forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `run_forward` returns, without values."""
     rows, time, heads, head_dim = x_BTHP.shape
     chunk = CUTS[x_BTHP.dtype].chunk
     final = x_BTHP.new_empty(rows, heads, head_dim, state, dtype=torch.float32)

@@ -106,7 +106,7 @@ def decays(
 @triton.jit
 def states(
     x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, time, chunks, plane,
-    x_row, x_token, B_row, B_token,
+    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, FINAL: tl.constexpr, WHOLE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,7 +144,7 @@ def states(
 @triton.jit
 def outputs(
     x_ptr, B_ptr, C_ptr, D_ptr, planes_ptr, run_ptr, states_ptr, y_ptr, time, plane,
-    x_row, x_token, B_row, B_token, C_row, C_token,
+    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +174,7 @@ def outputs(
 @triton.jit
 def state_gradients(
     dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, time, chunks, plane,
-    dy_row, dy_token, C_row, C_token,
+    dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr, WHOLE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -212,7 +212,8 @@ def state_gradients(
 def gradients(
     x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, carry_ptr, run_ptr, states_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, ddt_ptr, dsums_ptr, dD_ptr, time, plane,
-    x_row, x_token, B_row, B_token, C_row, C_token, dy_row, dy_token, dx_row, dx_token,
+    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -292,7 +293,9 @@ def _over_heads(
 @triton.jit
 def group_gradients(
     x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr, time, chunks, plane,
-    x_row, x_token, B_row, B_token, C_row, C_token, dy_row, dy_token, dB_row, dB_token, dC_row, dC_token,
+    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr,
+    dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -1,0 +1,103 @@
+"""`mqar`: multi-query associative recall; which value stood beside this key?"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from longspan.corpus.packing.batches import IGNORE
+from longspan.corpus.tasks.base import Example, Task, Vocabulary, register
+from longspan.foundation.errors import UserError
+
+
+@register("mqar")
+class Mqar(Task):
+    """`k1 v1 k2 v2 …`, then every key once more at an even place, where its value is to be said (Arora et al. 2024).
+
+    Keys are 1 to V/2 - 1, values V/2 to V - 1, distinct within a row. The gap to the question is drawn without
+    replacement with probability proportional to a·i^(a-1). What is neither pair nor question is 0, or, with `filler`,
+    drawn from ids that are nothing else: a filler that repeats a key with another successor would be a wrong example.
+
+    Attributes:
+        vocab_size: V, 0, keys and values; `filler` and two unused ids come on top.
+        length: positions of a row.
+        pairs: numbers of pairs, drawn for each row.
+        power_a: a.
+        filler: ids for what is no pair and no question; 0: it is all 0, as published.
+    """
+
+    axis: ClassVar[str] = "pairs"
+    marked: ClassVar[bool] = False
+
+    vocab_size: int = Field(8192, ge=4)
+    length: int = Field(64, ge=4)
+    pairs: tuple[int, ...] = (4,)
+    power_a: float = Field(0.01, gt=0)
+    filler: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.pairs or min(self.pairs) < 1:
+            raise UserError(f"pairs = {list(self.pairs)}", "one or more numbers of pairs, each at least 1", "add one")
+        if self.length % 2:
+            raise UserError(f"length = {self.length}", "an even number of positions", f"use {self.length + 1}")
+        if self.vocab_size % 2 or self.vocab_size <= self.length:
+            even = self.length + 2 - self.length % 2
+            raise UserError(
+                f"vocab_size = {self.vocab_size} for rows of {self.length}",
+                "an even number above the length",
+                f"use {even} or more, or shorter rows",
+            )
+        self._check_pairs(max(self.pairs))
+        return self
+
+    def _check_pairs(self, pairs: int) -> None:
+        if 4 * pairs > self.length:
+            raise UserError(
+                f"{pairs} pairs in {self.length} positions",
+                f"4 x pairs <= length: at most {self.length // 4} pairs here",
+                f"raise `length` to {4 * pairs}, or ask for fewer pairs",
+            )
+        if pairs > self.vocab_size // 2 - 1:
+            raise UserError(
+                f"{pairs} pairs with {self.vocab_size // 2 - 1} keys", "no more pairs than keys", "raise `vocab_size`"
+            )
+
+    def vocabulary(self) -> Vocabulary:
+        """`0`, keys, values, fillers, and two ids that no row holds but for padding."""
+        half = self.vocab_size // 2
+        keys, values = (f"k{i}" for i in range(1, half)), (f"v{i}" for i in range(half))
+        symbols = ("0", *keys, *values, *(f"f{i}" for i in range(self.filler)), "$", "*")
+        return Vocabulary(symbols, len(symbols) - 2, len(symbols) - 1, " ")
+
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of pairs."""
+        return tuple(sorted(set(self.pairs)))
+
+    def example(self, generator: np.random.Generator, size: int) -> Example:
+        """A row with `size` pairs."""
+        self._check_pairs(size)
+        half, context = self.vocab_size // 2, 2 * size
+        keys = generator.choice(half - 1, size, replace=False).astype(np.int32) + 1
+        values = generator.choice(half, size, replace=False).astype(np.int32) + half
+        room = (self.length - context) // 2
+        shares = self.power_a * np.arange(1, room + 1) ** (self.power_a - 1)
+        gaps = generator.choice(room, size, replace=False, p=shares / shares.sum())
+        inputs = np.zeros(self.length, np.int32)
+        if self.filler:
+            inputs[:] = self.vocab_size + generator.integers(self.filler, size=self.length)
+        inputs[0:context:2], inputs[1:context:2] = keys, values
+        inputs[context + 2 * gaps] = keys
+        labels = np.full(self.length, IGNORE, np.int32)
+        labels[context + 2 * gaps] = values
+        return Example(inputs, labels, {"pairs": size, "length": self.length})
+
+    def span(self, size: int) -> int:
+        """Every row is `length` long."""
+        return self.length
+
+    def bits(self, size: int) -> float:
+        """What must be remembered of the pairs: a value for each key, n·log2(V/2)."""
+        return float(size * np.log2(self.vocab_size / 2))

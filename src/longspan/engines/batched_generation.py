@@ -1,0 +1,252 @@
+"""Many prompts continued at once with one state cache: equal or different lengths, a shared beginning computed once.
+
+Prompts of different lengths are padded in front. The padding is a document of its own, so that what keeps documents
+apart in training keeps it from the prompts: each row is what it would be alone.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.engines.base import OWN, Engine, FinishReason, Generation, Sampling, Tokens, UnusableAnswer
+from longspan.engines.generation import pick, synchronise
+from longspan.engines.text_stream import TextStream
+from longspan.foundation.randomness import torch_generator
+from longspan.models.language_model import LanguageModel
+from longspan.models.state import ModelState
+
+BATCH_TOKENS = 65_536
+"""Most positions, padding and new tokens included, whose state is held at a time."""
+SHARED_TOKENS = 32
+"""A common beginning shorter than this is not worth a pass of its own."""
+PADDED_SHARE = 2
+"""Prompts more than so many times as long as the shortest of a batch go into the next one."""
+
+
+class BatchedGeneration:
+    """One call of `generate` for several prompts.
+
+    Args:
+        engine: whose tokenizer, name and context limit apply.
+        model: in evaluation mode.
+        device: where it runs.
+        sampling: how; every prompt draws from a stream of its own, that of its place among the prompts.
+        chunk: most positions in one forward pass.
+    """
+
+    def __init__(
+        self, engine: Engine, model: LanguageModel, device: torch.device, sampling: Sampling, *, chunk: int
+    ) -> None:
+        self._engine, self._model, self._device = engine, model, device
+        self._sampling, self._chunk = sampling, chunk
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[Tokens], given: Sequence[Tokens] | None) -> list[Generation]:
+        """See `Engine.generate`."""
+        answers: dict[int, Generation] = {}
+        shared = _shared_beginning(prompts)
+        prefix: ModelState | None = None
+        seconds = 0.0
+        if shared:
+            began = self._now()
+            prefix = self._read(_padded([prompts[0][:shared]])[0], None, self._model.initial_state())[1]
+            seconds = self._now() - began
+        for batch in self._batches(prompts, equal=bool(shared)):
+            rows = _Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
+            self._continue(rows, [prompts[i][shared:] for i in batch], prefix, seconds)
+            answers |= rows.generations()
+        return [answers[i] for i in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Tokens], *, equal: bool) -> Iterator[list[int]]:
+        """Places of prompts that go through together: of one length, or of similar ones."""
+        batch: list[int] = []
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            longest = len(prompts[i]) + self._sampling.max_new_tokens
+            shortest = len(prompts[batch[0]]) if batch else 0
+            apart = len(prompts[i]) > (shortest if equal else PADDED_SHARE * shortest + SHARED_TOKENS)
+            if batch and (apart or (len(batch) + 1) * longest > BATCH_TOKENS):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _continue(self, rows: _Rows, prompts: Sequence[Tokens], prefix: ModelState | None, seconds: float) -> None:
+        began = self._now() - seconds
+        tokens_BT, doc_BT = _padded(prompts)
+        state = self._model.initial_state() if prefix is None else prefix.expand(len(prompts))
+        rows.padded = doc_BT is not None
+        logits_BV, state = self._read(tokens_BT, doc_BT, state)
+        while True:
+            written = rows.pick(logits_BV)
+            elapsed = self._now() - began
+            kept = rows.take(written, elapsed, state)
+            if not len(kept):
+                return
+            if len(kept) < len(written):
+                state = state.select(torch.from_numpy(kept))
+            logits_BV, state = self._model.next_logits(rows.to_read().to(self._device), state)
+
+    def _read(self, tokens_BT: Tensor, doc_BT: Tensor | None, state: ModelState) -> tuple[Tensor, ModelState]:
+        """The logits after the last token, (B, V)."""
+        step = max(1, self._chunk // len(tokens_BT))
+        hidden_BTD = None
+        for start in range(0, tokens_BT.shape[1], step):
+            span = slice(start, start + step)
+            doc = None if doc_BT is None else doc_BT[:, span]
+            hidden_BTD, after = self._model(tokens_BT[:, span].to(self._device), doc, state)
+            assert after is not None
+            state = after
+        assert hidden_BTD is not None
+        return self._model.logits(hidden_BTD[:, -1]), state
+
+    def _now(self) -> float:
+        synchronise(self._device)
+        return time.perf_counter()
+
+
+class _Rows:
+    """The rows that are still being written, in the order of the state's rows."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        places: Sequence[int],
+        lengths: Sequence[int],
+        given: Sequence[Tokens] | None,
+    ) -> None:
+        self._engine, self._sampling = engine, sampling
+        self._rows = [_Row(engine, sampling, i, length, None if given is None else given[i])
+                      for i, length in zip(places, lengths, strict=True)]  # fmt: skip
+        self._active = list(self._rows)
+        self._limit = engine.context_limit
+        self.padded = False
+
+    def pick(self, logits_BV: Tensor) -> list[int]:
+        """The next token of every row.
+
+        Raises:
+            UnusableAnswer: NaN or infinite logits.
+        """
+        # Rows beyond the tokenizer's vocabulary stand for nothing.
+        logits = logits_BV[:, : self._engine.tokenizer.vocab_size]
+        if not bool(torch.isfinite(logits).all()):
+            raise UnusableAnswer(
+                f"{self._engine.name} gave likelihoods that are not finite while generating",
+                "finite numbers",
+                "look at the subject's training for divergence, or take it out of the study",
+            )
+        if self._sampling.temperature == 0:
+            found: list[int] = logits.argmax(-1).tolist()
+            return found
+        logits = logits.float().cpu()
+        return [
+            pick(self._engine, values, self._sampling, row.generator)
+            for row, values in zip(self._active, logits, strict=True)
+        ]
+
+    def take(self, written: Sequence[int], seconds: float, state: ModelState) -> np.ndarray:
+        """Note what was written; the places of the rows that go on, int64."""
+        size = None if self.padded else state.bytes() // len(written)
+        for row, token in zip(self._active, written, strict=True):
+            row.take(token, seconds, self._limit, size)
+        kept = np.array([place for place, row in enumerate(self._active) if row.reason is None], np.int64)
+        self._active = [self._active[place] for place in kept]
+        return kept
+
+    def to_read(self) -> Tensor:
+        """What every row reads next, int64 (B, 1)."""
+        return torch.tensor([[row.to_read()] for row in self._active])
+
+    def generations(self) -> dict[int, Generation]:
+        """Place of the prompt → what came of it."""
+        return {row.place: row.generation(len(self._rows)) for row in self._rows}
+
+
+class _Row:
+    def __init__(self, engine: Engine, sampling: Sampling, place: int, length: int, given: Tokens | None) -> None:
+        self.place, self.length, self.reason = place, length, _UNFINISHED
+        self.generator = torch_generator(sampling.seed, "generate", place) if sampling.temperature else _NO_DRAWS
+        self._engine, self._sampling, self._given = engine, sampling, given
+        self._stream = TextStream(engine.tokenizer, sampling.stop) if sampling.stop else None
+        self._most = sampling.max_new_tokens
+        if given is not None:
+            self._most = min(self._most, len(given) + 1)
+        self._tokens: list[int] = []
+        self._first_token_seconds = self._seconds = 0.0
+        self._state_bytes: int | None = None
+
+    def take(self, token: int, seconds: float, limit: int | None, state_bytes: int | None) -> None:
+        """One more token, written `seconds` after the request was sent."""
+        if not self._tokens:
+            self._first_token_seconds = seconds
+        self._seconds, self._state_bytes = seconds, state_bytes
+        ends = token == self._engine.tokenizer.special.boundary or token in self._engine.end_tokens
+        if ends and self._sampling.stop_at_boundary:
+            self.reason = "stop"
+            return
+        self._tokens.append(token)
+        if self._stream is not None:
+            self._stream.push(token)
+        if self._stream is not None and self._stream.stopped:
+            self.reason = "stop"
+        elif len(self._tokens) == self._most:
+            self.reason = "length"
+        elif limit is not None and self.length + len(self._tokens) > limit:
+            self.reason = "context"
+
+    def to_read(self) -> int:
+        if self._given is not None:
+            forced = int(self._given[len(self._tokens) - 1])
+            if forced != OWN:
+                return forced
+        return self._tokens[-1]
+
+    def generation(self, together: int) -> Generation:
+        if self._stream is not None:
+            self._stream.flush()
+        assert self.reason is not None
+        return Generation(
+            tokens=np.array(self._tokens, dtype=np.int64),
+            text=self._engine.tokenizer.decode(self._tokens) if self._stream is None else self._stream.text,
+            finish_reason=self.reason,
+            prompt_tokens=self.length,
+            first_token_seconds=self._first_token_seconds,
+            decode_seconds=self._seconds - self._first_token_seconds,
+            state_bytes=self._state_bytes,
+            together=together,
+        )
+
+
+_UNFINISHED: FinishReason | None = None
+_NO_DRAWS = torch.Generator()
+
+
+def _shared_beginning(prompts: Sequence[Tokens]) -> int:
+    """Tokens with which all prompts begin, where they are worth sharing; at least one of each is left over."""
+    shortest = min(map(len, prompts)) - 1
+    if len(prompts) < 2 or shortest < SHARED_TOKENS:
+        return 0
+    same = np.ones(shortest, bool)
+    for prompt in prompts[1:]:
+        same &= np.asarray(prompt[:shortest]) == np.asarray(prompts[0][:shortest])
+    shared = shortest if same.all() else int(np.argmin(same))
+    return shared if shared >= max(SHARED_TOKENS, sum(map(len, prompts)) // len(prompts) // 2) else 0
+
+
+def _padded(prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:
+    """int64 (B, T) ids, padded in front, and int32 documents (-1 on padding); None where nothing is padded."""
+    longest = max(map(len, prompts))
+    tokens, doc = np.zeros((len(prompts), longest), np.int64), np.full((len(prompts), longest), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        doc[row, longest - len(prompt) :] = 0
+    return torch.from_numpy(tokens), torch.from_numpy(doc) if (doc < 0).any() else None

@@ -1,0 +1,62 @@
+"""Convolution, scan and gated norm of a Mamba-2 layer in one step, where kernels serve; elsewhere the ops one by one.
+
+Shapes: B rows, T tokens, E = H * P inner width, H heads, P head dim, N state, K = 2 E + 2 N + H, W taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.ops import kernels
+from longspan.ops.causal_conv import LARGEST_KERNEL_TAPS
+from longspan.ops.ssd import LARGEST_KERNEL_SIZE
+
+# A row of the norm has to fit the registers of a kernel's program.
+WIDEST_KERNEL = 16_384
+
+
+def serves(projected_BTK: Tensor, inner: int, taps: int, head_dim: int, state: int) -> bool:
+    """Whether `between_projections` can run: where kernels are chosen, over more than one token, at these sizes."""
+    fits = taps <= LARGEST_KERNEL_TAPS and max(head_dim, state) <= LARGEST_KERNEL_SIZE and inner <= WIDEST_KERNEL
+    return fits and projected_BTK.shape[1] > 1 and kernels.serve(projected_BTK)
+
+
+def between_projections(
+    projected_BTK: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    *,
+    doc_BT: Tensor | None,
+    state: int,
+    eps: float,
+) -> Tensor:
+    """`norm(ssd(silu(conv(xBC))), z)` of rows that start here; see `causal_conv`, `ssd` and `GatedRMSNorm`.
+
+    Args:
+        projected_BTK: z, x, B, C, dt side by side, as `in_proj` gives them; dt before its bias and softplus.
+        conv_weight: (E + 2 N, W).
+        conv_bias: (E + 2 N,).
+        dt_bias_H: of the step sizes.
+        A_log_H: A = -exp(A_log).
+        D_H: skip weights.
+        norm_weight_E: of the gated norm.
+        doc_BT: document ids; None: one document.
+        state: N.
+        eps: of the gated norm.
+
+    Returns:
+        (B, T, E) in the dtype of `projected`.
+    """
+    from longspan.ops.triton.mamba2 import mamba2
+
+    A_H = -torch.exp(A_log_H.float())
+    y_BTE: Tensor
+    y_BTE, *_ = mamba2(
+        projected_BTK, conv_weight, conv_bias, dt_bias_H.float(), A_H, D_H.float(), norm_weight_E, doc_BT, state, eps
+    )
+    return y_BTE

@@ -1,0 +1,154 @@
+"""What lies between the two projections of a Mamba-2 layer, in one step for autograd: convolution, scan, gated norm.
+
+The kernels are those of the single ops. Done in one step, the gradients of z, x, B, C and dt are written where the
+input projection reads them, instead of each on its own and then together once more; bias and softplus of the step sizes
+are part of the scan.
+
+Shapes: B rows, T tokens, E = H * P inner width, H heads, P head dim, N state, K = 2 E + 2 N + H, W taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.ops.triton import causal_conv, rms_norm
+from longspan.ops.triton import ssd as scan
+
+
+class Parts(NamedTuple):
+    """Views of a projected tensor (B, T, K) or of its gradient: z (B, T, E), x, B and C (B, T, E + 2 N), dt
+    (B, T, H)."""
+
+    z: Tensor
+    convolved: Tensor
+    dt: Tensor
+
+    @staticmethod
+    def of(projected_BTK: Tensor, inner: int, state: int) -> Parts:
+        """In the order of the rows of `in_proj`."""
+        convolved = inner + 2 * state
+        return Parts(
+            *projected_BTK.split_with_sizes([inner, convolved, projected_BTK.shape[2] - inner - convolved], -1)
+        )
+
+
+def _scanned(xBC: Tensor, heads: int, state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views x (B, T, H, P), B and C (B, T, 1, N) of what the convolution gives."""
+    x, B, C = xBC.split_with_sizes([xBC.shape[2] - 2 * state, state, state], -1)
+    return x.unflatten(2, (heads, -1)), B.unsqueeze(2), C.unsqueeze(2)
+
+
+@torch.library.custom_op("longspan::mamba2", mutates_args=())
+def mamba2(
+    projected_BTK: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    doc_BT: Tensor | None,
+    state: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, T, E), the input of the output projection, in the dtype of `projected`; the other results are kept."""
+    heads, inner = A_H.shape[0], norm_weight_E.shape[0]
+    parts = Parts.of(projected_BTK, inner, state)
+    xBC = causal_conv.run_forward(parts.convolved, conv_weight, conv_bias, doc_BT, True)
+    x, B, C = _scanned(xBC, heads, state)
+    y, _, states = scan.run_forward(scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
+    return rms_norm.run_forward(y.flatten(2), parts.z, norm_weight_E, eps, y.dtype), xBC, y, states
+
+
+@mamba2.register_fake
+def _(
+    projected_BTK: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    doc_BT: Tensor | None,
+    state: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, inner = A_H.shape[0], norm_weight_E.shape[0]
+    rows, time = projected_BTK.shape[:2]
+    y, _, states = scan.forward_like(projected_BTK.new_empty(rows, time, heads, inner // heads), state)
+    return y.flatten(2), projected_BTK.new_empty(rows, time, inner + 2 * state), torch.empty_like(y), states
+
+
+@torch.library.custom_op("longspan::mamba2_backward", mutates_args=())
+def mamba2_backward(
+    d_out: Tensor,
+    xBC: Tensor,
+    y: Tensor,
+    states: Tensor,
+    projected_BTK: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    doc_BT: Tensor | None,
+    state: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `projected`, of the convolution's weight and bias, dt_bias, A, D and the norm's weight."""
+    heads, inner = A_H.shape[0], norm_weight_E.shape[0]
+    parts = Parts.of(projected_BTK, inner, state)
+    d_projected = torch.empty_like(projected_BTK, memory_format=torch.contiguous_format)
+    d_parts = Parts.of(d_projected, inner, state)
+    dy, d_xBC = torch.empty_like(y), torch.empty_like(xBC)
+    d_norm = rms_norm.run_backward(
+        d_out, y.flatten(2), parts.z, norm_weight_E, eps, dy.view(-1, inner), d_parts.z.flatten(0, 1)
+    )
+    x, B, C = _scanned(xBC, heads, state)
+    inputs = scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None)
+    into = scan.Gradients(*_scanned(d_xBC, heads, state))
+    dA, dD, d_dt_bias, _ = scan.run_backward(inputs, states, dy, None, into, d_parts.dt)
+    d_weight, d_bias = causal_conv.run_backward(
+        d_parts.convolved, d_xBC, parts.convolved, conv_weight, conv_bias, doc_BT, True
+    )
+    return d_projected, d_weight, d_bias, d_dt_bias.to(dt_bias_H.dtype), dA.to(A_H.dtype), dD.to(D_H.dtype), d_norm
+
+
+@mamba2_backward.register_fake
+def _(
+    d_out: Tensor,
+    xBC: Tensor,
+    y: Tensor,
+    states: Tensor,
+    projected_BTK: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    doc_BT: Tensor | None,
+    state: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (projected_BTK, conv_weight, conv_bias, dt_bias_H, A_H, D_H, norm_weight_E)
+    dp, dw, db, ddt, dA, dD, dn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
+    return dp, dw, db, ddt, dA, dD, dn
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.state, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], *tensors)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = mamba2_backward(d_out, *ctx.saved_tensors, ctx.state, ctx.eps)
+    return *gradients, None, None, None
+
+
+mamba2.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,71 @@
+"""A whole Mamba-2 layer on kernels gives what the layer of single ops gives in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.models.mixers.mamba2 import Mamba2, Mamba2Settings
+from longspan.models.segments import Segments
+from longspan.ops import mamba2
+
+FP32, BF16 = torch.float32, torch.bfloat16
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+def layer(dtype: torch.dtype, device: torch.device) -> Mamba2:
+    mixer = Mamba2(16, Mamba2Settings(state=16, mamba_head_dim=16))
+    mixer.init_weights(torch.Generator().manual_seed(0))
+    mixer.norm.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    return mixer.to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_between_the_projections(dtype, assert_same, device, documents, normal, served):
+    mixer = layer(torch.float64, torch.device("cpu"))
+    rows, time, inner, state = 2, 21, 32, 16
+    doc = documents(rows, time, 0.1)
+
+    def fused(*z: Tensor) -> list[Tensor]:
+        return [mamba2.between_projections(*z, doc_BT=doc.to(device), state=state, eps=1e-5)]
+
+    def single(projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Tensor) -> list[Tensor]:
+        names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm.weight")
+        parameters = dict(zip(names, (conv_weight, conv_bias, *others), strict=True))
+        width = projected.shape[2]
+        # The projections step aside, so that the layer is what lies between them.
+        weights = {
+            "in_proj.weight": torch.eye(width, dtype=torch.float64),
+            "out_proj.weight": torch.eye(inner).double(),
+        }
+        segments = Segments.build(doc)
+        return [torch.func.functional_call(mixer, parameters | weights, (projected, segments, None))[0]]
+
+    tensors = [normal(rows, time, 2 * inner + 2 * state + 2)]
+    tensors += [p.detach() for p in (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log, mixer.D)]
+    assert_same(fused, single, [*tensors, mixer.norm.weight.detach()], [dtype, *[FP32] * 6], roundings=2)
+
+
+def test_training_takes_it_and_keeps_the_layers_results(device, documents, normal, served, monkeypatch):
+    mixer = layer(FP32, device)
+    x = normal(2, 21, 16).float().to(device)
+    segments = Segments.build(documents(2, 21, 0.1), device=device)
+    fused, _ = mixer(x, segments, None)
+    stepwise, state = mixer(x, segments, mixer.initial_state())
+    assert state is not None
+    torch.testing.assert_close(fused, stepwise, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(mamba2, "between_projections", None)
+    with pytest.raises(TypeError):
+        mixer(x, segments, None)
+
+
+def test_the_compiler_sees_through(device, documents, normal, served):
+    from longspan.ops.triton.mamba2 import mamba2 as kernel
+
+    mixer = layer(FP32, device)
+    projected = normal(1, 20, 98).float().to(device).requires_grad_()
+    parameters = (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, -mixer.A_log.exp().detach(), mixer.D)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (projected, *parameters, mixer.norm.weight, documents(1, 20, 0.1).to(device), 16, 1e-5)
+    torch.library.opcheck(kernel, arguments, test_utils=tests)

@@ -1,0 +1,222 @@
+"""Strings of a task asked two ways; where nothing goes wrong the two ways are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.corpus.packing import IGNORE, PackingConfig
+from longspan.corpus.tasks import Task, TaskBatches, make_task
+from longspan.corpus.tasks.corpus import TaskCorpus, prepare_task
+from longspan.engines.base import Engine, Generation, Sampling
+from longspan.engines.native import NativeEngine
+from longspan.foundation.errors import UserError
+from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.probes.base import ProbeData, make_probe
+from longspan.records.observation import Measurement, Summary, summarise
+from longspan.records.statistics import wilson
+
+TASKS: dict[str, dict[str, Any]] = {
+    "copy": {"task": "copy", "vocab_size": 2, "min_length": 1, "max_length": 4},
+    "suffix_ngram": {"task": "suffix_ngram", "vocab_size": 6, "ngram": 1, "min_length": 2, "max_length": 4},
+    "mqar": {"task": "mqar", "vocab_size": 18, "length": 16, "pairs": [1, 2, 4]},
+    "selective_copy": {"task": "selective_copy", "vocab_size": 2, "tokens": 2, "min_length": 3, "max_length": 6},
+}
+
+
+def data_of(settings: dict[str, Any], folder: Path) -> ProbeData:
+    corpus = TaskCorpus.parse({"source": "task", **settings}, "corpus")
+    prepared = prepare_task(corpus, corpus.tokenizer(), folder)
+    return ProbeData(prepared.shards["test"], prepared.tokenizer, 32, task=prepared.task)
+
+
+def half_taught(task: Task, pattern: str, steps: int = 60) -> NativeEngine:
+    """A subject that gets some strings right and some wrong."""
+    config = ModelConfig(pattern=pattern, width=32, heads=2, state=8, mamba_head_dim=8, chunk=16, mlp_width=32)
+    tokenizer = task.tokenizer()
+    model = LanguageModel(config, tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    for _, batch in zip(range(steps), TaskBatches(task, PackingConfig(), context=32, rows=16, seed=0), strict=False):
+        tokens, targets = (torch.from_numpy(part).long() for part in (batch.tokens, batch.targets))
+        loss, count = model.loss(tokens, targets)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return NativeEngine(model, tokenizer, markers=True, isolation="full", fingerprint=pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("copy", "AA"),
+        ("copy", "MM"),
+        ("copy", "AM"),
+        ("copy", "[AM]L"),
+        ("suffix_ngram", "AM"),
+        ("mqar", "AM"),
+        ("selective_copy", "MA"),
+    ],
+)
+def test_both_ways_agree_on_every_string(name: str, pattern: str, tmp_path: Path, ask: Any) -> None:
+    data = data_of(TASKS[name], tmp_path)
+    assert data.task is not None
+    records = ask(make_probe("task", {"strings": 64}), half_taught(data.task, pattern), data)
+    assert len(records) == 64 * len(data.task.sizes())
+    whole = [all(record.answer["forced"]) for record in records]
+    # A test of subjects that are always right or always wrong would show nothing.
+    assert 0 < sum(whole) < len(whole)
+    for record in records:
+        forced, free = record.answer["forced"], record.answer["free"]
+        assert all(forced) == all(free)
+        first_mistake = forced.index(0) if 0 in forced else len(forced)
+        assert free[: first_mistake + 1] == forced[: first_mistake + 1]
+        if name in ("mqar", "selective_copy"):
+            # Answers are not read back in, so nothing can differ.
+            assert free == forced
+
+
+class Parrot(Engine):
+    """Says what stands there, and 0 where nothing does: right in one pass, wrong on its own after the first token."""
+
+    capabilities = frozenset({"predict", "generate"})
+    isolation = "full"
+    context_limit = None
+    fingerprint = name = "parrot"
+
+    def __init__(self, data: ProbeData, limit: int | None = None) -> None:
+        self.tokenizer, self.context_limit = data.tokenizer, limit
+
+    def predict(self, sequences: Any, wanted: Any) -> list[np.ndarray]:
+        return [np.append(sequence[1:], 0)[where] for sequence, where in zip(sequences, wanted, strict=True)]
+
+    def generate(self, prompts: Any, sampling: Sampling, given: Any = None) -> list[Generation]:
+        return [Generation(np.zeros(len(g) + 1, np.int64), "", "length", len(p), 0.1, 0.1)
+                for p, g in zip(prompts, given, strict=True)]  # fmt: skip
+
+    def nll(self, sequences: Any, doc_ids: Any = None) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def score_many(self, prefixes: Any, continuations: Any) -> list[list[np.ndarray]]:
+        raise NotImplementedError
+
+    def state_bytes(self, context: int) -> int:
+        return 4 * context
+
+
+def measured(probe: Any, records: Any) -> dict[tuple[str, float | None], Measurement]:
+    observations = [seen for record in records for seen in probe.observe(record)]
+    summary = summarise(observations, probe.metrics, resamples=2_000)
+    found = (*summary.measurements, *probe.derive(summary))
+    return {(m.metric, m.x): m for m in found}
+
+
+def test_the_whole_answer_counts_and_its_end(tmp_path: Path, ask: Any) -> None:
+    data = data_of({"task": "copy", "vocab_size": 2, "min_length": 1, "max_length": 2}, tmp_path)
+    probe = make_probe("task", {"strings": 100})
+    found = measured(probe, ask(probe, Parrot(data), data))
+    assert found["string", 1.0].value == found["token", 2.0].value == 1.0
+    # 0 is the letter `a`: half of the letters and never the end.
+    assert found["free_string", 1.0].value == 0.0
+    assert 0.35 < found["free_token", 1.0].value * 2 < 0.65
+    assert found["string", 1.0].n == 100
+
+
+def test_intervals_are_those_of_wilson_over_strings(tmp_path: Path, ask: Any) -> None:
+    data = data_of({"task": "copy", "vocab_size": 2, "min_length": 1, "max_length": 1}, tmp_path)
+    probe = make_probe("task", {"strings": 256})
+    subject = half_taught(data.task, "AA", steps=12)
+    records = ask(probe, subject, data)
+    right = sum(all(record.answer["forced"]) for record in records)
+    if 5 < right < 251:
+        interval = wilson(right, 256)
+        found = measured(probe, records)["string", 1.0]
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_256_strings_a_length_unless_told_otherwise(tmp_path: Path) -> None:
+    """An earlier code asked twelve."""
+    data = data_of(TASKS["copy"], tmp_path)
+    items = make_probe("task").items(data)
+    assert [sum(item.details["size"] == size for item in items) for size in (1, 2, 3, 4)] == [256] * 4
+    assert len({item.id for item in items}) == len(items)
+
+
+def test_items_are_the_same_for_every_subject_and_seed(tmp_path: Path) -> None:
+    one, two = data_of(TASKS["copy"], tmp_path / "a"), data_of(TASKS["copy"], tmp_path / "b")
+    probe = make_probe("task", {"sizes": [3], "strings": 8})
+    texts = [[probe.describe(item, data).asked for item in probe.items(data)] for data in (one, two)]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 4
+
+
+def test_strings_longer_than_training_are_asked(tmp_path: Path, ask: Any) -> None:
+    data = data_of(TASKS["copy"], tmp_path)
+    probe = make_probe("task", {"sizes": [4, 40], "strings": 3})
+    lengths = {record.answer["context"] for record in ask(probe, Parrot(data), data)}
+    assert lengths == {11, 83}
+
+
+def test_a_subject_that_cannot_take_a_length_is_not_asked_it(tmp_path: Path, ask: Any) -> None:
+    data = data_of(TASKS["copy"], tmp_path)
+    probe = make_probe("task", {"sizes": [4, 40], "strings": 3})
+    records = ask(probe, Parrot(data, limit=20), data)
+    assert {seen.x for record in records for seen in probe.observe(record) if seen.metric == "string"} == {4.0}
+
+
+def curve(*values: tuple[float, float, float]) -> Summary:
+    made = [
+        Measurement("string", "S", 10.0 * (i + 1), v, low, high, 256, 1, 256) for i, (v, low, high) in enumerate(values)
+    ]
+    return Summary(tuple(made), (), ())
+
+
+def test_reach_is_the_longest_before_the_first_failure() -> None:
+    probe = make_probe("task")
+    (found,) = probe.derive(curve((1.0, 0.98, 1.0), (0.92, 0.88, 0.95), (0.88, 0.84, 0.91), (0.95, 0.92, 0.97)))
+    assert (found.low, found.value, found.high) == (10.0, 20.0, 40.0)
+    (none,) = probe.derive(curve((0.5, 0.4, 0.6)))
+    assert (none.low, none.value, none.high) == (0.0, 0.0, 0.0)
+    (whole,) = probe.derive(curve((1.0, 0.98, 1.0)))
+    assert whole.note == "longest asked: 10"
+
+
+def test_another_task_is_asked_of_the_same_subject(tmp_path: Path) -> None:
+    data = data_of({"task": "copy", "min_length": 5, "max_length": 9}, tmp_path)
+    probe = make_probe("task", {"sizes": [4, 30], "strings": 2, "settings": {"task": "duplicate_ngram", "ngram": 2}})
+    asked = probe.describe(probe.items(data)[-1], data)
+    string = asked.asked.removesuffix("|")
+    assert len(string) == 30
+    assert asked.expected == f"{string}."
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sizes": [0]}, "positive sizes"),
+        ({"sizes": []}, "positive sizes"),
+        ({"settings": {"vocab_size": 5}}, "change the vocabulary"),
+        ({"settings": {"lenght": 5}}, "lenght"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        make_probe("task", settings).items(data_of(TASKS["copy"], tmp_path))
+
+
+def test_text_has_no_task(data: ProbeData) -> None:
+    with pytest.raises(UserError, match="with text as the corpus"):
+        make_probe("task").items(data)
+
+
+def test_too_many_pairs_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="5 pairs in 16 positions"):
+        make_probe("task", {"sizes": [5]}).items(data_of(TASKS["mqar"], tmp_path))
+
+
+def test_ignored_places_are_what_the_model_ignores() -> None:
+    task = make_task(TASKS["copy"], "task")
+    assert set(task.example(np.random.default_rng(0), 2).labels[:3].tolist()) == {IGNORE}
