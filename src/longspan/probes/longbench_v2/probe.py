@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from longspan.engines.base import Engine, Generation, Sampling, Tokens
+from longspan.engines.base import Engine, Generation, Sampling, Tokens, require_finite
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
-from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, share_of_best
 from longspan.probes.benchmark_files import Rows, file_digest, hub_file, read_rows
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, Variant, render, retrieved_document
@@ -158,11 +158,11 @@ class LongBenchV2(Probe):
             yield seen(f"said_{letter}", float(read.letter == letter))
             yield seen(f"right_{letter}", float(answer["gold"] == letter))
         if "letters" in answer:
-            letters_4 = np.array(answer["letters"])
-            yield seen("letter_accuracy", float(LETTERS[int(np.argmin(letters_4))] == answer["gold"]))
+            letters_4, right_one = np.array(answer["letters"]), LETTERS.index(answer["gold"])
+            yield seen("letter_accuracy", share_of_best(letters_4, right_one))
             if "letters_prior" in answer:
-                over = int(np.argmin(letters_4 - np.array(answer["letters_prior"])))
-                yield seen("letter_accuracy_calibrated", float(LETTERS[over] == answer["gold"]))
+                over_4 = letters_4 - np.array(answer["letters_prior"])
+                yield seen("letter_accuracy_calibrated", share_of_best(over_4, right_one))
         if "fully_visible" in (ledger := answer.get("truncation", {})):
             yield seen("fully_visible", float(ledger["fully_visible"]))
             yield seen("kept_fraction", ledger["kept_fraction"])
@@ -275,7 +275,8 @@ class LongBenchV2(Probe):
             return
         scores = engine.score_many(prefixes, [letters] * len(asked))
         for content, name, scored in zip(asked, names, scores, strict=True):
-            content[name] = [float(nll.sum()) for nll in scored]
+            sums = np.array([float(nll.sum()) for nll in scored])
+            content[name] = require_finite(sums, engine.name, f"the letters of {content['id']}").tolist()
 
 
 def _short(text: str, limit: int) -> str:
