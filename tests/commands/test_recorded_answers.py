@@ -234,3 +234,14 @@ def test_a_damaged_record_is_refused_by_line(
     (run / "records.jsonl").write_text("\n".join([lines[0], lines[1].replace("item-1", "item-9"), lines[2], ""]))
     assert longspan("rescore", str(run)) == 1
     assert "records.jsonl:2 was altered" in capsys.readouterr().err
+
+
+def test_a_variant_is_an_arm_of_its_own(tmp_path: Path, asked: Callable[..., dict[str, Any]]) -> None:
+    write(tmp_path / "model.jsonl", [row(n, "A", said("A" if n < 20 else "B")) for n in range(40)])
+    write(tmp_path / "model_cot.jsonl", [row(n, "A", said("A" if n < 30 else "B")) for n in range(40)])
+    files = [str(tmp_path / name) for name in ("model.jsonl", "model_cot.jsonl")]
+    asked("import", *files, "--format", "longbench", "--to", str(tmp_path / "run"))
+    (pair,) = asked("compare", str(tmp_path / "run"), "--metric", "accuracy")["comparisons"]
+    assert {pair["a"], pair["b"]} == {"model", "model (cot)"}
+    assert (pair["items"], abs(pair["only_a"] - pair["only_b"])) == (40, 10)
+    assert len(asked("rescore", str(tmp_path / "run"))["results"]) == 2

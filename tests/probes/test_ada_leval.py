@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longspan.engines.base import UnusableAnswer
 from longspan.foundation.errors import DataError, UserError
 from longspan.probes.ada_leval.extraction import (
     ORDERS,
@@ -271,3 +272,11 @@ def test_a_real_subject_scores_all_candidates(
 ) -> None:
     records = ask(probe("best_answer", max_items=1, generate=False), subject("M"), data)
     assert [len(record.answer["nll"]) for record in records] == [3]
+
+
+def test_nan_is_an_error_and_never_the_best_answer(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+) -> None:
+    engine = writing(lambda prompt: "", say=lambda tokens: np.full(len(tokens), np.nan))
+    with pytest.raises(UnusableAnswer, match="the answers to 100_A1"):
+        ask(probe("best_answer", generate=False), engine, data)

@@ -27,7 +27,7 @@ class Population:
     def __init__(self, skills: tuple[float, ...], *, document: float = 1.0, item: float = 1.0) -> None:
         self.skills, self.document, self.item = skills, document, item
         rng = np.random.default_rng(0)
-        effects = rng.normal(0, document, 2_000_000) + rng.normal(0, item, 2_000_000)
+        effects = rng.normal(0, document, 400_000) + rng.normal(0, item, 400_000)
         self.truth = [float(logistic(skill + effects).mean()) for skill in skills]
 
     def draw(self, rng: np.random.Generator, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from longspan.foundation.errors import UserError
 from longspan.probes.base import Probe, reader
 from longspan.records.observation import Comparison, Metric, Observation, summarise
 from longspan.records.statistics import holm, mcnemar
+from longspan.records.store import Record
 from longspan.report.numbers import difference, p_value, significant
 from longspan.terminal import print_json, print_table
 
@@ -103,11 +104,11 @@ def _arms(
     found: dict[str, dict[tuple[str, int], list[Observation]]] = defaultdict(lambda: defaultdict(list))
     for number, each in enumerate(opened):
         for record in each.records:
-            kind = record.protocol.get("task") or record.probe
+            kind = record.probe
             if kind not in read:
                 offers = scorer is not None and "scorer" in type(reader(record.protocol)).model_fields
                 read[kind] = reader(record.protocol, **({"scorer": scorer} if offers else {}))
-            found[kind][record.subject, number] += read[kind].observe(record)
+            found[kind][_asked_how(record), number] += read[kind].observe(record)
     arms: dict[str, tuple[Probe, dict[str, list[Observation]]]] = {}
     for kind, sides in found.items():
         subjects = [subject for subject, _ in sides]
@@ -120,6 +121,12 @@ def _arms(
             named = _by_context(sides, [each.run.name for each in opened])
         arms[kind] = read[kind], named
     return arms
+
+
+def _asked_how(record: Record) -> str:
+    """The subject, and the variant of the protocol where it is not the usual one."""
+    variant = record.protocol.get("variant", "direct")
+    return record.subject if variant == "direct" else f"{record.subject} ({variant})"
 
 
 def _unfold(sides: dict[tuple[str, int], list[Observation]]) -> bool:

@@ -68,7 +68,10 @@ def keep(records: Sequence[Record], duplicates: str) -> list[Record]:
 def _about(record: Record) -> tuple[object, ...]:
     """What two copies of an answer share."""
     answer = record.answer
-    shared = (answer.get("id", record.item), answer.get("context"), record.protocol.get("repeat"))
+    protocol = record.protocol
+    shared = (
+        answer.get("id", record.item), answer.get("context"), protocol.get("repeat"), protocol.get("variant")
+    )  # fmt: skip
     return (record.subject, record.seed, record.probe, *shared)
 
 

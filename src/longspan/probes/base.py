@@ -230,6 +230,21 @@ def shown(data: ProbeData, tokens: NDArray[Any], limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
+def share_of_best(nll: NDArray[np.float64], right: int, same: float = 1e-6) -> float:
+    """1 where the right one of several answers is the likeliest; those equally likely share the point.
+
+    An argmin would give it to the first, and to a NaN.
+
+    Args:
+        nll: nats of each answer, finite.
+        right: which one is right.
+        same: nats, or share of the least, within which two count as equal.
+    """
+    least = float(nll.min())
+    best = np.flatnonzero(nll <= least + same * max(1.0, abs(least)))
+    return float(right in best) / len(best)
+
+
 def failure_of(written: Generation) -> dict[str, str]:
     """Why there is no answer, for a record; empty where there is one."""
     if not written.failure:

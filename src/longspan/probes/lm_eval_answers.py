@@ -104,7 +104,7 @@ def read_samples(path: Path, subject: str) -> tuple[list[Record], int, dict[str,
         answer = {**row, "id": name, "copy": copies[name]}
         records.append(
             Record.make(
-                probe=KIND,
+                probe=f"{KIND}:{task}",
                 protocol=protocol,
                 item=item,
                 subject=subject,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from longspan.engines.base import Engine, Tokens
+from longspan.engines.base import Engine, Tokens, require_finite
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.extras import require
 from longspan.probes.base import Asked, Item, Probe, ProbeData, register
@@ -124,6 +124,7 @@ class PG19(Probe):
                 x_name=at,
                 transform="exp",
                 compare=False,
+                detail=True,
             ),
         )
 
@@ -201,6 +202,7 @@ class PG19(Probe):
         nll_T = np.zeros(len(tokens))
         for nll, (_, first, end) in zip(engine.nll(sequences), spans, strict=True):
             nll_T[first:end] = nll[len(nll) - (end - first) :]
+        require_finite(nll_T, engine.name, content["book"])
         content |= {
             "nll": float(nll_T.sum()),
             "tokens": len(tokens) - 1,

@@ -35,6 +35,7 @@ class Metric:
         y_unit: `%` where y is a share, else empty.
         floor: name of the probe's single-number metric that says what the same subject scores without what is tested,
             empty where nothing of the kind is asked.
+        detail: True where the report shows it in a table beside the others and gives it no figure of its own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Metric:
     y_name: str | None = None
     y_unit: Literal["", "%"] = ""
     floor: str = ""
+    detail: bool = False
 
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""

@@ -31,6 +31,7 @@ class Axis:
         title: empty where the figure's own title says it.
         form: how ticks are written: a d3 format, or `tokens` (512, 4,096, 32k), `bytes` (KiB, MiB, GiB) or `signed`.
         values: the ticks wanted; None leaves them to Vega.
+        reach: a value that the axis shows in any case.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Axis:
     form: str = ",~r"
     zero: bool = False
     values: tuple[float, ...] | None = None
+    reach: float | None = None
 
 
 def scale_of(axis: Axis, domain: tuple[float, float]) -> Any:
@@ -94,7 +96,7 @@ def y_domain(rows: Sequence[Row], axis: Axis, also: float | None) -> tuple[float
     """Room for every value and interval; from zero where the axis says so."""
     keys = ("y", "low", "high")
     known = [r[key] for r in rows for key in keys if r.get(key) is not None and (key == "y" or not r.get("open"))]
-    known += [] if also is None else [also]
+    known += [value for value in (also, axis.reach) if value is not None]
     if axis.scale == "log":
         positive = [value for value in known if value > 0]
         low, high = min(positive), max(positive)

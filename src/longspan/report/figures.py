@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from longspan.records.observation import Comparison, Measurement, Metric
-from longspan.report import charts, findings, heat, numbers, tables
+from longspan.report import charts, findings, heat, numbers, tables, truncation
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, log_ticks
 from longspan.report.charts import Figure
@@ -21,6 +21,7 @@ X_TITLES = {
     "position": "position in document (tokens)",
     "distance": "distance to the last mention (tokens)",
     "length": "length (tokens)",
+    "window": "window (tokens)",
     "entries": "entries of the book",
 }
 MOST_PAIRS = 15
@@ -40,7 +41,7 @@ def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> l
     scalars = [
         m for m in section.metrics if m.x_name is None and m.name not in floors and findings.points(section, m.name)
     ]
-    curves = [m for m in section.metrics if m.x_name is not None and findings.points(section, m.name)]
+    curves = [m for m in section.metrics if m.x_name is not None and not m.detail and findings.points(section, m.name)]
     found: list[Figure] = []
     if scalars and not (primary and primary.section is section and primary.metric is scalars[0]):
         found.append(_dot_figure(slug(section.kind), Finding(section, scalars[0], None), arms))
@@ -56,7 +57,9 @@ def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> l
 def scalar_table(section: ProbeSection, arms: Arms) -> tables.Table | None:
     """All metrics of a section that are single numbers."""
     scalars = [m for m in section.metrics if m.x_name is None and findings.points(section, m.name)]
-    return tables.scalar_table(section, scalars, arms.labels) if scalars else None
+    if scalars:
+        return tables.scalar_table(section, scalars, arms.labels)
+    return truncation.detail_table(section, arms.labels)
 
 
 def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
@@ -170,11 +173,15 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     rows = [_point(metric, m) for m in found]
     percent = metric.kind in ("proportion", "difference")
     x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
-    y = Axis(metric.unit, form=".0%" if percent else ",~r", zero=metric.kind == "proportion")
+    under = truncation.underlay(report, section, metric)
+    reach = None if under is None else 1.0
+    y = Axis(metric.unit, form=".0%" if percent else ",~r", zero=metric.kind == "proportion", reach=reach)
     spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=report.context)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
     caption += " The dashed line is guessing." if metric.chance is not None else ""
+    if under is not None:
+        spec, caption = truncation.drawn_under(spec, under, arms), caption + truncation.caption(under)
     table = tables.metric_table(section, metric, arms.labels)
     drawn = [row["subject"] for row in rows]
     name = slug(f"{section.kind}-{metric.name}")

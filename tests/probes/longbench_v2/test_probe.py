@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from longspan.engines.base import UnusableAnswer
 from longspan.foundation.errors import DataError, UserError
-from longspan.probes.base import Probe, ProbeData, make_probe, reader
+from longspan.probes.base import Probe, ProbeData, make_probe, reader, share_of_best
 from longspan.probes.longbench_v2 import LongBenchV2
+from longspan.probes.longbench_v2.nulls import null_cause
 
 Ask = Callable[..., list[Any]]
 
@@ -172,7 +175,7 @@ def test_the_likelihood_of_the_letters_needs_no_reply_and_has_no_nulls(
     assert records[0].answer["letters"] == [3.0, 1.0, 2.0, 4.0]
     _, summary = read(asked, records)
     assert by(summary, "letter_accuracy") == 0.25
-    # Over an equal prior nothing is left, and the first letter is taken.
+    # Over an equal prior nothing is left, and all four share the point.
     assert by(summary, "letter_accuracy_calibrated") == 0.25
     assert by(summary, "null_rate") == 1.0
 
@@ -252,3 +255,50 @@ def test_a_real_subject_answers(
     records = ask(probe(contexts=[300], max_items=1, max_new_tokens=4), subject("M"), data)
     assert all(np.isfinite(record.answer["letters"]).all() for record in records)
     assert all(record.answer["new_tokens"] <= 4 for record in records)
+
+
+def test_nan_is_an_error_and_no_score(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+) -> None:
+    engine = writing(know, say=lambda tokens: np.full(len(tokens), np.nan))
+    with pytest.raises(UnusableAnswer, match="the letters of id00"):
+        ask(probe(contexts=[2000], max_items=1), engine, data)
+
+
+def test_letters_that_are_equally_likely_share_the_point() -> None:
+    assert share_of_best(np.full(4, 2.0), 3) == 0.25
+    assert share_of_best(np.array([2.0, 1.0, 1.0, 3.0]), 2) == 0.5
+    assert share_of_best(np.array([2.0, 1.0, 1.5, 3.0]), 0) == 0.0
+
+
+def test_a_failed_request_is_a_null_with_its_cause(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    engine = writing(know)
+    generate = engine.generate
+    engine.generate = lambda prompts, sampling: [
+        replace(each, text="", finish_reason="failed", failure="timeout", detail="no reply in 60 s")
+        for each in generate(prompts, sampling)
+    ]
+    asked = probe(contexts=[20_000])
+    records = ask(asked, engine, data)
+    assert {record.answer["failure"] for record in records} == {"timeout"}
+    assert null_cause(records[0].answer) == "transport_error"
+    assert by(read(asked, records)[1], "accuracy") == 0.0
+
+
+def test_an_interrupted_probe_goes_on_to_the_same_records(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+) -> None:
+    asked = probe(contexts=[600, 50_000], max_items=4)
+    items = asked.items(data)
+    whole = {record.key: record.answer for record in ask(asked, writing(know), data)}
+    batches = list(asked.ask(writing(know), items, data))
+    assert len(batches) > 1
+    for done in range(len(batches)):
+        known = {answer.item for batch in batches[:done] for answer in batch}
+        rest = [item for item in items if item.id not in known]
+        later = [answer for batch in asked.ask(writing(know), rest, data) for answer in batch]
+        assert {answer.item for answer in later}.isdisjoint(known)
+        every = [*(answer for batch in batches[:done] for answer in batch), *later]
+        assert {a.item: a.content for a in every} == {f"{r['id']}@{r['context']}": r for r in whole.values()}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from longspan.engines.base import Engine, Sampling, Tokens
+from longspan.engines.base import Engine, Sampling, Tokens, require_finite
 from longspan.foundation.errors import UserError
 from longspan.probes.ada_leval.extraction import (
     ORDERS,
@@ -22,7 +22,7 @@ from longspan.probes.ada_leval.extraction import (
     read_order,
 )
 from longspan.probes.ada_leval.items import AdaItem, Task, read_items
-from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, share_of_best
 from longspan.probes.benchmark_files import file_digest
 from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
@@ -82,7 +82,7 @@ class AdaLEval(Probe):
         def shown(
             name: str, title: str, kind: Kind = "proportion", better: Literal["higher", "lower"] = "higher"
         ) -> Metric:
-            return Metric(name, title, "", kind, better, x_name=at, compare=False)
+            return Metric(name, title, "", kind, better, x_name=at, compare=False, detail=True)
 
         return (
             Metric("accuracy", "Accuracy", "", "proportion", "higher", x_name=at, chance=chance),
@@ -147,10 +147,7 @@ class AdaLEval(Probe):
         if "response" in answer:
             yield from self._of_reply(answer, sample, seen)
         if "nll" in answer:
-            # Those equally likely share the point: a subject that says the same of all scores at chance.
-            nll = np.array(answer["nll"])
-            best = np.flatnonzero(nll <= nll.min() + 1e-6 * max(1.0, abs(float(nll.min()))))
-            yield seen("likelihood_accuracy", float(answer["right"] in best) / len(best))
+            yield seen("likelihood_accuracy", share_of_best(np.array(answer["nll"]), answer["right"]))
 
     def _of_reply(self, answer: dict[str, Any], sample: Any, seen: Any) -> Iterable[Observation]:
         text, candidates = answer["response"], answer.get("candidates")
@@ -211,7 +208,8 @@ class AdaLEval(Probe):
         if not prefixes:
             return
         for content, scores in zip(fitting, engine.score_many(prefixes, choices), strict=True):
-            content["nll"] = [float(nll.sum()) for nll in scores]
+            sums = np.array([float(nll.sum()) for nll in scores])
+            content["nll"] = require_finite(sums, engine.name, f"the answers to {content['id']}").tolist()
 
 
 def _about(each: AdaItem, length: int) -> dict[str, Any]:

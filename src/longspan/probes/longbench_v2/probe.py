@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from longspan.engines.base import Engine, Generation, Sampling, Tokens
+from longspan.engines.base import Engine, Generation, Sampling, Tokens, require_finite
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
-from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, share_of_best
 from longspan.probes.benchmark_files import Rows, file_digest, hub_file, read_rows
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, Variant, render, retrieved_document
 from longspan.probes.longbench_v2.scores import COMPENSATION, groups_of, read_answer
 from longspan.probes.longbench_v2.truncation import fit
+from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
 DATASET = "THUDM/LongBench-v2"
 FILE = "data.json"
 FIELDS = ("_id", "question", "choice_A", "choice_B", "choice_C", "choice_D", "answer")
+Better = Literal["higher", "lower"]
 SLICES = ("easy", "hard", "short", "medium", "long")
 
 
@@ -85,41 +87,27 @@ class LongBenchV2(Probe):
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """In order of importance; slices and ledger are shown and not compared."""
-        at = "context"
+        chance = 1 / len(LETTERS)
+
+        def main(name: str, title: str, *, better: Better = "higher", chance: float | None = None) -> Metric:
+            return Metric(name, title, "", "proportion", better, x_name="context", chance=chance)
+
+        def detail(name: str, title: str, kind: Kind = "proportion") -> Metric:
+            return Metric(name, title, "", kind, "higher", x_name="context", compare=False, detail=True)
+
         return (
-            Metric("accuracy", "Accuracy (strict)", "", "proportion", "higher", x_name=at, chance=1 / len(LETTERS)),
-            Metric("null_rate", "No answer", "", "proportion", "lower", x_name=at),
-            Metric("answered", "Accuracy on answered", "", "proportion", "higher", x_name=at, compare=False),
-            Metric("compensated", "Compensated accuracy", "", "proportion", "higher", x_name=at, compare=False),
-            Metric("letter_accuracy", "Accuracy by likelihood", "", "proportion", "higher", x_name=at, chance=0.25),
-            Metric(
-                "letter_accuracy_calibrated",
-                "Accuracy by likelihood over the prior",
-                "",
-                "proportion",
-                "higher",
-                x_name=at,
-                chance=0.25,
-            ),
-            Metric("fully_visible", "Whole document seen", "", "proportion", "higher", x_name=at, compare=False),
-            Metric("kept_fraction", "Share of document seen", "", "ratio", "higher", x_name=at, compare=False),
-            Metric(
-                "accuracy_visible",
-                "Accuracy, whole document seen",
-                "",
-                "proportion",
-                "higher",
-                x_name=at,
-                compare=False,
-            ),
-            *(
-                Metric(f"accuracy_{name}", f"Accuracy, {name}", "", "proportion", "higher", x_name=at, compare=False)
-                for name in SLICES
-            ),
-            *(
-                Metric(f"said_{letter}", f"Said {letter}", "", "proportion", "higher", x_name=at, compare=False)
-                for letter in LETTERS
-            ),
+            main("accuracy", "Accuracy (strict)", chance=chance),
+            main("null_rate", "No answer", better="lower"),
+            detail("answered", "Accuracy on answered"),
+            detail("compensated", "Compensated accuracy"),
+            main("letter_accuracy", "Accuracy by likelihood", chance=chance),
+            main("letter_accuracy_calibrated", "Accuracy by likelihood over the prior", chance=chance),
+            detail("fully_visible", "Whole document seen"),
+            detail("kept_fraction", "Share of document seen", "ratio"),
+            detail("accuracy_visible", "Accuracy, whole document seen"),
+            *(detail(f"accuracy_{name}", f"Accuracy, {name}") for name in SLICES),
+            *(detail(f"said_{letter}", f"Said {letter}") for letter in LETTERS),
+            *(detail(f"right_{letter}", f"{letter} is right") for letter in LETTERS),
         )
 
     def protocol(self) -> dict[str, Any]:
@@ -168,12 +156,13 @@ class LongBenchV2(Probe):
                 yield seen(f"accuracy_{group}", right)
         for letter in LETTERS:
             yield seen(f"said_{letter}", float(read.letter == letter))
+            yield seen(f"right_{letter}", float(answer["gold"] == letter))
         if "letters" in answer:
-            letters_4 = np.array(answer["letters"])
-            yield seen("letter_accuracy", float(LETTERS[int(np.argmin(letters_4))] == answer["gold"]))
+            letters_4, right_one = np.array(answer["letters"]), LETTERS.index(answer["gold"])
+            yield seen("letter_accuracy", share_of_best(letters_4, right_one))
             if "letters_prior" in answer:
-                over = int(np.argmin(letters_4 - np.array(answer["letters_prior"])))
-                yield seen("letter_accuracy_calibrated", float(LETTERS[over] == answer["gold"]))
+                over_4 = letters_4 - np.array(answer["letters_prior"])
+                yield seen("letter_accuracy_calibrated", share_of_best(over_4, right_one))
         if "fully_visible" in (ledger := answer.get("truncation", {})):
             yield seen("fully_visible", float(ledger["fully_visible"]))
             yield seen("kept_fraction", ledger["kept_fraction"])
@@ -286,7 +275,8 @@ class LongBenchV2(Probe):
             return
         scores = engine.score_many(prefixes, [letters] * len(asked))
         for content, name, scored in zip(asked, names, scores, strict=True):
-            content[name] = [float(nll.sum()) for nll in scored]
+            sums = np.array([float(nll.sum()) for nll in scored])
+            content[name] = require_finite(sums, engine.name, f"the letters of {content['id']}").tolist()
 
 
 def _short(text: str, limit: int) -> str:

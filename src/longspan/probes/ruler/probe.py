@@ -77,8 +77,13 @@ class Ruler(Probe):
         """The mean over tasks, then each task."""
         return (
             Metric("score", "Score", "", "proportion", "higher", x_name="length"),
-            Metric("null_rate", "Empty answers", "", "proportion", "lower", x_name="length", compare=False),
-            *(Metric(task, task, "", "proportion", "higher", x_name="length", compare=False) for task in self._tasks()),
+            Metric(
+                "null_rate", "Empty answers", "", "proportion", "lower", x_name="length", compare=False, detail=True
+            ),
+            *(
+                Metric(task, task, "", "proportion", "higher", x_name="length", compare=False, detail=True)
+                for task in self._tasks()
+            ),
         )
 
     def protocol(self) -> dict[str, Any]:
