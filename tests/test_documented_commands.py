@@ -284,17 +284,16 @@ def shrunk(command: Command) -> list[str]:
         tiny = TINY_PROBES[probe]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key not in settings]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key in settings]
-    tiny = re.split(r" (?=[a-z_.]+=)", TINY)
+    settings_of_size = re.split(r" (?=[a-z_.]+=)", TINY)
     if "model" not in study.base:
         # Models that are asked as they are have the size that they have.
-        tiny = ["probe_context=32", *(setting for setting in tiny if setting.startswith("corpus."))]
-    return [*words, *tiny, *extra]
-    tiny_settings = re.split(r" (?=[a-z_.]+=)", TINY)
+        corpus_only = [setting for setting in settings_of_size if setting.startswith("corpus.")]
+        settings_of_size = ["probe_context=32", *corpus_only]
     if corpus["source"] == "task":
-        tiny_settings = [each for each in tiny_settings if not each.startswith(OF_TEXT)]
+        settings_of_size = [setting for setting in settings_of_size if not setting.startswith(OF_TEXT)]
         # Nothing but the MLPs is free, and at this width they are small beside any mixer.
         extra += ["model.match=null", "model.masked_heads=1", *TINY_TASKS[corpus["task"]].split()]
-    return [*words, *tiny_settings, *extra]
+    return [*words, *settings_of_size, *extra]
 
 
 def write_no_page(report: ReportInput, folder: Path) -> Path:
