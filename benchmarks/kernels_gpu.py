@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import kernels
+from longspan.ops.attention import attention, flex_block_mask
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
@@ -185,6 +186,21 @@ def check_scan(run: Run) -> None:
             return selective_scan(*z, doc_BT=doc)
 
         compare(run, f"scan {dtype} T={time}", scan, scan, scan_inputs(rows, time, channels, state, dtype))
+
+
+def check_attention(run: Run) -> None:
+    rows, time = 2, 700
+    doc = documents(rows, time, 150.0)
+    for window in (None, 200):
+        mask = flex_block_mask(doc, window=window)
+        rules: dict[str, Any] = {"q_doc_BT": doc, "window": window}
+        compare(
+            run,
+            f"attention window {window}",
+            lambda *z, rules=rules, mask=mask: [attention(*z, **rules, backend="flex", block_mask=mask)],
+            lambda *z, rules=rules: [attention(*z, **rules, backend="reference")],
+            [normal(rows, time, 12, 64) for _ in range(3)],
+        )
 
 
 def check_norm(run: Run) -> None:
@@ -387,6 +403,25 @@ def bench_scan(run: Run) -> None:
         )
 
 
+def bench_attention(run: Run) -> None:
+    """Isolated documents of about 700 tokens; operations are counted inside documents alone."""
+    for rows, time in SHAPES:
+        doc = documents(rows, time, 700.0)
+        mask = flex_block_mask(doc)
+        starts = F.pad((doc[:, 1:] != doc[:, :-1]), (1, 0), value=True).flatten().nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([rows * time])).double()
+        flops = 3.5 * 2 * float((lengths**2).sum()) * WIDTH
+        leaves = [normal(rows, time, 12, 64) for _ in range(3)]
+        time_both(
+            run,
+            f"attention {rows}x{time} documents",
+            lambda *z, doc=doc, mask=mask: [attention(*z, q_doc_BT=doc, backend="flex", block_mask=mask)],
+            leaves,
+            run.floor_ms(12 * 65_536 * WIDTH * 2, flops),
+            mask_ms=median_ms(lambda doc=doc: flex_block_mask(doc)),
+        )
+
+
 def variants_conv(run: Run) -> None:
     from longspan.ops.triton import causal_conv as launched
 
@@ -514,6 +549,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "check ssd": check_ssd,
     "check layer": check_layer,
     "check scan": check_scan,
+    "check attention": check_attention,
 }
 PARTS: dict[str, Callable[[Run], None]] = {
     "ceilings": measure_ceilings,
@@ -525,6 +561,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "layer": bench_layer,
     "conv variants": variants_conv,
     "ssd variants": variants_ssd,
+    "attention": bench_attention,
     "step": bench_step,
     "scan": bench_scan,
     "plain": bench_plain,
