@@ -71,6 +71,7 @@ def test_the_compiler_sees_through(device, documents, normal, served):
     torch.library.opcheck(kernel, arguments, test_utils=tests)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_is_one_graph(device, documents, normal, served):
     """The compiler finds ops where kernels are: no break, the same values and gradients."""
     mixer = layer(FP32, device)
