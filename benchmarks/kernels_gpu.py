@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import kernels
+from longspan.ops.attention import attention, flex_block_mask
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
@@ -187,6 +188,21 @@ def check_scan(run: Run) -> None:
         compare(run, f"scan {dtype} T={time}", scan, scan, scan_inputs(rows, time, channels, state, dtype))
 
 
+def check_attention(run: Run) -> None:
+    rows, time = 2, 700
+    doc = documents(rows, time, 150.0)
+    for window in (None, 200):
+        mask = flex_block_mask(doc, window=window)
+        rules: dict[str, Any] = {"q_doc_BT": doc, "window": window}
+        compare(
+            run,
+            f"attention window {window}",
+            lambda *z, rules=rules, mask=mask: [attention(*z, **rules, backend="flex", block_mask=mask)],
+            lambda *z, rules=rules: [attention(*z, **rules, backend="reference")],
+            [normal(rows, time, 12, 64) for _ in range(3)],
+        )
+
+
 def check_norm(run: Run) -> None:
     from longspan.models.norms import GatedRMSNorm, RMSNorm
 
@@ -241,6 +257,8 @@ def check_layer(run: Run) -> None:
         kernels.choose(before)
     error = float((fused.float() - stepwise.float()).norm() / stepwise.float().norm())
     run.add("check layer against plain torch", right=error < 2e-2, worst=error)
+    if not error < 2e-2:
+        run.failed.append(f"check layer against plain torch: {error:.1e}")
 
 
 def mamba2_layer() -> Any:
@@ -387,6 +405,25 @@ def bench_scan(run: Run) -> None:
         )
 
 
+def bench_attention(run: Run) -> None:
+    """Isolated documents of about 700 tokens; operations are counted inside documents alone."""
+    for rows, time in SHAPES:
+        doc = documents(rows, time, 700.0)
+        mask = flex_block_mask(doc)
+        starts = F.pad((doc[:, 1:] != doc[:, :-1]), (1, 0), value=True).flatten().nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([rows * time])).double()
+        flops = 3.5 * 2 * float((lengths**2).sum()) * WIDTH
+        leaves = [normal(rows, time, 12, 64) for _ in range(3)]
+        time_both(
+            run,
+            f"attention {rows}x{time} documents",
+            lambda *z, doc=doc, mask=mask: [attention(*z, q_doc_BT=doc, backend="flex", block_mask=mask)],
+            leaves,
+            run.floor_ms(12 * 65_536 * WIDTH * 2, flops),
+            mask_ms=median_ms(lambda doc=doc: flex_block_mask(doc)),
+        )
+
+
 def variants_conv(run: Run) -> None:
     from longspan.ops.triton import causal_conv as launched
 
@@ -460,7 +497,7 @@ def bench_plain(run: Run) -> None:
         kernels.choose(before)
 
 
-def bench_step(run: Run) -> None:
+def bench_step(run: Run, *patterns: str) -> None:
     from longspan.models.budget import training_flops_per_token
     from longspan.models.language_model import LanguageModel, ModelConfig
 
@@ -470,7 +507,7 @@ def bench_step(run: Run) -> None:
         "AM": ModelConfig(pattern="AM" * 6, width=WIDTH, heads=12, state=STATE, mlp_width=1536),
         "A": ModelConfig(pattern="A" * 12, width=WIDTH, heads=12, mlp_width=2048),
     }
-    for name, config in shapes.items():
+    for name, config in ((name, shapes[name]) for name in patterns):
         model = LanguageModel(config, vocab, seed=0, device=DEVICE)
         optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True)
         size = sum(p.numel() for p in model.parameters())
@@ -514,19 +551,25 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "check ssd": check_ssd,
     "check layer": check_layer,
     "check scan": check_scan,
+    "check attention": check_attention,
 }
+# FlexAttention is compiled by inductor, slowly, and comes late for that.
 PARTS: dict[str, Callable[[Run], None]] = {
     "ceilings": measure_ceilings,
-    **CHECKS,
+    **{name: CHECKS[name] for name in ("check conv", "check norm", "check ssd", "check layer")},
     "conv": bench_conv,
     "ssd": bench_ssd,
     "profile ssd": profile_ssd,
     "norm": bench_norm,
     "layer": bench_layer,
+    "step M": lambda run: bench_step(run, "M"),
     "conv variants": variants_conv,
     "ssd variants": variants_ssd,
-    "step": bench_step,
+    "check scan": check_scan,
     "scan": bench_scan,
+    "check attention": check_attention,
+    "step A": lambda run: bench_step(run, "A", "AM"),
+    "attention": bench_attention,
     "plain": bench_plain,
 }
 
@@ -535,7 +578,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The Triton kernels on one GPU.")
     parser.add_argument("--check", action="store_true", help="correctness alone")
     parser.add_argument("--only", default="", help="parts whose name contains one of these words")
-    parser.add_argument("--seconds", type=float, default=170.0, help="no part starts after this long")
+    parser.add_argument("--seconds", type=float, default=150.0, help="no part starts after this long")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: this benchmark measures kernels on a GPU", file=sys.stderr)

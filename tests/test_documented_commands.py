@@ -65,6 +65,15 @@ TINY = (
 )
 """Appended to every documented command, where the later of two overrides wins."""
 
+OF_TEXT = ("vocab_size=", "corpus.min_chars=", "corpus.splits=")
+"""Settings among them that a task has not."""
+
+TINY_TASKS = {
+    "copy": "corpus.vocab_size=4 corpus.min_length=2 corpus.max_length=4",
+    "reverse": "corpus.vocab_size=4 corpus.min_length=2 corpus.max_length=4",
+    "mqar": "corpus.vocab_size=34 corpus.length=32 corpus.pairs=[2] corpus.filler=2",
+}
+
 TINY_MODEL = {"width": 16, "heads": 2, "state": 4, "mamba_head_dim": 8, "mlp_width": 16}
 
 TINY_NEEDLES = {
@@ -89,6 +98,9 @@ TINY_PROBES: dict[str, dict[str, object]] = {
     "tsort": {"max_items": 1, "generate": False},
     "pg19": {"windows": [32], "max_books": 1, "max_tokens": 64},
     "ruler": {"tasks": ["niah_single_1"], "lengths": [900], "samples": 1},
+    "copying": {"sizes": [2, 3], "strings": 4},
+    "reversing": {"sizes": [2, 3], "strings": 4},
+    "recall": {"sizes": [2], "lengths": [16, 32], "strings": 4},
 }
 
 TINY_LISTS = {
@@ -96,6 +108,8 @@ TINY_LISTS = {
     "docs/examples/benchmarks.yaml": {"pattern": "[A]"},
     "wikitext-baseline": {},
     "hybrid-patterns": {"pattern": "[AM]"},
+    "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
+    "recall": {"pattern": "hybrid"},
     "wiki-leakage": {"pattern": "[AM]", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
 }
 """Shorter lists to vary; a documented command that names one keeps its own."""
@@ -270,11 +284,16 @@ def shrunk(command: Command) -> list[str]:
         tiny = TINY_PROBES[probe]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key not in settings]
         extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key in settings]
-    tiny = re.split(r" (?=[a-z_.]+=)", TINY)
+    settings_of_size = re.split(r" (?=[a-z_.]+=)", TINY)
     if "model" not in study.base:
         # Models that are asked as they are have the size that they have.
-        tiny = ["probe_context=32", *(setting for setting in tiny if setting.startswith("corpus."))]
-    return [*words, *tiny, *extra]
+        corpus_only = [setting for setting in settings_of_size if setting.startswith("corpus.")]
+        settings_of_size = ["probe_context=32", *corpus_only]
+    if corpus["source"] == "task":
+        settings_of_size = [setting for setting in settings_of_size if not setting.startswith(OF_TEXT)]
+        # Nothing but the MLPs is free, and at this width they are small beside any mixer.
+        extra += ["model.match=null", "model.masked_heads=1", *TINY_TASKS[corpus["task"]].split()]
+    return [*words, *settings_of_size, *extra]
 
 
 def write_no_page(report: ReportInput, folder: Path) -> Path:

@@ -23,6 +23,7 @@ class Stub:
         behave: answers a request to /v1/completions or /v1/chat/completions; None: as a good server.
         limit: tokens that it takes.
         model, metrics: what it serves, and what it says at /metrics.
+        listed: the status of its list of models.
         ids, echo: whether it takes token ids, and gives likelihoods of a prompt.
     """
 
@@ -30,7 +31,7 @@ class Stub:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.behave: Callable[[dict[str, Any]], Reply | None] | None = None
         self.limit = 512
-        self.model, self.metrics = "m", ""
+        self.model, self.metrics, self.listed = "m", "", 200
         self.ids = self.echo = True
         self.under_way = self.most_under_way = self.connections = 0
         self.lock = threading.Lock()
@@ -89,7 +90,8 @@ def serving(port: int = 0) -> Iterator[Stub]:
                 "/version": {"version": "0.0"},
                 "/metrics": stub.metrics,
             }
-            self._send(200 if self.path in known else 404, known.get(self.path, ""), {})
+            status = stub.listed if self.path == "/v1/models" else 200 if self.path in known else 404
+            self._send(status, known.get(self.path, ""), {})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

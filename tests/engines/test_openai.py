@@ -120,6 +120,15 @@ def test_what_the_server_cannot_do_is_said_and_refused(stub: Any, connect: Open)
     assert stub.asked[-1][1]["prompt"] == "The senate asks."
 
 
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_server_that_lists_no_models_is_asked_all_the_same(stub: Any, connect: Open, status: int) -> None:
+    stub.listed = status
+    engine = connect()
+    assert engine.context_limit is None
+    assert any("list its models" in note or "does not say how many" in note for note in engine.notes)
+    assert engine.generate(prompts(4), LIMIT)[0].text == " 0 1 2 3"
+
+
 def test_the_chat_api_gets_the_question_only(stub: Any, connect: Open) -> None:
     engine = connect(api="chat")
     (written,) = engine.generate([engine.encode_prompt("Who asks?", "It is")], LIMIT)

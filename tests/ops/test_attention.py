@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.foundation.errors import UserError
 from longspan.ops import attention as module
-from longspan.ops.attention import attention, block_size
+from longspan.ops.attention import attention, block_size, flex_block_mask
 
 
 def leaves(batch, time, keys=None, heads=4, groups=4, head_dim=8, seed=0, dtype=torch.float64):
@@ -184,3 +185,31 @@ def test_what_cannot_be_honoured_is_refused(rules, words):
         attention(*leaves(2, 8), **rules)
     with pytest.raises(UserError, match="kv_heads"):
         attention(*leaves(2, 8, groups=3))
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+@pytest.mark.parametrize(("time", "chance"), [(512, 0.01), (500, 0.003), (300, 1.0), (260, 0.0)])
+def test_the_blocks_of_a_mask_are_those_of_the_whole_square(time, chance, window, documents):
+    """Blocks left out hold nothing that is visible, blocks called whole nothing that is not."""
+    doc = documents(3, time, chance)
+    mask = flex_block_mask(doc, window=window)
+    distance = torch.arange(time)[:, None] - torch.arange(time)
+    square = (distance >= 0) & (distance < (window or time)) & (doc[:, :, None] == doc[:, None, :])
+    inside = torch.ones(time, time, dtype=torch.bool)
+    edge = -time % 128
+    blocks = F.pad(square, (0, edge, 0, edge)).unflatten(1, (-1, 128)).unflatten(3, (-1, 128))
+    exists = F.pad(inside, (0, edge, 0, edge)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    some, whole = blocks.any(4).any(2), (blocks | ~exists).all(4).all(2)
+    partly = torch.zeros_like(some)
+    full = torch.zeros_like(some)
+    for counts, order, into in (
+        (mask.kv_num_blocks, mask.kv_indices, partly),
+        (mask.full_kv_num_blocks, mask.full_kv_indices, full),
+    ):
+        for b, q in torch.cartesian_prod(torch.arange(3), torch.arange(some.shape[1])).tolist():
+            into[b, q, order[b, 0, q, : counts[b, 0, q]].long()] = True
+    assert torch.equal(partly | full, some)
+    assert not (partly & full).any()
+    assert not (full & ~whole).any()
+    t = torch.arange(time)
+    assert torch.equal(mask.mask_mod(torch.tensor(1), torch.tensor(0), t[:, None], t), square[1])

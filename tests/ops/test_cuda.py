@@ -148,7 +148,7 @@ def test_linear_cross_entropy(dtype, reduction):
 def test_attention(dtype, alibi, backend):
     doc = documents()
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]) if alibi else None
-    mask = flex_block_mask(doc.cuda(), time=TIME, keys=TIME, window=50) if backend == "flex" else None
+    mask = flex_block_mask(doc.cuda(), window=50) if backend == "flex" else None
     tensors = [normal(BATCH, TIME, 4, 32), normal(BATCH, TIME, 2, 32, seed=1), normal(BATCH, TIME, 2, 32, seed=2)]
 
     def on_cuda(*z: Tensor) -> Tensor:

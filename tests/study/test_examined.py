@@ -143,6 +143,20 @@ def test_an_import_is_not_asked_by_text_without_a_template(
     )
 
 
+def test_a_tokenizer_with_more_entries_than_the_model_has_rows_is_refused_by_the_plan(
+    trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
+) -> None:
+    found = trained[2]
+    exported = tmp_path / "exported"
+    write_folder(found.load_model(), exported, tokenizer=found.tokenizer, markers=found.markers, context=found.context)
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    study = tmp_path / "asked.yaml"
+    study.write_text(f"question: Which?\nsubjects: [{{pretrained: {exported}}}]\nprobe_context: 48\n{CORPUS}")
+    with pytest.raises(UserError, match="a tokenizer of 300 entries for a model of 100 rows"):
+        make_plan(load_study(str(study)), tmp_path / "runs")
+
+
 def test_a_checkpoint_stands_beside_subjects_that_are_trained(
     trained: tuple[Path, ReportInput, TrainedRun], tmp_path: Path
 ) -> None:

@@ -153,7 +153,11 @@ def find_tokenizer_file(name: str, revision: str | None) -> Path:
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return path / "tokenizer.json"
-        raise UserError(f"{path} holds no tokenizer.json", "a folder with a tokenizer.json", "give the file itself")
+        raise UserError(
+            f"{path} holds no tokenizer.json",
+            "a folder with a tokenizer.json, beside the weights where it is a model's",
+            "put the file there, or name another folder",
+        )
     allowed = "a tokenizer.json, a folder that holds one, or a Hugging Face id like `HuggingFaceTB/SmolLM-135M`"
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith(".json"):
         raise UserError(f"tokenizer {name} does not exist", allowed, "check the path")

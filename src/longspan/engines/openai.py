@@ -278,7 +278,12 @@ class OpenAIEngine(Engine):
     # --- what the server can do ---------------------------------------------------------------------------------------
 
     def _listed_limit(self, notes: list[str]) -> int | None:
-        listed = self.server.get("/v1/models")
+        try:
+            listed = self.server.get("/v1/models")
+        except RequestFailed as error:
+            # `transformers serve` answers so where nothing was ever fetched from the hub.
+            notes.append(f"the server does not list its models ({error.detail})")
+            return None
         entries = listed.get("data", []) if isinstance(listed, dict) else []
         entry: dict[str, Any] = next((each for each in entries if each.get("id") == self._model), {})
         limit = entry.get("max_model_len") or entry.get("context_length") or entry.get("context_window")

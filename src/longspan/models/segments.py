@@ -6,12 +6,13 @@ Legend: B rows, T tokens of this call, S cached and new keys.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops.attention import flex_block_mask
 from longspan.ops.rotary import RopeScaling, Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]
@@ -73,6 +74,7 @@ class Segments:
     _rotations: dict[tuple[int, float, torch.dtype, RopeScaling | None], Rotation] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _block_masks: dict[int | None, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def rotation(self, head_dim: int, base: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> Rotation:
         """Of `positions`; the layers that ask for the same share it."""
@@ -80,6 +82,13 @@ class Segments:
         if key not in self._rotations:
             self._rotations[key] = Rotation.build(self.positions, head_dim, base, dtype, scaling)
         return self._rotations[key]
+
+    def block_mask(self, window: int | None) -> Any:
+        """For FlexAttention, of `attention_doc`; the layers with the same window share it."""
+        assert self.attention_doc is not None
+        if window not in self._block_masks:
+            self._block_masks[window] = flex_block_mask(self.attention_doc, window=window)
+        return self._block_masks[window]
 
     @classmethod
     def build(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops import kernels
 from longspan.ops.compiling import never_compiled
 
 Backend = Literal["sdpa", "reference", "flex"]
@@ -22,6 +23,9 @@ CALL_COST_PAIRS = 12_288
 # What it costs to gather one key and one value for a block of queries (the same), in pairs.
 GATHER_COST_PAIRS = 32
 SMALLEST_BLOCK = 32
+# FlexAttention's own block, and the head dimensions it takes without padding.
+FLEX_BLOCK = 128
+FLEX_HEAD_DIMS = (16, 32, 64, 128)
 
 
 def attention(
@@ -277,42 +281,48 @@ def _per_document(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, lengths: list[
     return y.view(q_BTHP.shape)
 
 
-def flex_block_mask(
-    q_doc_BT: Tensor | None,
-    k_doc_BS: Tensor | None = None,
-    *,
-    time: int,
-    keys: int,
-    q_offset: int = 0,
-    window: int | None = None,
-    device: torch.device | str = "cuda",
-) -> Any:
-    """Makes the `BlockMask` of a batch for backend "flex": causal, inside documents, inside the window.
+def flex_serves(q_BTHP: Tensor, dropout: float) -> bool:
+    """Whether rows of several documents go through "flex": bf16 on CUDA where kernels are chosen, at usual sizes."""
+    fits = q_BTHP.shape[1] >= FLEX_BLOCK and q_BTHP.shape[3] in FLEX_HEAD_DIMS and not dropout
+    return fits and q_BTHP.is_cuda and q_BTHP.dtype == torch.bfloat16 and kernels.serve(q_BTHP)
+
+
+def flex_block_mask(doc_BT: Tensor, *, window: int | None = None) -> Any:
+    """Makes the `BlockMask` of a batch for backend "flex": causal, inside documents, inside the window; T keys.
+
+    From the first and last document of every block alone: no (T, T) square is made, and nothing waits for the device.
 
     Args:
-        q_doc_BT: document ids of the queries; None: one document, and the mask serves any batch size.
-        k_doc_BS: document ids of the keys; None: those of the queries.
-        time: T.
-        keys: S.
-        q_offset: key position of the first query.
+        doc_BT: document ids; a document is a run of equal ids.
         window: positions that a query sees, or None.
-        device: a CUDA device.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
-    k_docs = q_doc_BT if k_doc_BS is None else k_doc_BS
+    time, device = doc_BT.shape[1], doc_BT.device
+    blocks = -(-time // FLEX_BLOCK)
+    run_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0)).cumsum(1, dtype=torch.int32)
+    first = torch.arange(blocks, device=device) * FLEX_BLOCK
+    low_BN, high_BN = run_BT[:, first], run_BT[:, (first + FLEX_BLOCK - 1).clamp(max=time - 1)]
+    distance = first[:, None] - first
+    some = (distance >= 0) & (high_BN[:, None, :] >= low_BN[:, :, None])
+    whole = (distance > 0) & (high_BN[:, :, None] == low_BN[:, None, :])
+    if window is not None:
+        some = some & (distance - FLEX_BLOCK + 1 < window)
+        whole = whole & (distance + FLEX_BLOCK - 1 < window)
 
     def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        distance = q_index + q_offset - k_index
-        seen = distance >= 0
-        if window is not None:
-            seen = seen & (distance < window)
-        if q_doc_BT is not None and k_docs is not None:
-            seen = seen & (q_doc_BT[b, q_index] == k_docs[b, k_index])
-        return seen
+        seen = (q_index >= k_index) & (run_BT[b, q_index] == run_BT[b, k_index])
+        return seen if window is None else seen & (q_index - k_index < window)
 
-    batch = None if q_doc_BT is None else q_doc_BT.shape[0]
-    return create_block_mask(visible, batch, None, time, keys, device=device)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(time, time)
+    )
+
+
+def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries meets, and which, those first; for all heads."""
+    order = blocks_BNN.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks_BNN.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
 _compiled_flex: Any = None

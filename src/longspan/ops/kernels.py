@@ -7,7 +7,6 @@ variable LONGSPAN_KERNELS gives the setting a process starts with.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -19,19 +18,16 @@ from torch import Tensor
 from longspan.foundation.errors import UserError
 
 Choice = Literal["auto", "triton", "plain"]
+CHOICES = get_args(Choice)
 VARIABLE = "LONGSPAN_KERNELS"
 SERVED = (torch.float32, torch.bfloat16)
 
 
-def _checked(choice: str) -> Choice:
-    for known in get_args(Choice):
-        if choice == known:
-            return known  # type: ignore[no-any-return]
-    raise UserError(f"kernels = {choice!r}", ", ".join(get_args(Choice)), f"set {VARIABLE} to one of these")
-
-
 class _Setting:
-    choice: Choice | None = None
+    """Found at import, so that `serve` holds nothing that a compiler could not trace."""
+
+    choice: str = os.environ.get(VARIABLE, "auto")
+    triton: bool = importlib.util.find_spec("triton") is not None
 
 
 def choice() -> Choice:
@@ -40,27 +36,18 @@ def choice() -> Choice:
     Raises:
         UserError: LONGSPAN_KERNELS names something else.
     """
-    if _Setting.choice is None:
-        _Setting.choice = _checked(os.environ.get(VARIABLE, "auto"))
-    return _Setting.choice
+    if _Setting.choice not in CHOICES:
+        given = f"kernels = {_Setting.choice!r}"
+        raise UserError(given, ", ".join(CHOICES), f"set {VARIABLE} to one of these")
+    return _Setting.choice  # type: ignore[return-value]
 
 
 def choose(new: Choice) -> Choice:
     """Sets it for this process; returns what it was."""
     before = choice()
-    _Setting.choice = _checked(new)
+    _Setting.choice = new
+    choice()
     return before
-
-
-@functools.cache
-def _triton_version() -> str:
-    if importlib.util.find_spec("triton") is None:
-        raise UserError(
-            "a CUDA device without Triton",
-            "Triton, which comes with torch on Linux",
-            f"install `triton`, or set {VARIABLE}=plain and accept plain torch, many times slower",
-        )
-    return importlib.metadata.version("triton")
 
 
 def serve(x: Tensor) -> bool:
@@ -72,13 +59,23 @@ def serve(x: Tensor) -> bool:
     wanted = choice()
     if wanted == "plain" or (wanted == "auto" and not x.is_cuda) or x.dtype not in SERVED:
         return False
-    _triton_version()
+    _need_triton()
     return True
+
+
+def _need_triton() -> None:
+    if not _Setting.triton:
+        raise UserError(
+            "kernels without Triton",
+            "Triton, which comes with torch on Linux",
+            f"install `triton`, or set {VARIABLE}=plain and accept plain torch, many times slower on a GPU",
+        )
 
 
 def described(device: torch.device) -> str:
     """What the setting comes to on `device`, for people: to be printed wherever a run says how it computes."""
     wanted = choice()
     if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
-        return f"Triton {_triton_version()} kernels ({wanted})"
+        _need_triton()
+        return f"Triton {importlib.metadata.version('triton')} kernels ({wanted})"
     return f"plain torch ({wanted})"

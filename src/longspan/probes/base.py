@@ -161,6 +161,11 @@ class Probe(Config, ABC):
         del summary
         return []
 
+    def mark(self, data: ProbeData) -> tuple[float, str] | None:
+        """An x worth marking in the charts and what it is; None: the training context, on axes of tokens."""
+        del data
+        return None
+
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The item as text, shortened."""
         return Asked(shown(data, data.shards.document(item.document)[:100]))

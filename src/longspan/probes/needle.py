@@ -138,9 +138,10 @@ class Needle(Probe):
             for number, text in enumerate(texts):
                 where = "made_up" if self.haystack == "made_up" else data.shards.ids[text["haystack"]]
                 details = {**text, "context": context, "room": context - reserve, "first": context == contexts[0]}
-                name, asked = f"{where}:{number}@{context}", len(text["asked"])
-                tokens = context + asked * self.candidates * reserve
-                items.append(Item(name, max(0, text["haystack"]), tokens, {**details, "cluster": where}))
+                # Texts of one document are not independent; made-up ones are.
+                details["cluster"] = f"{where}:{number}" if self.haystack == "made_up" else where
+                tokens = context + len(text["asked"]) * self.candidates * reserve
+                items.append(Item(f"{where}:{number}@{context}", max(0, text["haystack"]), tokens, details))
         return items
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:

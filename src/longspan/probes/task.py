@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -44,7 +44,7 @@ class TaskProbe(Probe):
         "the right answer. Free-running: the subject reads what it wrote itself. Intervals are Wilson's over strings."
     )
     requires: ClassVar[frozenset[str]] = frozenset({"predict", "generate"})
-    x_scale: ClassVar[Literal["log", "linear"]] = "linear"
+    x_scale: ClassVar[Literal["log", "linear"]] = "log"
 
     axis: ClassVar[str] = "length"
 
@@ -83,8 +83,15 @@ class TaskProbe(Probe):
         sizes = tuple(sorted(set(self.sizes if self.sizes is not None else task.sizes())))
         if not sizes or sizes[0] < 1:
             raise UserError(f"sizes {list(sizes)}", "one or more positive sizes", "mend `sizes`")
+        return self.strings_of(task, sizes, data)
+
+    def strings_of(self, task: Task, sizes: Sequence[int], data: ProbeData) -> list[Item]:
+        """Items of a task at some sizes.
+
+        Raises:
+            UserError: there is no string of some size; said before anything is trained.
+        """
         for size in sizes:
-            # What cannot be drawn is refused before anything is trained.
             task.example(numpy_generator(data.seed, "task probe", size, 0), size)
         return [
             Item(f"{size}:{number}", 0, 2 * task.span(size), {"size": size, "number": number})
@@ -109,16 +116,17 @@ class TaskProbe(Probe):
                 {"size": item.details["size"], "context": len(e.inputs)}
                 for item, e in zip(items, examples, strict=True)
             ]
+        bits = [task.bits(item.details["size"]) for item in items]
         forced = engine.predict([e.inputs for e in examples], [e.labels >= 0 for e in examples])
         contents = [
             {
                 "size": item.details["size"],
                 "context": len(example.inputs),
                 "state_bits": _bits(engine.state_bytes(len(example.inputs))),
-                "bits": task.bits(item.details["size"]),
+                "bits": needed,
                 "forced": _right(written, example),
             }
-            for item, example, written in zip(items, examples, forced, strict=True)
+            for item, example, needed, written in zip(items, examples, bits, forced, strict=True)
         ]
         if self.free_running:
             for content, example, written in zip(contents, examples, _written(engine, examples), strict=True):
@@ -148,6 +156,10 @@ class TaskProbe(Probe):
                 found.setdefault(measured.subject, []).append(measured)
         return tuple(_reach(subject, sorted(curve, key=lambda m: m.x or 0)) for subject, curve in found.items())
 
+    def mark(self, data: ProbeData) -> tuple[float, str] | None:
+        """The largest size in training."""
+        return None if data.task is None else (float(max(data.task.sizes())), f"the largest {self.axis} in training")
+
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The question and the answer as symbols."""
         example = self.example(item, self.task(data), data)
@@ -169,10 +181,19 @@ class TaskProbe(Probe):
             )
         if not self.settings:
             return data.task
-        task = data.task.asked(self.settings, self.sizes)
+        return self.changed(data, self.settings)
+
+    def changed(self, data: ProbeData, settings: Mapping[str, Any]) -> Task:
+        """The trained task with other settings and the same ids.
+
+        Raises:
+            UserError: settings that it refuses, or that change its vocabulary.
+        """
+        assert data.task is not None
+        task = data.task.asked(settings, self.sizes)
         if task.tokenizer().fingerprint != data.tokenizer.fingerprint:
             raise UserError(
-                f"settings {self.settings} change the vocabulary of {data.task.task}",
+                f"settings {dict(settings)} change the vocabulary of {data.task.task}",
                 "strings of the ids that the subjects were trained on",
                 "leave `vocab_size` and its like as in training",
             )

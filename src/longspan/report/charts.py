@@ -167,7 +167,7 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
     """
     values = [{"i": index, **row} for index, row in enumerate(rows)]
     # The estimate stands nearer to its own name than to the next one.
-    step, below, zone_height = (34, 7, 17) if len(values) <= 16 else (28, 4, 13)
+    step, below, zone_height = (38, 5, 16) if len(values) <= 16 else (30, 3, 12)
     known = [row[key] for row in values for key in ("value", "low", "high") if row.get(key) is not None]
     known += [each for each in (chance, reference) if each is not None]
     zones = [row["zone"] for row in values if row.get("zone")]

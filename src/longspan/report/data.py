@@ -95,6 +95,9 @@ class ProbeSection:
         x_scale: scale of the x axis of the metrics that have one.
         place: with the quality of the subjects or with their cost (prefill, decode).
         empty_because: why there is nothing to show, where there is nothing.
+        mark: an x worth marking, e.g. the longest string in training, and `mark_name` what it is; None: the training
+            context, on axes of tokens.
+        asked_context: tokens that its longest item takes; None where they do not say.
     """
 
     kind: str
@@ -105,6 +108,9 @@ class ProbeSection:
     x_scale: Literal["log", "linear"] = "log"
     place: Literal["quality", "cost"] = "quality"
     empty_because: str = ""
+    mark: float | None = None
+    mark_name: str = ""
+    asked_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,10 @@ class TrainingCurve:
 
     Attributes:
         rows: the `train` lines: step, tokens, loss, lr, grad_norm, tokens_per_second, seconds.
-        validation: the `validation` lines: step, tokens, loss, perplexity, bits_per_byte, num_targets, seconds.
+        validation: the `validation` lines: step, tokens, loss, perplexity, bits_per_byte, num_targets, seconds; of a
+            task also samples, string_accuracy, token_accuracy, num_strings.
         best_step: the step of the best weights, None where unknown.
+        mastery: string accuracy that was to end the training; None where nothing of the kind was asked for.
     """
 
     subject: str
@@ -122,6 +130,7 @@ class TrainingCurve:
     rows: list[dict[str, float | None]] = field(default_factory=list)
     validation: list[dict[str, float | None]] = field(default_factory=list)
     best_step: int | None = None
+    mastery: float | None = None
 
 
 @dataclass(frozen=True)

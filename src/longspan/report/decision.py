@@ -69,6 +69,10 @@ def value_text(metric: Metric, measurement: Measurement, *, n: bool = False) -> 
     """A measurement as text, by the kind of its metric."""
     if metric.kind == "exact":
         return numbers.scaled(measurement.value)
+    if metric.kind == "derived" and metric.unit == "":
+        low, high = measurement.low, measurement.high
+        doubt = "" if low is None or high is None else f" [{numbers.count(low)}, {numbers.count(high)}]"
+        return f"{numbers.count(measurement.value)}{doubt}"
     if metric.kind in ("proportion", "difference"):
         return numbers.percentage(measurement.value, measurement.low, measurement.high, measurement.n if n else None)
     text = numbers.estimate(measurement.value, measurement.low, measurement.high)

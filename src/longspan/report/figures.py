@@ -79,7 +79,7 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
         table, drawn = tables.context_cost_table(report, name), [row["subject"] for row in unique]
-        caption += _mark(report, rows)
+        caption += _mark(rows, report.context, "the training context")
         found.append(_figure(slug(name), title, caption, spec, table, shown, drawn, x.title, half=True))
     for section in report.probes:
         if section.place == "cost":
@@ -176,7 +176,9 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     under = truncation.underlay(report, section, metric)
     reach = None if under is None else 1.0
     y = Axis(metric.unit, form=".0%" if percent else ",~r", zero=metric.kind == "proportion", reach=reach)
-    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=report.context)
+    in_tokens = metric.x_name in ("context", "position")
+    mark = section.mark if section.mark is not None else report.context if in_tokens else None
+    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
     caption += " The dashed line is guessing." if metric.chance is not None else ""
@@ -185,7 +187,8 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     table = tables.metric_table(section, metric, arms.labels)
     drawn = [row["subject"] for row in rows]
     name = slug(f"{section.kind}-{metric.name}")
-    return _figure(name, metric.title, caption + _mark(report, rows), spec, table, arms, drawn, x.title, half=half)
+    caption += _mark(rows, mark, section.mark_name or "the training context")
+    return _figure(name, metric.title, caption, spec, table, arms, drawn, x.title, half=half)
 
 
 def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
@@ -215,7 +218,7 @@ def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
     number = "The number is per cent" if percent else f"The number is {metric.unit or metric.title.lower()}"
     caption = f"{better} is better. {number}, from {asked} questions a cell; intervals (95 %) are in the table."
     if any(row["open"] for row in rows):
-        guess = f" ({numbers.significant(100 * metric.chance, 2)} %)" if metric.chance is not None and percent else ""
+        guess = f" ({100 * metric.chance:.3g} %)" if metric.chance is not None and percent else ""
         caption += f" A ring marks cells whose interval holds guessing{guess}."
     if floors:
         caption += " The floor is what the subject scores on the same questions without the text."
@@ -258,10 +261,10 @@ def _x_title(metric: Metric) -> str:
     return X_TITLES.get(metric.x_name or "", metric.x_name or "")
 
 
-def _mark(report: ReportInput, rows: Sequence[Row]) -> str:
-    if report.context is None or not min(r["x"] for r in rows) < report.context < max(r["x"] for r in rows):
+def _mark(rows: Sequence[Row], mark: float | None, name: str) -> str:
+    if mark is None or not min(r["x"] for r in rows) < mark < max(r["x"] for r in rows):
         return ""
-    return f" The dotted line marks the training context ({numbers.count(report.context)})."
+    return f" The dotted line marks {name} ({numbers.count(mark)})."
 
 
 def _fact_rows(subject: SubjectFacts, name: str) -> list[Row]:
@@ -327,7 +330,7 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
 
 
 def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title: str, unit: str) -> Figure | None:
-    costs, where = _costs(report, name)
+    costs, where = _costs(report, name, finding.section.asked_context)
     values = {s: m for s, m in findings.measured(finding).items() if s in costs and s in arms}
     if len(values) < 2 or max(costs[s] for s in values) <= min(costs[s] for s in values) * 1.0001:
         return None
@@ -355,14 +358,20 @@ def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title:
     return Figure(f"pareto-{slug(name)}", heading, caption, spec, table, 1, charts.width_of(labelled), half=True)
 
 
-def _costs(report: ReportInput, name: str) -> tuple[dict[str, float], str]:
+def _near(contexts: set[int], asked: int | None) -> int:
+    """The smallest known context that holds the longest item; the largest where items do not say how long they are."""
+    enough = [context for context in contexts if asked is not None and context >= asked]
+    return min(enough, default=max(contexts))
+
+
+def _costs(report: ReportInput, name: str, asked: int | None) -> tuple[dict[str, float], str]:
     if name == "training_flops":
         return {s.label: s.training_flops for s in report.subjects if s.training_flops}, ""
     known: dict[str, dict[int, float]] = {s.label: getattr(s, name) for s in report.subjects if getattr(s, name)}
     shared = set.intersection(*(set(values) for values in known.values())) if known else set()
     if not shared:
         return {}, ""
-    context = max(shared)
+    context = _near(shared, asked)
     return {s: v[context] for s, v in known.items() if v[context] > 0}, f" at {numbers.count(context)} tokens"
 
 

@@ -60,12 +60,14 @@ def heat_map(
     on = alt.Color("on:N", scale=None, legend=None)
     layers = [
         base.mark_rect(stroke="var(--paper)", strokeWidth=2, cornerRadius=3).encode(
-            fill=alt.Fill("value:Q", scale=scale, legend=legend), tooltip=tip
+            fill=alt.Fill("value:Q", scale=scale, legend=legend)
         ),
-        base.mark_text(baseline="middle", fontSize=11.5, fontWeight=600, tooltip=None).encode(text="cell:N", color=on),
+        base.mark_text(baseline="middle", fontSize=11.5, fontWeight=600).encode(text="cell:N", color=on),
         base.transform_filter("datum.open")
-        .mark_point(size=14, strokeWidth=1.1, filled=False, yOffset=11, opacity=0.9, tooltip=None)
+        .mark_point(size=14, strokeWidth=1.1, filled=False, yOffset=11, opacity=0.9)
         .encode(stroke=alt.Stroke("on:N", scale=None, legend=None)),
+        # On top, so that neither the number nor the ring takes the pointer from the cell.
+        base.mark_rect(opacity=0).encode(tooltip=tip),
     ]
     panels = list(dict.fromkeys(row["panel"] for row in rows))
     height = ROW_HEIGHT * len({row["y"] for row in rows})

@@ -58,6 +58,12 @@ def _examine(source_json: str) -> Examined:
     folder = resolve(source.pretrained, source.revision)
     model, vocab_size = read_config(folder)
     tokenizer, markers = read_tokenizer(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{folder}: a tokenizer of {tokenizer.vocab_size} entries for a model of {vocab_size} rows",
+            "at least a row for each entry",
+            "put the tokenizer beside it that the model was trained with",
+        )
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
     return Examined(
         folder=folder,

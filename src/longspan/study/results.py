@@ -41,8 +41,8 @@ ITEMS_SHOWN = 40
 """Items of each probe that a reader of the report can look into."""
 
 
-def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
-    """All that the report shows, from the records of finished jobs."""
+def collect(plan: Plan, runs: Path, command: str, notes: Sequence[str] = ()) -> ReportInput:
+    """All that the report shows, from the records of finished jobs; `notes` stand before its own."""
     prepared = {
         planned.prepare.key: open_corpus(planned.prepare.folder(runs), verify=False) for planned in plan.subjects
     }
@@ -62,7 +62,7 @@ def collect(plan: Plan, runs: Path, command: str) -> ReportInput:
         training=[_curve(planned, runs) for planned in plan.trained],
         ledger=ledger(plan, runs, prepared),
         items=items,
-        notes=_notes(plan, runs),
+        notes=[*notes, *_notes(plan, runs)],
         context=next((each.training.context for each in plan.subjects if each.training), plan.context),
         tokenizer=", ".join(dict.fromkeys(corpus.tokenizer.name for corpus in prepared.values())),
         reproduce=Reproduce(
@@ -172,6 +172,7 @@ def _curve(planned: PlannedSubject, runs: Path) -> TrainingCurve:
         rows=_rows(line for line in lines if line["kind"] == "train"),
         validation=_rows(line for line in lines if line["kind"] == "validation"),
         best_step=planned.train.result(runs)["training"]["best"]["step"],
+        mastery=planned.training.mastery if planned.training else None,
     )
 
 
@@ -185,6 +186,7 @@ def _probe(
     observations: list[Observation] = []
     answers: dict[str, list[tuple[PlannedSubject, Record]]] = defaultdict(list)
     probe: Probe | None = None
+    context = 0
     for planned in plan.subjects:
         if name not in planned.probes:
             continue
@@ -199,6 +201,8 @@ def _probe(
             record = record.model_copy(update={"subject": planned.subject.label, "seed": planned.subject.seed})
             observations += probe.observe(record)
             together.append(record)
+            if isinstance(taken := record.answer.get("context"), int):
+                context = max(context, taken)
             if len(answers) < ITEMS_SHOWN or record.item in answers:
                 answers[record.item].append((planned, record))
         observations += probe.observe_together(together)
@@ -216,8 +220,17 @@ def _probe(
         x_scale=probe.x_scale,
         place=probe.place,
         empty_because="" if observations else "the probe had no items",
+        **_marked(plan, name, probe, prepared),
+        asked_context=context or None,
     )
     return section, _items(plan, name, probe, answers, prepared)
+
+
+def _marked(plan: Plan, name: str, probe: Probe, prepared: dict[str, PreparedCorpus]) -> dict[str, Any]:
+    """The x that the probe wants marked, from the first subject that was asked."""
+    first = next(planned for planned in plan.subjects if name in planned.probes)
+    found = probe.mark(probe_data(first.probes[name], prepared[first.prepare.key]))
+    return {} if found is None else {"mark": found[0], "mark_name": found[1]}
 
 
 def _items(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +29,8 @@ from longspan.study.stages import RECORDS, open_corpus, probe_data
 Stage = Literal["prepare", "train", "probe", "report"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "probe", "report")
 DEFAULT_RUNS = Path("runs")
+SHOWN_MISSING = 3
+"""Missing jobs that a report of an unfinished study names."""
 
 
 class Observer(Protocol):
@@ -155,25 +157,47 @@ def lost_answers(job: Job, runs: Path) -> int:
 
 
 def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
-    """Write the report of a study from its records.
+    """Write the report of a study from its records; of an unfinished study, of what is there, saying what is missing.
 
     Raises:
-        UserError: records are missing; names the command that makes them.
+        UserError: no subject is trained yet; names the command that goes on.
     """
     study = load_study(name, overrides)
     plan = make_plan(study, runs)
+    command = command_line(name, study.overrides, runs)
     jobs = plan.jobs_until("report")
-    missing = [job for job in jobs if not job.is_done(runs) or (job.kind == "probe" and lost_answers(job, runs))]
+    missing = [job for job in jobs if not _is_whole(job, runs)]
+    notes = []
     if missing:
-        raise UserError(
-            f"{len(missing)} of {len(jobs)} jobs of {study.name} are not done in {runs}, first `{missing[0].title}`",
-            "a study whose records are complete",
-            command_line(name, study.overrides, runs),
-        )
+        finished = _finished_part(plan, runs)
+        said = f"{len(missing)} of {len(jobs)} jobs of {study.name} are not done in {runs}"
+        lost = next((job for job in missing if job.is_done(runs)), None)
+        if lost is not None or not finished.subjects:
+            # Answers that were there and are gone are no part that is still to come.
+            allowed = "records that are whole" if lost is not None else "a study with a subject that is trained"
+            raise UserError(f"{said}, first `{(lost or missing[0]).title}`", allowed, command)
+        titles = ", ".join(job.title for job in missing[:SHOWN_MISSING])
+        more = f" and {len(missing) - SHOWN_MISSING} more" if len(missing) > SHOWN_MISSING else ""
+        notes = [f"Unfinished: {said}; missing are {titles}{more}. `{command}` goes on."]
+        plan = finished
     folder = study_folder(study, runs)
     moved = claim_study_folder(study, folder)
-    outcome = _write_report(plan, runs, folder, name, 0.0)
-    return replace(outcome, lines=[*outcome.lines, *([f"note: {moved}"] if moved else [])])
+    outcome = _write_report(plan, runs, folder, name, 0.0, notes)
+    return replace(outcome, lines=[*notes, *outcome.lines, *([f"note: {moved}"] if moved else [])])
+
+
+def _is_whole(job: Job, runs: Path) -> bool:
+    return job.is_done(runs) and not (job.kind == "probe" and lost_answers(job, runs))
+
+
+def _finished_part(plan: Plan, runs: Path) -> Plan:
+    """The subjects that are trained, with the probes that they were asked."""
+    trained = [planned for planned in plan.subjects if planned.train.is_done(runs)]
+    subjects = [
+        replace(planned, probes={name: job for name, job in planned.probes.items() if _is_whole(job, runs)})
+        for planned in trained
+    ]
+    return replace(plan, subjects=subjects)
 
 
 def command_line(name: str, overrides: Iterable[str], runs: Path = DEFAULT_RUNS) -> str:
@@ -182,7 +206,9 @@ def command_line(name: str, overrides: Iterable[str], runs: Path = DEFAULT_RUNS)
     return shlex.join(["longspan", "run", name, *overrides, *where])
 
 
-def _write_report(plan: Plan, runs: Path, folder: Path, name: str, seconds: float) -> Outcome:
+def _write_report(
+    plan: Plan, runs: Path, folder: Path, name: str, seconds: float, notes: Sequence[str] = ()
+) -> Outcome:
     from longspan.report import data as report_data
     from longspan.report.decision import decide
     from longspan.report.numbers import duration
@@ -190,7 +216,7 @@ def _write_report(plan: Plan, runs: Path, folder: Path, name: str, seconds: floa
     from longspan.report.tables import summary_rows
     from longspan.study.results import collect
 
-    facts = collect(plan, runs, command_line(name, plan.study.overrides))
+    facts = collect(plan, runs, command_line(name, plan.study.overrides), notes)
     report_data.save(facts, folder / "report.json")
     page = write_report(facts, folder)
     decision = decide(facts)

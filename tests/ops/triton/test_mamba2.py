@@ -69,3 +69,16 @@ def test_the_compiler_sees_through(device, documents, normal, served):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (projected, *parameters, mixer.norm.weight, documents(1, 20, 0.1).to(device), 16, 1e-5)
     torch.library.opcheck(kernel, arguments, test_utils=tests)
+
+
+def test_a_compiled_layer_is_one_graph(device, documents, normal, served):
+    """The compiler finds ops where kernels are: no break, the same values and gradients."""
+    mixer = layer(FP32, device)
+    segments = Segments.build(documents(1, 18, 0.1), device=device)
+    results = []
+    torch._dynamo.reset()
+    for call in (mixer, torch.compile(mixer, backend="aot_eager", fullgraph=True)):
+        x = normal(1, 18, 16).float().to(device).requires_grad_()
+        y, _ = call(x, segments, None)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)

@@ -18,7 +18,7 @@ from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
 from longspan.models.segments import Segments
-from longspan.ops.attention import attention
+from longspan.ops.attention import attention, flex_serves
 from longspan.ops.rotary import RopeScaling, rotary
 
 Positions = Literal["rope", "nope", "alibi", "hard_alibi", "hard_alibi_rope", "learned"]
@@ -259,8 +259,17 @@ class Attention(Mixer):
             after = after.last(self._cached(segments.past.num_keys))
         key_doc = segments.key_doc
         k_doc = None if key_doc is None else key_doc[:, segments.num_keys - num_cached :]
-        y_BTHP = self._attend(q, k, v, segments.attention_doc, k_doc, num_cached)
+        if state is None and not self.num_masked and self._has_flex(q, segments):
+            rules: dict[str, Any] = {"alibi_slopes_H": self.alibi_slopes_H, "window": self.window}
+            y_BTHP = attention(q, k, v, **rules, backend="flex", block_mask=segments.block_mask(self.window))
+        else:
+            y_BTHP = self._attend(q, k, v, segments.attention_doc, k_doc, num_cached)
         return self.out_proj(y_BTHP.reshape(rows, num_tokens, -1)), after
+
+    def _has_flex(self, q_BTHP: Tensor, segments: Segments) -> bool:
+        """One document to a row needs no mask, and no kernel that takes one."""
+        dropout = self.settings.attention_dropout if self.training else 0.0
+        return segments.attention_doc is not None and flex_serves(q_BTHP, dropout)
 
     def _rotated(self, qk_BTHP: Tensor, segments: Segments) -> Tensor:
         """Queries and keys with rotary positions; masked heads have none."""

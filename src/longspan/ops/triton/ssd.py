@@ -131,7 +131,8 @@ class Decays(NamedTuple):
             dt, _or(inputs.bias, dt), inputs.A, _or(inputs.doc, dt), _or(inputs.initial_doc, dt), planes, carry, run,
             time, *dt.stride()[:2], planes.stride(0),
             H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None,
-            DOCS=inputs.doc is not None, BEFORE=inputs.doc is not None and inputs.initial_doc is not None, num_warps=4,
+            DOCS=inputs.doc is not None, BEFORE=inputs.doc is not None and inputs.initial_doc is not None, num_warps=8,
+            num_stages=1,
         )  # fmt: skip
         return Decays(planes, carry, run)
 
@@ -240,7 +241,8 @@ def run_backward(
     kernels.step_gradients[(plan.chunks, rows)](
         dt, _or(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
         time, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None, num_warps=4,
+        H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None, num_warps=8,
+        num_stages=1,
     )  # fmt: skip
     if inputs.bias is not None:
         dbias = dbias.sum((0, 1))

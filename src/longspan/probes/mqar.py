@@ -1,0 +1,124 @@
+"""MQAR: how many pairs can a subject keep apart, over what length, and is that what its state could hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from longspan.corpus.tasks import Example, Task
+from longspan.corpus.tasks.mqar import Mqar
+from longspan.engines.base import Engine
+from longspan.foundation.errors import UserError
+from longspan.probes.base import Item, ProbeData, register
+from longspan.probes.task import TaskProbe
+from longspan.records.observation import Measurement, Metric, Observation, Summary
+from longspan.records.store import Record
+
+LOAD = "bits needed / bits of state"
+
+
+@register("mqar")
+class MqarProbe(TaskProbe):
+    """Multi-query associative recall at growing numbers of pairs and lengths, asked in two ways like `task`.
+
+    Accuracy is the share of questions with the right value. Answering n questions takes n·log2(V/2) bits of what stood
+    before them; the same accuracy is also shown against these bits as a share of the bits that the subject's state
+    holds after the row, as the engine computes them: of caches the whole row, of recurrent states all of it.
+
+    Attributes:
+        lengths: positions of a row; None: the length of training. Numbers of pairs that do not fit into a length
+            (4 x pairs <= length) are left out there.
+    """
+
+    title: ClassVar[str] = "Associative recall (MQAR)"
+    explanation: ClassVar[str] = (
+        "Pairs of a key and a value, then every key once more: which value stood beside it? Accuracy over questions, "
+        "in one pass and with the state cache, and against the bits that the answers need as a share of the state's."
+    )
+    axis: ClassVar[str] = "pairs"
+
+    lengths: tuple[int, ...] | None = Field(None, min_length=1)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """In order of importance."""
+
+        def accuracy(name: str, title: str, x_name: str | None, y_name: str | None = None) -> Metric:
+            compare = x_name is None
+            return Metric(name, title, "", "proportion", "higher", x_name=x_name, compare=compare, y_name=y_name)
+
+        return (
+            accuracy("overall", "Accuracy, all cells", None),
+            accuracy("accuracy", "Accuracy", "pairs", "length"),
+            *([accuracy("free", "Accuracy, with the state cache", "pairs")] if self.free_running else []),
+            accuracy("string", "Rows with every answer right", "pairs"),
+            accuracy("load", "Accuracy against load", LOAD),
+        )
+
+    def items(self, data: ProbeData) -> list[Item]:
+        """Rows at each length and number of pairs that fits into it."""
+        task = self.task(data)
+        found: list[Item] = []
+        sizes = tuple(sorted(set(self.sizes if self.sizes is not None else task.sizes())))
+        for length in sorted(set(self.lengths or (task.length,))):
+            at_length = self.changed(data, {**self.settings, **_fitting(length, sizes)})
+            items = self.strings_of(at_length, [size for size in sizes if 4 * size <= length], data)
+            found += [Item(f"{length}:{item.id}", 0, item.tokens, {**item.details, "length": length}) for item in items]
+        if not found:
+            given = f"{list(sizes)} pairs in rows of {list(self.lengths or (task.length,))}"
+            raise UserError(given, "4 x pairs <= length somewhere", "ask for fewer pairs or longer rows")
+        return found
+
+    def task(self, data: ProbeData) -> Mqar:
+        """The trained task.
+
+        Raises:
+            UserError: it is not `mqar`.
+        """
+        task = data.task
+        if not isinstance(task, Mqar):
+            given = "text as the corpus" if task is None else f"the task {task.task}"
+            raise UserError(
+                f"the probe `mqar` with {given}", "`corpus: {source: task, task: mqar, ...}`", "leave it out"
+            )
+        return task
+
+    def example(self, item: Item, task: Task, data: ProbeData) -> Example:
+        """The row that an item stands for."""
+        size = item.details["size"]
+        return super().example(
+            item, task.asked({**self.settings, **_fitting(item.details["length"], [size])}, None), data
+        )
+
+    def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
+        """As `task`, with the length of each row."""
+        contents = super().answer(engine, items, data)
+        return [{**content, "length": item.details["length"]} for content, item in zip(contents, items, strict=True)]
+
+    def observe(self, record: Record) -> Iterable[Observation]:
+        """A row: questions answered rightly of all its questions."""
+        answer = record.answer
+        if "forced" not in answer:
+            return
+        x, y = float(answer["size"]), float(answer["length"])
+        right, asked = float(sum(answer["forced"])), float(len(answer["forced"]))
+        yield self.observation(record, "overall", right, asked, cluster=record.item)
+        yield self.observation(record, "accuracy", right, asked, cluster=record.item, x=x, y=y)
+        if answer["state_bits"]:
+            load = float(f"{answer['bits'] / answer['state_bits']:.3g}")
+            yield self.observation(record, "load", right, asked, cluster=record.item, x=load)
+        yield self.observation(record, "string", float(all(answer["forced"])), 1.0, cluster=record.item, x=x)
+        if "free" in answer:
+            yield self.observation(record, "free", float(sum(answer["free"])), asked, cluster=record.item, x=x)
+
+    def derive(self, summary: Summary) -> tuple[Measurement, ...]:
+        """Nothing beyond what the rows say."""
+        del summary
+        return ()
+
+
+def _fitting(length: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """Settings of rows of a length, with numbers of pairs that fit."""
+    return {"length": length, "pairs": [size for size in sizes if 4 * size <= length] or [1]}

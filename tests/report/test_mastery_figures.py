@@ -1,0 +1,83 @@
+"""What learning a task took: accuracy against samples, and samples to mastery, censored ones drawn as such."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from longspan.report import charts
+from longspan.report.arms import arrange
+from longspan.report.data import ReportInput, TrainingCurve
+from longspan.report.mastery_figures import mastery_figures
+
+
+def curve(subject: str, shares: list[float], seed: int = 0, mastery: float | None = 0.99) -> TrainingCurve:
+    lines: list[dict[str, Any]] = [
+        {"step": 10 * i, "tokens": 1000 * i, "samples": 100 * i, "string_accuracy": share, "num_strings": 1024}
+        for i, share in enumerate(shares, start=1)
+    ]
+    return TrainingCurve(subject, seed, validation=lines, mastery=mastery)
+
+
+@pytest.fixture
+def learned(quickstart_report: ReportInput) -> ReportInput:
+    first, second, third = (subject.label for subject in quickstart_report.subjects)
+    curves = [
+        curve(first, [0.2, 0.8, 0.995]),
+        curve(first, [0.5, 0.99], seed=1),
+        curve(second, [0.0, 0.1, 0.3, 0.4]),
+        curve(third, [1.0]),
+    ]
+    return replace(quickstart_report, training=curves)
+
+
+def dots_of(report: ReportInput) -> dict[str, dict[str, Any]]:
+    figure = mastery_figures(report, arrange(report))[1]
+    return {row["name"]: row for row in figure.spec["data"]["values"]}
+
+
+def test_mastery_is_the_first_validation_that_reached_it(learned: ReportInput) -> None:
+    first, _, third = (subject.label for subject in learned.subjects)
+    rows = dots_of(learned)
+    # Two seeds: 300 and 200 samples; neither had reached it at 200 and 100.
+    assert (rows[first]["value"], rows[first]["low"], rows[first]["high"]) == (250, 100, 300)
+    assert not rows[first]["hollow"]
+    assert (rows[third]["value"], rows[third]["low"]) == (100, 0)
+
+
+def test_a_subject_that_never_reached_it_is_censored_and_last(learned: ReportInput) -> None:
+    second = learned.subjects[1].label
+    row = dots_of(learned)[second]
+    assert row["hollow"]
+    assert row["value"] == 400
+    assert row["text"].startswith("> 400")
+    assert "40 % at best" in row["text"]
+    assert list(dots_of(learned))[-1] == second
+
+
+def test_accuracy_is_drawn_with_intervals_and_a_table(learned: ReportInput) -> None:
+    accuracy, samples = mastery_figures(learned, arrange(learned))
+    points = [row for row in accuracy.spec["data"]["values"] if row["kind"] == "point"]
+    assert len(points) == 10
+    assert all(row["low"] <= row["y"] <= row["high"] for row in points)
+    assert [row[4] for row in accuracy.table.rows] == ["yes", "yes", "no: more are needed", "yes"]
+    assert {record["samples"] for record in samples.table.records} == {100.0, 200.0, 300.0, 400.0}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_both_charts_have_colours_in_both_themes(learned: ReportInput, theme: str) -> None:
+    arms = arrange(learned)
+    for figure in mastery_figures(learned, arms):
+        assert "var(--" not in str(charts.static_spec(figure, arms, theme))
+
+
+def test_text_has_no_such_figures(quickstart_report: ReportInput) -> None:
+    assert mastery_figures(quickstart_report, arrange(quickstart_report)) == []
+
+
+def test_without_a_goal_there_are_no_samples_to_it(learned: ReportInput) -> None:
+    open_ended = replace(learned, training=[replace(each, mastery=None) for each in learned.training])
+    (accuracy,) = mastery_figures(open_ended, arrange(open_ended))
+    assert accuracy.name == "string-accuracy-by-samples"

@@ -1,0 +1,149 @@
+"""A study on a task, from its file to its report, also while it is not finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longspan.foundation.errors import Stopped, UserError
+from longspan.foundation.progress import Progress
+from longspan.report.data import ReportInput, load
+from longspan.study.expand import expand
+from longspan.study.jobs import Job
+from longspan.study.plan import make_plan
+from longspan.study.run import report_only, run_study
+from longspan.study.schema import load_study
+from longspan.terminal import Terminal
+
+STUDY = """
+question: Who copies?
+corpus: {source: task, task: copy, vocab_size: 3, min_length: 1, max_length: 3}
+packing: {isolation: none}
+model: {width: 16, heads: 2, state: 4, mamba_head_dim: 8, mlp_width: 16}
+training: {context: 24, batch_tokens: 192, steps: 12, peak_lr: 6.0e-3, warmup: 2, evaluate_every: 4, mastery: 0.99}
+vary:
+  pattern: {attention: AA, Mamba-2: MM}
+primary: copying.overall
+probes:
+  - copying: {kind: task, sizes: [1, 3, 6], strings: 16}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    def no_page(report: ReportInput, folder: Path) -> Path:
+        (folder / "report.html").write_text(report.question)
+        return folder / "report.html"
+
+    monkeypatch.setattr("longspan.report.page.write_report", no_page)
+    path = tmp_path / "task.yaml"
+    path.write_text(STUDY)
+    return str(path)
+
+
+def facts_of(page: str) -> ReportInput:
+    return load(Path(page).with_name("report.json"))
+
+
+def test_a_study_on_a_task_ends_in_a_report(study: str, tmp_path: Path) -> None:
+    outcome = run_study(study, [], tmp_path / "runs", until="report", terminal=Terminal(quiet=True))
+    facts = facts_of(outcome.data["report"])
+    assert [subject.label for subject in facts.subjects] == ["attention", "Mamba-2"]
+    assert [subject.factors for subject in facts.subjects] == [{"pattern": "attention"}, {"pattern": "Mamba-2"}]
+    (section,) = facts.probes
+    measured = {(m.metric, m.subject, m.x) for m in section.summary.measurements}
+    for metric in ("string", "free_string", "token", "free_token"):
+        assert {(metric, who, x) for who in ("attention", "Mamba-2") for x in (1.0, 3.0, 6.0)} <= measured
+    assert {("reach", "attention", None), ("overall", "Mamba-2", None)} <= measured
+    assert (section.mark, section.asked_context) == (3.0, 15)
+    assert all(m.n == 16 for m in section.summary.measurements if m.metric == "string")
+    assert [curve.mastery for curve in facts.training] == [0.99, 0.99]
+    assert all(line["string_accuracy"] is not None for curve in facts.training for line in curve.validation)
+    assert any("Strings of a task" in entry.text for entry in facts.ledger)
+    assert facts.items[0].expected.endswith(".")
+
+
+@pytest.mark.parametrize("until", ["train", "probe"])
+def test_what_is_finished_is_reported_and_what_is_missing_is_said(until: str, study: str, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+
+    class Impatient(Terminal):
+        """Stops the study in the middle of the second subject."""
+
+        def observe(self, job: Job, progress: Progress) -> None:
+            if job.kind == {"train": "train", "probe": "probe"}[until] and "Mamba-2" in job.title:
+                raise Stopped("enough")
+
+    with pytest.raises(Stopped):
+        run_study(study, [], runs, until="report", terminal=Impatient(quiet=True))
+    outcome = report_only(study, [], runs)
+    facts = facts_of(outcome.data["report"])
+    trained = ["attention"] if until == "train" else ["attention", "Mamba-2"]
+    assert [subject.label for subject in facts.subjects] == trained
+    assert [section.kind for section in facts.probes] == ([] if until == "train" else ["copying"])
+    missing = "train Mamba-2 seed 0" if until == "train" else "copying Mamba-2 seed 0"
+    assert facts.notes[0].startswith("Unfinished: ")
+    assert missing in facts.notes[0]
+    assert outcome.lines[0] == facts.notes[0]
+    run_study(study, [], runs, until="report", terminal=Terminal(quiet=True))
+    whole = facts_of(report_only(study, [], runs).data["report"])
+    assert len(whole.subjects) == 2
+    assert not any(note.startswith("Unfinished") for note in whole.notes)
+
+
+def test_nothing_to_report_is_refused(study: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a study with a subject that is trained"):
+        report_only(study, [], tmp_path / "runs")
+
+
+def test_named_levels_are_chosen_by_their_names(study: str) -> None:
+    both = expand(load_study(study)).subjects
+    assert [subject.config.model.pattern for subject in both] == ["AA", "MM"]
+    (one,) = expand(load_study(study, ["pattern=Mamba-2"])).subjects
+    assert (one.label, one.config.model.pattern) == ("Mamba-2", "MM")
+    (other,) = expand(load_study(study, ["pattern=AM"])).subjects
+    assert (other.label, other.config.model.pattern) == ("AM", "AM")
+    named = expand(load_study(study, ["vary.pattern={short: A, long: AAA}"])).subjects
+    assert [(subject.label, subject.config.model.pattern) for subject in named] == [("short", "A"), ("long", "AAA")]
+
+
+def test_the_vocabulary_is_the_tasks(study: str, tmp_path: Path) -> None:
+    plan = make_plan(load_study(study), tmp_path)
+    assert {planned.vocab_size for planned in plan.subjects} == {7}
+    wider = make_plan(load_study(study, ["corpus.vocab_size=5"]), tmp_path)
+    assert {planned.vocab_size for planned in wider.subjects} == {9}
+    assert wider.subjects[0].prepare.key != plan.subjects[0].prepare.key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["context=8", "batch_tokens=64"], r"training.context = 8 for copy of length up to 3\n.*at least 9 positions"),
+        (["tokenizer.vocab_size=300"], "a task brings its own"),
+        (["corpus.max_length=0"], "max_length"),
+        (["corpus.max_lenght=4"], "unknown key `corpus.max_lenght`(.|\n)*did you mean `max_length`"),
+        (["corpus.task=copi"], "did you mean `copy`"),
+        (["corpus.min_length=4"], "no length lies between"),
+        (["packing.method=best_fit"], "packing.method = best_fit"),
+        (["corpus.task=duplicate_ngram", "corpus.min_length=4", "corpus.max_length=5"], "for asking only"),
+        (["corpus.source=synthetic"], "no `tokenizer` section"),
+        (["mastery=1.5"], "mastery"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(overrides: list[str], words: str, study: str) -> None:
+    with pytest.raises(UserError, match=words):
+        expand(load_study(study, overrides))
+
+
+def test_mastery_of_text_is_refused() -> None:
+    with pytest.raises(UserError, match="mastery"):
+        expand(load_study("quickstart", ["mastery=0.9"]))
+
+
+def test_another_source_takes_the_settings_of_the_task_away(study: str) -> None:
+    overrides = ["corpus.source=synthetic", "tokenizer.vocab_size=300", "mastery=null", "probes=[perplexity]"]
+    (subject, *_) = expand(load_study(study, overrides)).subjects
+    assert subject.config.corpus.source.source == "synthetic"
+    back = load_study("quickstart", ["corpus.source=task", "corpus.task=copy", "tokenizer=null", "probes=[task]"])
+    assert expand(back).subjects[0].config.corpus.task.task == "copy"
