@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -199,23 +201,33 @@ def read_records(path: Path) -> Iterator[Record]:
         DataError: a line is not a record, its key does not belong to its content, or it repeats an earlier one.
     """
     keys: set[str] = set()
+    protocols: dict[str, str] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            record = _parse(line, path, number)
+            record = _parse(line, path, number, protocols)
             if record.key in keys:
                 raise _damaged(path, number, "repeats the record of an earlier line")
             keys.add(record.key)
             yield record
 
 
-def _parse(line: bytes, path: Path, number: int) -> Record:
+def _parse(line: bytes, path: Path, number: int, protocols: dict[str, str] | None = None) -> Record:
+    """A record, its key checked; `protocols` keeps the text of those seen before, of which there are few."""
     try:
         record = Record.model_validate(json.loads(line))
     except (UnicodeDecodeError, json.JSONDecodeError, ValidationError):
         raise _damaged(path, number, "is not a record") from None
-    if record.key != Record.make_key(record.probe, record.protocol, record.item, record.fingerprint):
+    name = repr(record.protocol)
+    protocol = None if protocols is None else protocols.get(name)
+    if protocol is None:
+        protocol = canonical_json(record.protocol)
+        if protocols is not None:
+            protocols[name] = protocol
+    # The canonical JSON of the list that `make_key` digests.
+    probe, item, fingerprint = map(encode_basestring, (record.probe, record.item, record.fingerprint))
+    if record.key != hashlib.sha256(f"[{probe},{protocol},{item},{fingerprint}]".encode()).hexdigest():
         raise _damaged(path, number, "was altered: its key does not belong to its content")
     return record
 

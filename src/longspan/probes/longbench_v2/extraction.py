@@ -33,8 +33,10 @@ _NEXT_TURN = re.compile(
 )
 _END = r"(?![A-Za-z0-9'’])"
 _LETTER = rf"[\(\[\{{\"“'$]*(?:\\boxed\{{\s*)?(?:\\text\{{\s*)?(?:[Oo]ption |[Cc]hoice )?\(?([A-Z]|\d+){_END}"
-_STATEMENT = re.compile(rf"\b(?:[Aa]nswer|ANSWER)(?:\s+choice)?\s*(?:is|would be|:|-|=)\s*:?\s*{_LETTER}")
-_FINAL = re.compile(rf"\b(?:[Ff]inal\s*[Aa]nswer|FINAL ANSWER)\s*(?:is|:|-|=)\s*:?\s*{_LETTER}")
+_HEADS = (re.compile("nswer"), re.compile("NSWER"))
+"""A literal is found many times faster than a pattern that begins with a choice; most replies hold one or two."""
+_AFTER_HEAD = re.compile(rf"(?:\s+choice)?\s*(?:is|would be|:|-|=)\s*:?\s*{_LETTER}")
+_FINAL = re.compile(r"\b(?:[Ff]inal|FINAL)\s*$")
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?\(?([A-Z])\)?\s*\}")
 _ALONE = re.compile(r"\s*[\(\[]?([A-D])[\)\]]?\s*[.:]?\s*")
 _LEADING = re.compile(r"\s*(?:\(([A-D])\)|([A-D])[.):])(?=\s|$)")
@@ -73,10 +75,10 @@ def robust(text: str) -> str | None:
 def statements(text: str) -> list[str]:
     """The different labels that a reply states as its answer, in order; also such as nobody asked for, e.g. `E`."""
     reply = first_turn(text)
-    for pattern in (_FINAL, _STATEMENT, _BOXED):
-        labels = dict.fromkeys(match[1] for match in pattern.finditer(reply))
-        if found := [label for label in labels if label != PLACEHOLDER]:
-            return found
+    final, stated = _announced(reply)
+    for found in (final, stated, [match[1] for match in _BOXED.finditer(reply)]):
+        if labels := [label for label in dict.fromkeys(found) if label != PLACEHOLDER]:
+            return labels
     if found_alone := _ALONE.fullmatch(reply):
         return [found_alone[1]]
     lines = [line for line in reply.splitlines() if line.strip()]
@@ -85,6 +87,21 @@ def statements(text: str) -> list[str]:
     if lines and (last := _ALONE.fullmatch(lines[-1])):
         return [last[1]]
     return []
+
+
+def _announced(reply: str) -> tuple[list[str], list[str]]:
+    """The labels after "final answer" and after "answer", in order."""
+    final: list[str] = []
+    stated: list[str] = []
+    for head in sorted(match.start() for pattern in _HEADS for match in pattern.finditer(reply)):
+        start = head - 1
+        if start < 0 or reply[start] not in "Aa" or not (after := _AFTER_HEAD.match(reply, head + len("nswer"))):
+            continue
+        if _FINAL.search(reply[max(0, start - 12) : start]):
+            final.append(after[1])
+        elif start == 0 or not reply[start - 1].isalnum():
+            stated.append(after[1])
+    return final, stated
 
 
 def first_turn(text: str) -> str:
