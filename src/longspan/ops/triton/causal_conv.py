@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(64, 16, 64, 4), Tile(64, 8, 64, 4)
+FORWARD, BACKWARD = Tile(64, 4, 128, 4), Tile(64, 4, 128, 4)
 
 
 @triton.jit
