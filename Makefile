@@ -31,6 +31,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_step_cpu.py
 	$(BIN)/python benchmarks/mamba1_cpu.py
 	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python benchmarks/task_throughput.py
 	$(BIN)/python benchmarks/suffix_identification.py
 	$(BIN)/python benchmarks/corpus_preparation.py
 	$(BIN)/python benchmarks/wikipedia_extraction.py

@@ -271,6 +271,9 @@ def shrunk(command: Command) -> list[str]:
         extra.append("corpus.max_documents=16")
     if study.base.get("tokenizer", {}).get("pretrained"):
         extra += ["tokenizer.kind=byte_bpe", "tokenizer.pretrained=null"]
+    if study.also:
+        # A second part has settings of its own; tests/study/test_parts.py runs one.
+        extra.append("also=null")
     if any("overlap" in variant.get("packing", {}) for variant in study.variants.values()):
         extra.append("packing.overlap=0")
     if study.base.get("model", {}).get("match"):

@@ -188,6 +188,13 @@ def test_an_answer_of_no_text_that_has_ended_is_an_answer(stub: Any, connect: Op
     assert (written.finish_reason, written.failure, written.text) == ("stop", "", "")
 
 
+def test_a_stream_may_end_with_its_last_choice(stub: Any, connect: Open) -> None:
+    engine = connect()
+    stub.behave = lambda body: (200, [{"choices": [{"text": " a", "finish_reason": "stop"}]}], {"cut": "yes"})
+    (written,) = engine.generate(prompts(4), LIMIT)
+    assert (written.text, written.failure) == (" a", "")
+
+
 def test_what_fails_now_is_tried_again_with_growing_pauses(stub: Any, connect: Open, pauses: list[float]) -> None:
     engine = connect(retries=3)
     replies = iter([(503, "busy", {}), (200, "not json", {}), (429, "slow down", {"Retry-After": "7"})])

@@ -94,6 +94,19 @@ def test_a_subject_that_ignores_the_book_guesses_and_one_that_reads_knows(
     assert found["exact_match", 6.0, None] == found["exact_match", 12.0, 1.0] == 1
 
 
+def test_a_request_that_failed_is_a_wrong_answer_that_says_why(
+    text: ProbeData, fake: Callable[..., object], ask: Ask, read: Read
+) -> None:
+    engine = fake(of=text.tokenizer)
+    engine.generate = lambda prompts, sampling: [  # type: ignore[attr-defined]
+        Generation(np.zeros(0, dtype=np.int64), "", "failed", 1, 0.0, 0.0, failure="timeout") for _ in prompts
+    ]
+    probe = probe_with(ways=["generation"])
+    records = ask(probe, engine, text)
+    assert {record.answer["failure"] for record in records} == {"timeout"}
+    assert values(read(probe, records)[1])["exact_match", 6.0, None] == 0
+
+
 def test_a_real_subject_is_asked_what_it_can_take(
     text: ProbeData, reader_of_words: Callable[..., NativeEngine], ask: Ask, read: Read
 ) -> None:

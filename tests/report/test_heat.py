@@ -95,11 +95,11 @@ def test_it_draws_in_both_themes_with_one_scale(report: ReportInput) -> None:
             assert getattr(colour, theme) in svg
 
 
-def test_the_page_holds_it_with_its_colours(report: ReportInput) -> None:
-    text = page.html(page.lay_out(report))
-    assert 'id="figure-needle-accuracy-by-depth"' in text
-    assert "--heat9:" in text
-    assert "--on-heat9:" in text
+def test_the_page_knows_its_colours(report: ReportInput) -> None:
+    styles = page._styles(arrange(report), {})
+    for theme in ("light", "dark"):
+        assert f"--heat9: {getattr(palette.heat_shades()['heat9'], theme)};" in styles
+    assert "--on-heat9:" in styles
 
 
 def test_a_gain_is_scaled_to_what_was_measured(report: ReportInput) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from longspan.records.observation import Measurement, Metric, Summary
 from longspan.report import charts
 from longspan.report.arms import arrange
-from longspan.report.data import ReportInput, TrainingCurve
+from longspan.report.data import ProbeSection, ReportInput, TrainingCurve
+from longspan.report.figures import quality_figures
 from longspan.report.mastery_figures import mastery_figures
 
 
@@ -71,6 +73,19 @@ def test_both_charts_have_colours_in_both_themes(learned: ReportInput, theme: st
     arms = arrange(learned)
     for figure in mastery_figures(learned, arms):
         assert "var(--" not in str(charts.static_spec(figure, arms, theme))
+
+
+def test_what_is_read_off_a_curve_has_a_figure_and_whole_numbers(quickstart_report: ReportInput) -> None:
+    labels = [subject.label for subject in quickstart_report.subjects]
+    overall = Metric("overall", "String accuracy", "", "proportion", "higher")
+    reach = Metric("reach", "Longest", "", "derived", "higher", compare=False)
+    measured = [Measurement("overall", label, None, 0.5, 0.4, 0.6, 256, 1, 256) for label in labels]
+    measured += [Measurement("reach", label, None, 20.0, 15.0, 25.0, 256, 1, 256) for label in labels]
+    section = ProbeSection("copying", "Task", "…", (overall, reach), Summary(tuple(measured), (), ()))
+    (figure,) = [
+        each for each in quality_figures(quickstart_report, section, arrange(quickstart_report)) if "reach" in each.name
+    ]
+    assert [row["text"] for row in figure.spec["data"]["values"]] == ["20 [15, 25]"] * len(labels)
 
 
 def test_text_has_no_such_figures(quickstart_report: ReportInput) -> None:

@@ -75,6 +75,10 @@ def find_run(folder: Path, select: Mapping[str, Any]) -> Path:
         if key.rpartition(".")[2] not in keys:
             raise UserError(f"selector `{key}`", ", ".join(sorted(keys)), "select by what the study varies")
     fitting = [run for run in listed if all(run.fits(key, value) for key, value in select.items())]
+    if "part" not in select and len(fitting) > 1:
+        # The first part of a study is meant unless another one is named.
+        first = listed[0].factors.get("part")
+        fitting = [run for run in fitting if run.factors.get("part") == first]
     if len(fitting) == 1:
         return fitting[0].folder
     given = " ".join(f"{key}={value}" for key, value in select.items()) or "nothing selected"

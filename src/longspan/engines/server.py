@@ -148,18 +148,22 @@ class Server:
         return self._persist(once)
 
     def _events(self, lines: Iterator[str], began: float) -> Iterator[tuple[float, dict[str, Any]]]:
-        ended = False
+        ended = done = False
         # Read to the very end, also after the end was said: only then can the connection be used again.
         for line in lines:
-            if ended or not line.startswith("data:"):
+            if done or not line.startswith("data:"):
                 continue
             data = line.removeprefix("data:").strip()
             if data == "[DONE]":
-                ended = True
+                ended = done = True
                 continue
             event = _object(data)
             if error := event.get("error"):
                 raise self._refused(str(error))
+            # Some servers end with the last choice and never say so.
+            ended = ended or any(
+                isinstance(choice, dict) and choice.get("finish_reason") for choice in event.get("choices") or []
+            )
             yield time.perf_counter() - began, event
         if not ended:
             raise _Again("malformed reply", "the stream ended before its end was said")

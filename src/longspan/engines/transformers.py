@@ -28,7 +28,7 @@ from longspan.engines.base import (
 )
 from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
 from longspan.engines.causal_model import CausalModel, mark, restore, select, state_size
-from longspan.engines.picking import pick
+from longspan.engines.generation import pick
 from longspan.engines.state_shapes import StateShape
 from longspan.engines.text_stream import TextStream
 from longspan.foundation.errors import UserError

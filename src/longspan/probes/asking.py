@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from longspan.engines.base import Engine, Sampling
 from longspan.foundation.errors import UserError
+from longspan.probes.base import failure_of
 
 Way = Literal["likelihood", "generation"]
 NEEDS: dict[Way, Literal["score", "generate"]] = {"likelihood": "score", "generation": "generate"}
@@ -95,13 +96,13 @@ def floor_by_likelihood(engine: Engine, questions: Sequence[Question]) -> list[l
 def by_generation(
     engine: Engine, prompts: Sequence[NDArray[np.int64]], questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
-    """What the subject writes after each prompt (greedily), and whether it is the answer."""
+    """What the subject writes after each prompt (greedily), and whether it is the answer; no answer is a wrong one."""
     if not prompts:
         return []
     longest = max(len(question.candidates[question.truth]) for question in questions)
     written = engine.generate(prompts, Sampling(max_new_tokens=longest + SPARE_TOKENS, stop=("\n",)))
     return [
-        {"text": each.text[:200], "exact": is_exact(each.text, question.answer)}
+        {"wrote": each.text[:200], "exact": is_exact(each.text, question.answer), **failure_of(each)}
         for each, question in zip(written, questions, strict=True)
     ]
 

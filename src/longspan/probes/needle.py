@@ -173,7 +173,7 @@ class Needle(Probe):
             written = by_generation(engine, prompts, flat)
             without = by_generation(engine, [alone(engine, question) for question in flat], flat)
             for entry, wrote, guessed in zip(out, written, without, strict=True):
-                entry.update(wrote=wrote["text"], exact=wrote["exact"], guessed=guessed["exact"])
+                entry.update(wrote, guessed=guessed["exact"])
         return contents
 
     def observe(self, record: Record) -> Iterable[Observation]:

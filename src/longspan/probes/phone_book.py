@@ -104,7 +104,7 @@ class PhoneBook(Probe):
         if "generation" in ways:
             prompts = [np.concatenate([text, question.cue]) for text, question in zip(texts, asked, strict=True)]
             for row, wrote in zip(able, by_generation(engine, prompts, asked), strict=True):
-                contents[row] |= {"wrote": wrote["text"], "exact": wrote["exact"]}
+                contents[row] |= wrote
         return contents
 
     def observe(self, record: Record) -> Iterable[Observation]:

@@ -13,7 +13,7 @@ from longspan.engines.base import Engine, Sampling
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
 from longspan.probes.asking import Way, ways_of
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
+from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, shown
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -119,7 +119,7 @@ class TextCopy(Probe):
                 able, engine.generate([prompts[row] for row in able], Sampling(max_new_tokens=most)), strict=True
             ):
                 rest, tokens = rests[row], wrote.tokens[: len(rests[row])]
-                contents[row]["right"] = int((tokens == rest[: len(tokens)]).sum())
+                contents[row] |= {"right": int((tokens == rest[: len(tokens)]).sum()), **failure_of(wrote)}
         return contents
 
     def observe(self, record: Record) -> Iterable[Observation]:

@@ -129,6 +129,9 @@ def _shades(subjects: list[SubjectFacts], colours: dict[str, str]) -> dict[str, 
 
 def _level_text(name: str, level: str) -> str:
     short = name.rsplit(".", 1)[-1].replace("_", " ")
+    if short == "part":
+        # The parts of a study have names of their own.
+        return level
     # A switch carries its name in its level: `markers`, `no markers`.
     return level if level.replace("_", " ") in (short, f"no {short}") else f"{short} {level}"
 

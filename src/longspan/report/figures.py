@@ -35,7 +35,7 @@ def answer_figure(report: ReportInput, arms: Arms) -> list[Figure]:
 
 
 def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
-    """One figure per metric with an x axis, and one for the first metric that is a single number."""
+    """One figure per metric with an x axis or read off one, and one for the first metric that is a single number."""
     primary = findings.primary_finding(report)
     floors = {m.floor for m in section.metrics}
     scalars = [
@@ -45,6 +45,11 @@ def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> l
     found: list[Figure] = []
     if scalars and not (primary and primary.section is section and primary.metric is scalars[0]):
         found.append(_dot_figure(slug(section.kind), Finding(section, scalars[0], None), arms))
+    found += [
+        _dot_figure(slug(f"{section.kind}-{metric.name}"), Finding(section, metric, None), arms)
+        for metric in scalars[1:]
+        if metric.kind == "derived"
+    ]
     for metric in curves:
         xs = {m.x for m in findings.points(section, metric.name)}
         if len(xs) > 1 or metric.y_name is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longspan.engines.trained_run import Weights
@@ -22,6 +22,11 @@ from longspan.study.schema import (
     resolve_key,
     set_path,
 )
+
+PART = "part"
+"""The factor that tells the parts of a study apart (`also:`)."""
+SHARED = ("pattern", "seed")
+"""What the parts of a study vary together."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,10 @@ def expand(study: Study) -> Expansion:
         isolation, named = told_apart.packing.isolation, config.packing.isolation
         effective = {**factors, "isolation": isolation} if "isolation" in factors else factors
         label = " · ".join(effective.values()) or config.model.pattern
+        if study.also:
+            main, part = _part_of(study), effective.pop(PART)
+            label = " · ".join(effective.values()) or config.model.pattern
+            label, effective = label if part == main else f"{part} · {label}", {**effective, PART: part}
         if isolation != named:
             same.setdefault(config.model.pattern, set()).add(f"`{named}` is `{isolation}`")
         if (label, seed) in subjects:
@@ -121,6 +130,29 @@ def _trains(study: Study) -> bool:
 
 
 def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectConfig]]:
+    """Factors, seed and configuration of every subject; in a study with several parts, the part is a factor too."""
+    if not study.also:
+        yield from _product(study)
+        return
+    for factors, seed, config in _product(study):
+        yield {**factors, PART: _part_of(study)}, seed, config
+    for name, overlay in study.also.items():
+        # A part lies over everything that the study and the command line say, and varies what it shares with it.
+        base = copy.deepcopy(dict(study.base))
+        vary: dict[str, Any] = {key: values for key, values in study.vary.items() if key in SHARED}
+        apply_variant(name, {name: overlay}, base, vary)
+        for factors, seed, config in _product(replace(study, base=base, vary=vary, also={})):
+            yield {**factors, PART: name}, seed, config
+
+
+def _part_of(study: Study) -> str:
+    """What the first part of a study is called beside the others: after what it is trained on."""
+    corpus = study.base.get("corpus")
+    source = corpus.get("source") if isinstance(corpus, Mapping) else None
+    return str(corpus.get("task")) if source == "task" and isinstance(corpus, Mapping) else "text"
+
+
+def _product(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectConfig]]:
     keys = list(study.vary)
     for levels in itertools.product(*(_levels(key, values) for key, values in study.vary.items())):
         base = copy.deepcopy(dict(study.base))

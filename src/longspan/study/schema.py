@@ -144,7 +144,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "tracking": TrackingConfig,
 }
 STUDY_KEYS = (
-    "study", "question", "primary", "variants", "variant", "vary", "plugins", "subjects", "probe_context",
+    "study", "question", "primary", "variants", "variant", "vary", "also", "plugins", "subjects", "probe_context",
     *SubjectConfig.model_fields,
 )  # fmt: skip
 OF_THE_WHOLE = ("subjects", "probe_context", "primary")
@@ -174,6 +174,7 @@ class Study:
         plugins: the user's own files (mixers, probes) that the study needs.
         sources: models that are asked as they are, beside those that are trained.
         context: tokens of the items; None: the longest training context.
+        also: name → overlay: a second part of the study, the same patterns and seeds trained on something else.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Study:
     plugins: tuple[str, ...] = ()
     sources: tuple[ModelSource, ...] = ()
     context: int | None = None
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def resolved(self) -> dict[str, Any]:
         """The whole study as plain data: what is written beside every result."""
@@ -201,6 +203,7 @@ class Study:
             **({"probe_context": self.context} if self.context else {}),
             **copy.deepcopy(dict(self.base)),
             **({"vary": copy.deepcopy(dict(self.vary))} if self.vary else {}),
+            **({"also": copy.deepcopy(dict(self.also))} if self.also else {}),
         }
 
 
@@ -249,8 +252,11 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     ):
         if key == "variant":
             continue
-        if key in ("question", "study", "primary", "subjects", "probe_context"):
+        if key in ("question", "study", "primary", "subjects", "probe_context", "also"):
             raw[key] = value
+        elif key.startswith("also."):
+            raw["also"] = copy.deepcopy(dict(_mapping("also", raw.get("also"))))
+            set_path(raw, tuple(key.split(".")), value)
         elif key == "vary" or key.startswith("vary."):
             name = key.removeprefix("vary").removeprefix(".")
             if not name:
@@ -290,6 +296,7 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
         plugins=plugins,
         sources=_sources(raw.get("subjects") or []),
         context=_context(raw.get("probe_context")),
+        also={name: _mapping(f"also.{name}", part) for name, part in _mapping("also", raw.get("also")).items()},
     )
 
 

@@ -44,7 +44,7 @@ def test_between_the_projections(dtype, assert_same, device, documents, normal, 
 
     tensors = [normal(rows, time, 2 * inner + 2 * state + 2)]
     tensors += [p.detach() for p in (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log, mixer.D)]
-    assert_same(fused, single, [*tensors, mixer.norm.weight.detach()], [dtype, *[FP32] * 6], roundings=2)
+    assert_same(fused, single, [*tensors, mixer.norm.weight.detach()], [dtype, *[FP32] * 6], roundings=4)
 
 
 def test_training_takes_it_and_keeps_the_layers_results(device, documents, normal, served, monkeypatch):
@@ -71,6 +71,7 @@ def test_the_compiler_sees_through(device, documents, normal, served):
     torch.library.opcheck(kernel, arguments, test_utils=tests)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_is_one_graph(device, documents, normal, served):
     """The compiler finds ops where kernels are: no break, the same values and gradients."""
     mixer = layer(FP32, device)

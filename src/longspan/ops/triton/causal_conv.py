@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.triton.device import on_its_device
+
 LARGEST_TAPS = 4
 
 
@@ -183,6 +185,7 @@ def _dense(x_BTD: Tensor) -> Tensor:
     return x_BTD if x_BTD.stride(-1) == 1 else x_BTD.contiguous()
 
 
+@on_its_device
 def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT: Tensor | None, silu: bool) -> Tensor:
     """y (B, T, D), contiguous."""
     x_BTD, weight_DK = _dense(x_BTD), weight_DK.contiguous()
@@ -218,6 +221,7 @@ def causal_conv_backward(
     return dx_BTD, dweight_DK, dbias_D
 
 
+@on_its_device
 def run_backward(
     dx_BTD: Tensor,
     dy_BTD: Tensor,

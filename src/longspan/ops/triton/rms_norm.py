@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.triton.device import on_its_device
+
 # Programs of the backward: a few for every multiprocessor of a large chip.
 PROGRAMS = 1056
 
@@ -78,6 +80,7 @@ def _warps(block: int) -> int:
     return min(16, max(4, block // 512))
 
 
+@on_its_device
 def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`x * silu(gate) / rms * weight` in `dtype`, contiguous."""
     rows_MD = _rows(x)
@@ -92,6 +95,7 @@ def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dt
     return y
 
 
+@on_its_device
 def run_backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dx_MD: Tensor, dgate_MD: Tensor | None
 ) -> Tensor:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.triton.device import on_its_device
+
 CHUNK = 16
 CHANNELS = 32
 
@@ -155,6 +157,20 @@ def selective_scan(
     initial_BNE: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.selective_scan.selective_scan` with the first tokens of documents marked; the third result is kept."""
+    return _run_forward(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT, initial_BNE)
+
+
+@on_its_device
+def _run_forward(
+    x_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    starts_BT: Tensor | None,
+    initial_BNE: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     x, dt, B, C = (_laid_out(z) for z in (x_BTE, dt_BTE, B_BTN, C_BTN))
     rows, time, channels = x.shape
     state, chunks = A_EN.shape[1], triton.cdiv(time, CHUNK)
@@ -205,6 +221,22 @@ def selective_scan_backward(
     starts_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, dt, A, B, C, D and the initial state."""
+    return _run_backward(dy_BTE, dfinal_BNE, states, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT)
+
+
+@on_its_device
+def _run_backward(
+    dy_BTE: Tensor,
+    dfinal_BNE: Tensor | None,
+    states: Tensor,
+    x_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    starts_BT: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, dt, B, C, dy = (_laid_out(z) for z in (x_BTE, dt_BTE, B_BTN, C_BTN, dy_BTE))
     rows, time, channels = x.shape
     state, chunks = A_EN.shape[1], states.shape[1]

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton import ssd_kernels as kernels
+from longspan.ops.triton.device import on_its_device
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
@@ -157,6 +158,7 @@ def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) ->
     return states
 
 
+@on_its_device
 def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, H, P), the last state (B, H, P, N) in fp32, and the states before the chunks."""
     inputs = inputs.laid_out()
@@ -196,6 +198,7 @@ class Gradients(NamedTuple):
         )
 
 
+@on_its_device
 def run_backward(
     inputs: Inputs, states: Tensor, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
