@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +61,16 @@ def test_a_subject_of_a_study_goes_through_the_harness(
     assert 4 < written["results"]["pages"]["bits_per_byte,none"] < 6
     assert written["config"]["max_length"] == 40
     assert written["config"]["model_mixers"] == "1 attention, 1 mamba2, 1 gru"
+    # The samples that it logged are records from then on.
+    (samples,) = (tmp_path / "out").rglob("samples_pages_*.jsonl")
+    run = str(tmp_path / "imported")
+    assert longspan("import", str(samples), "--format", "lm-eval", "--to", run, "--subject", "AMG") == 0
+    capsys.readouterr()
+    assert longspan("rescore", run, "--json") == 0
+    ((measured,),) = [result["measurements"] for result in json.loads(capsys.readouterr().out)["results"]]
+    assert measured["metric"] == "bits_per_byte"
+    assert measured["items"] == 4
+    assert measured["value"] / math.log(2) == pytest.approx(written["results"]["pages"]["bits_per_byte,none"])
 
 
 def test_wrong_model_arguments_are_answered_in_our_words(

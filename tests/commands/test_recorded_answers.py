@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from longspan.probes.longbench_v2.recorded import Origin, origin_of, read_longbench
-from longspan.records.store import RecordStore
+from longspan.records.store import Record, RecordStore
 
 Longspan = Callable[..., int]
 
@@ -245,3 +245,19 @@ def test_a_variant_is_an_arm_of_its_own(tmp_path: Path, asked: Callable[..., dic
     assert {pair["a"], pair["b"]} == {"model", "model (cot)"}
     assert (pair["items"], abs(pair["only_a"] - pair["only_b"])) == (40, 10)
     assert len(asked("rescore", str(tmp_path / "run"))["results"]) == 2
+
+
+def test_one_question_at_two_lengths_is_no_duplicate(tmp_path: Path, asked: Callable[..., dict[str, Any]]) -> None:
+    def answer(length: int) -> Record:
+        content = {"id": "7_A1", "document": "7", "gold": "A1", "candidates": 3, "length": length, "response": "A1"}
+        return Record.make(
+            probe="ada_leval", protocol={"kind": "ada_leval", "task": "best_answer"}, item=f"7_A1@{length}",
+            subject="m", seed=0, fingerprint="f", answer={**content, "right": 0},
+        )  # fmt: skip
+
+    with RecordStore(tmp_path / "records.jsonl") as store:
+        store.append([answer(1000), answer(2000)])
+    found = asked("rescore", str(tmp_path), "--duplicates", "drop", "--scorer", "strict")
+    assert found["records"] == 2
+    measured = [each for each in found["results"][0]["measurements"] if each["metric"] == "accuracy"]
+    assert [(each["x"], each["value"]) for each in measured] == [(1000.0, 1.0), (2000.0, 1.0)]

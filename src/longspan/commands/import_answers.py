@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from longspan.commands.recorded_runs import keep
+from longspan.commands.recorded_runs import DUPLICATES, keep
 from longspan.foundation.errors import DataError, UserError
 from longspan.probes import lm_eval_answers
 from longspan.probes.longbench_v2.recorded import Imported, duplicates_line, origin_of, read_longbench, refused
-from longspan.probes.longbench_v2.scores import DUPLICATES
 from longspan.records.store import RECORDS, RecordStore
 from longspan.terminal import print_json, print_table
 
@@ -70,7 +69,7 @@ def import_answers(
                 }
             )
             if line := duplicates_line(found.duplicated, found.rows):
-                notes.append(f"{file.name}: {line}; policy `{duplicates}`: {DUPLICATES[duplicates]}")  # type: ignore[index]
+                notes.append(f"{file.name}: {line}; policy `{duplicates}`: {DUPLICATES[duplicates]}")
             if found.reprompted:
                 notes.append(f"{file.name}: {found.reprompted} replies include one to a second question")
             if found.disagreeing:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from longspan.engines.run_index import SUBJECTS
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import read_json
-from longspan.probes.longbench_v2.scores import DUPLICATES
 from longspan.records.store import RECORDS, Record, read_records
 from longspan.study.jobs import DONE, SPECIFICATION
 
+DUPLICATES: Mapping[str, str] = {
+    "all": "every row counts, as LongBench's result.py does",
+    "first": "the first row of each item counts",
+    "drop": "items that occur more than once are left out",
+}
+"""Policies for items that were answered more than once."""
 ALLOWED = "a records file, a folder that `longspan import` wrote, or a study's folder (runs/STUDY)"
 
 
@@ -49,14 +54,14 @@ def open_run(run: str, duplicates: str = "all") -> Recorded:
     if copies:
         lost = len(records) - len(kept)
         notes.append(
-            f"{len(copies)} items were answered more than once; policy `{duplicates}` ({DUPLICATES[duplicates]}): "  # type: ignore[index]
+            f"{len(copies)} items were answered more than once; policy `{duplicates}` ({DUPLICATES[duplicates]}): "
             f"{len(kept):,} of {len(records):,} rows count, {lost:,} do not"
         )
     return Recorded(path, kept, tuple(notes))
 
 
 def keep(records: Sequence[Record], duplicates: str) -> list[Record]:
-    """The records that a policy keeps; copies of an item are told by their answers' `id` and `copy`."""
+    """The records that a policy keeps; copies of an item are told by their answers' `copy`."""
     if duplicates == "all":
         return list(records)
     if duplicates == "first":
@@ -66,13 +71,10 @@ def keep(records: Sequence[Record], duplicates: str) -> list[Record]:
 
 
 def _about(record: Record) -> tuple[object, ...]:
-    """What two copies of an answer share."""
-    answer = record.answer
-    protocol = record.protocol
-    shared = (
-        answer.get("id", record.item), answer.get("context"), protocol.get("repeat"), protocol.get("variant")
-    )  # fmt: skip
-    return (record.subject, record.seed, record.probe, *shared)
+    """What two copies of an answer share; a copy's item is named `ITEM#N`."""
+    copy = record.answer.get("copy", 1)
+    item = record.item if copy == 1 else record.item.removesuffix(f"#{copy}")
+    return record.subject, record.seed, record.probe, item, repr(record.protocol)
 
 
 def _asked(file: Path, fingerprint: str | None) -> Iterator[Record]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from longspan.commands.recorded_runs import keep
 from longspan.probes.longbench_v2.extraction import earlier, first_pass, official, robust
 from longspan.probes.longbench_v2.nulls import null_cause, repeated_share
 from longspan.probes.longbench_v2.recorded import origin_of, read_longbench
-from longspan.probes.longbench_v2.scores import chosen, score
+from longspan.probes.longbench_v2.scores import score
 
 RULES = {"repo": "earlier", "official": "official", "first_pass": "first_pass"}
 POLICIES = {"all": "all", "keep_first": "first", "drop_all_duplicated_ids": "drop"}
@@ -40,9 +41,9 @@ def test_every_recorded_table_comes_out_again(golden: dict[str, Any]) -> None:
     checked = 0
     for name, facts in golden["files"].items():
         path = golden["folder"] / name
-        answers = [record.answer for record in read_longbench(path, "ssm-experiment", origin_of(path)).records]
+        records = read_longbench(path, "ssm-experiment", origin_of(path)).records
         for theirs, ours in POLICIES.items():
-            kept = chosen(answers, ours)
+            kept = [record.answer for record in keep(records, ours)]
             for rule, scorer in RULES.items():
                 found = score(kept, scorer)
                 groups = {each.group.replace("domain: ", "dom:"): each for each in found.groups}

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from longspan.foundation.errors import UserError
 from longspan.probes.longbench_v2.extraction import LETTERS, SCORERS, Scorer
 from longspan.probes.longbench_v2.nulls import CAUSES, NullCause, null_cause
 from longspan.records import statistics
 
-Duplicates = Literal["all", "first", "drop"]
-DUPLICATES: Mapping[Duplicates, str] = {
-    "all": "every row counts, as LongBench's result.py does",
-    "first": "the first row of each item counts",
-    "drop": "items that occur more than once are left out",
-}
 COMPENSATION = 0.25
 """What LongBench's `compensated` gives a null: the chance of four letters."""
 CONSTANT_LETTER = 148 / 503
@@ -38,24 +31,6 @@ def read_answer(answer: Mapping[str, Any], scorer: Scorer) -> Read:
     """A record's answer under a scorer; a null has its cause."""
     letter = SCORERS[scorer](str(answer.get("response", "")))
     return Read(letter, letter == answer["gold"], null_cause(answer) if letter is None else None)
-
-
-def chosen(answers: Sequence[Mapping[str, Any]], policy: Duplicates) -> list[Mapping[str, Any]]:
-    """The answers that a policy keeps, in order; `id` says which item an answer is about."""
-    if policy not in DUPLICATES:
-        raise UserError(f"duplicates = {policy!r}", ", ".join(DUPLICATES), "name one of these")
-    if policy == "all":
-        return list(answers)
-    counts = Counter(answer["id"] for answer in answers)
-    if policy == "drop":
-        return [answer for answer in answers if counts[answer["id"]] == 1]
-    seen: set[str] = set()
-    kept = []
-    for answer in answers:
-        if answer["id"] not in seen:
-            seen.add(answer["id"])
-            kept.append(answer)
-    return kept
 
 
 @dataclass(frozen=True, slots=True)
