@@ -90,7 +90,9 @@ def test_what_is_given_is_read_in_place_of_what_was_written(
     starts = (10, 12, 7)
     given = [row[start:].copy() for row, start in zip(rows, starts, strict=True)]
     found = engine.generate(
-        [row[:start] for row, start in zip(rows, starts, strict=True)], Sampling(max_new_tokens=30), given
+        [row[:start] for row, start in zip(rows, starts, strict=True)],
+        Sampling(max_new_tokens=30, stop_at_boundary=False),
+        given,
     )
     for row, start, generation in zip(rows, starts, found, strict=True):
         wanted = np.arange(len(row)) >= start - 1

@@ -47,7 +47,7 @@ def test_every_task_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_laws_of_every_task(name: str, seed: int) -> None:
     task = task_of(name)
@@ -77,7 +77,7 @@ def test_the_published_alphabet_has_30_ids(name: str) -> None:
     assert "".join(symbols) == "abcdefghijklmnopqrstuvwxyz$|.*"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_copy_is_the_string_twice(seed: int) -> None:
     task = task_of("copy")
@@ -92,7 +92,7 @@ def test_copy_is_the_string_twice(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["prefix_ngram", "suffix_ngram"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), cut=st.sampled_from([None, 1, 3]))
 def test_the_query_occurs_once_and_the_answer_follows_it(name: str, seed: int, cut: int | None) -> None:
     task = task_of(name, length_answer=cut)
@@ -114,7 +114,7 @@ def test_the_query_occurs_once_and_the_answer_follows_it(name: str, seed: int, c
     assert text(task, example.answer) == rest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 4))
 def test_unique_ngrams_are_those_that_a_plain_search_finds(string: list[int], n: int) -> None:
     grams = [tuple(string[i : i + n]) for i in range(len(string) - n + 1)]
@@ -122,7 +122,7 @@ def test_unique_ngrams_are_those_that_a_plain_search_finds(string: list[int], n:
     assert once(np.array(string, np.int32), n).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_duplicate_ngram_holds_one_twice(seed: int) -> None:
     task = task_of("duplicate_ngram", vocab_size=26)
@@ -138,7 +138,7 @@ def test_duplicate_ngram_holds_one_twice(seed: int) -> None:
     assert apart
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), filler=st.sampled_from([0, 16]))
 def test_mqar_is_that_of_zoology(seed: int, filler: int) -> None:
     task = task_of("mqar", filler=filler)
@@ -172,7 +172,7 @@ def test_gaps_of_mqar_follow_the_power_law() -> None:
         assert abs((gaps == gap).mean() - shares[gap]) < 4 * math.sqrt(shares[gap] / 2000)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_induction_asks_for_what_followed_the_special_token(seed: int) -> None:
     example = draw(task_of("induction"), seed)
@@ -182,7 +182,7 @@ def test_induction_asks_for_what_followed_the_special_token(seed: int) -> None:
     assert example.answer.tolist() == [example.inputs[special[0] + 1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_selective_copy_asks_for_the_tokens_in_order(seed: int) -> None:
     example = draw(task_of("selective_copy"), seed)
@@ -226,9 +226,9 @@ def test_the_answer_stands_in_the_input_where_it_is_read_back_in() -> None:
 
 def test_no_batch_comes_twice() -> None:
     """An earlier code drew a thousand batches and went round and round."""
-    stream = batches(task_of("copy"))
-    seen = {next(stream).tokens.tobytes() for _ in range(1500)}
-    assert len(seen) == 1500
+    stream = TaskBatches(task_of("copy"), PackingConfig(), context=43, rows=1, seed=0)
+    seen = {next(stream).tokens.tobytes() for _ in range(1100)}
+    assert len(seen) == 1100
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "duplicate_ngram"])
