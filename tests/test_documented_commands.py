@@ -107,10 +107,10 @@ TINY_LISTS = {
     "quickstart": {"pattern": "[A, M]"},
     "docs/examples/benchmarks.yaml": {"pattern": "[A]"},
     "wikitext-baseline": {},
-    "hybrid-patterns": {"pattern": "[AM]"},
+    "hybrid-patterns": {"pattern": "AM"},
     "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
     "recall": {"pattern": "hybrid"},
-    "wiki-leakage": {"pattern": "[AM]", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
+    "wiki-leakage": {"pattern": "AM", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
 }
 """Shorter lists to vary; a documented command that names one keeps its own."""
 
