@@ -272,6 +272,33 @@ def test_what_is_longer_than_the_limit_is_refused(engine: Make) -> None:
     assert (written.finish_reason, len(written.tokens)) == ("context", 3)
 
 
+@pytest.mark.parametrize("room", [0, 1, 37, 1_000, 5_000])
+def test_the_largest_batch_is_found_by_trying(engine: Make, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    subject, tried = engine("llama"), []
+    assert subject.largest_batch(100) is None
+
+    def seconds_per_step(context: int, rows: int, new_tokens: int) -> float:
+        tried.append(rows)
+        if rows > room:
+            raise torch.cuda.OutOfMemoryError
+        return 0.5
+
+    monkeypatch.setattr(subject, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(subject.model, "device", torch.device("cuda"))
+    found = subject.largest_batch(100)
+    assert found is not None
+    most = min(room, 4_096)
+    assert most * 15 // 16 <= found.sequences <= most
+    assert found.tokens_per_second == (2 * found.sequences if room else None)
+    assert len(tried) < 20
+
+
+def test_decoding_steps_of_a_batch_are_timed(engine: Make) -> None:
+    assert engine("granite").seconds_per_step(30, rows=3, new_tokens=2) > 0
+    with pytest.raises(UserError, match="keeps no state"):
+        engine("granite all mamba").seconds_per_step(30, rows=3, new_tokens=2)
+
+
 def test_sampling_draws_from_a_stream_of_its_own_for_each_prompt(engine: Make) -> None:
     subject, sampling = engine("mamba2"), Sampling(max_new_tokens=12, temperature=1.0, stop_at_boundary=False)
     first, second = subject.generate([tokens(5), tokens(5)], sampling)

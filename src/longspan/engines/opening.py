@@ -185,6 +185,8 @@ def _transformers(found: Described, fingerprint: str, device: str) -> Engine:
     more: dict[str, Any] = {} if arguments.attention is None else {"attn_implementation": arguments.attention}
     transformers = require("transformers")
     transformers.utils.logging.disable_progress_bar()
+    # What it warns of while it loads and runs stands in the notes, where a reader of the numbers finds it.
+    transformers.utils.logging.set_verbosity_error()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
