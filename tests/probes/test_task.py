@@ -111,7 +111,7 @@ def measured(probe: Any, records: Any) -> dict[tuple[str, float | None], Measure
     observations = [seen for record in records for seen in probe.observe(record)]
     summary = summarise(observations, probe.metrics, resamples=2_000)
     found = (*summary.measurements, *probe.derive(summary))
-    return {(m.metric, m.x): m for m in found}
+    return {(m.metric, m.x): m for m in found if m.y is None}
 
 
 def test_the_whole_answer_counts_and_its_end(tmp_path: Path, ask: Any) -> None:
@@ -220,3 +220,35 @@ def test_too_many_pairs_are_refused_before_training(tmp_path: Path) -> None:
 def test_ignored_places_are_what_the_model_ignores() -> None:
     task = make_task(TASKS["copy"], "task")
     assert set(task.example(np.random.default_rng(0), 2).labels[:3].tolist()) == {IGNORE}
+
+
+def test_mqar_is_asked_cell_by_cell_and_against_the_state(tmp_path: Path, ask: Any) -> None:
+    data = data_of(TASKS["mqar"], tmp_path)
+    probe = make_probe("mqar", {"sizes": [1, 2, 3, 4], "lengths": [8, 16], "strings": 8, "free_running": False})
+    records = ask(probe, Parrot(data), data)
+    cells = {(record.answer["length"], record.answer["size"]) for record in records}
+    # 4 x pairs <= length.
+    assert cells == {(8, 1), (8, 2), (16, 1), (16, 2), (16, 3), (16, 4)}
+    assert all(len(record.answer["forced"]) == record.answer["size"] for record in records)
+    one = next(record for record in records if (record.answer["length"], record.answer["size"]) == (16, 2))
+    # Two values out of nine; the parrot holds four bytes a token.
+    assert one.answer["bits"] == pytest.approx(2 * np.log2(9))
+    (load,) = [seen.x for seen in probe.observe(one) if seen.metric == "load"]
+    assert load == pytest.approx(2 * np.log2(9) / (4 * 16 / 1024), rel=0.01)
+    found = measured(probe, records)
+    assert found["accuracy", 4.0].n == 8
+    assert found["accuracy", 1.0].n == 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"sizes": [5], "lengths": [16]}, "4 x pairs <= length"), ({"lengths": [20]}, "vocab_size = 18 for rows of 20")],
+)
+def test_mqar_that_cannot_be_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        make_probe("mqar", settings).items(data_of(TASKS["mqar"], tmp_path))
+
+
+def test_mqar_of_another_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="with the task copy"):
+        make_probe("mqar").items(data_of(TASKS["copy"], tmp_path))

@@ -16,7 +16,8 @@ from longspan.probes.task import TaskProbe
 from longspan.records.observation import Measurement, Metric, Observation, Summary
 from longspan.records.store import Record
 
-LOAD = "bits needed / bits of state"
+LOAD = "bits needed per KiB of state"
+KIB = 8 * 1024
 
 
 @register("mqar")
@@ -24,8 +25,8 @@ class MqarProbe(TaskProbe):
     """Multi-query associative recall at growing numbers of pairs and lengths, asked in two ways like `task`.
 
     Accuracy is the share of questions with the right value. Answering n questions takes n·log2(V/2) bits of what stood
-    before them; the same accuracy is also shown against these bits as a share of the bits that the subject's state
-    holds after the row, as the engine computes them: of caches the whole row, of recurrent states all of it.
+    before them; the same accuracy is also shown against these bits for each KiB (8,192 bits) of the state that the
+    subject holds after the row, as the engine computes it: of caches the whole row, of recurrent states all of it.
 
     Attributes:
         lengths: positions of a row; None: the length of training. Numbers of pairs that do not fit into a length
@@ -35,7 +36,7 @@ class MqarProbe(TaskProbe):
     title: ClassVar[str] = "Associative recall (MQAR)"
     explanation: ClassVar[str] = (
         "Pairs of a key and a value, then every key once more: which value stood beside it? Accuracy over questions, "
-        "in one pass and with the state cache, and against the bits that the answers need as a share of the state's."
+        "in one pass and with the state cache, and against the bits that the answers need for each KiB of state."
     )
     axis: ClassVar[str] = "pairs"
 
@@ -107,7 +108,7 @@ class MqarProbe(TaskProbe):
         yield self.observation(record, "overall", right, asked, cluster=record.item)
         yield self.observation(record, "accuracy", right, asked, cluster=record.item, x=x, y=y)
         if answer["state_bits"]:
-            load = float(f"{answer['bits'] / answer['state_bits']:.3g}")
+            load = float(f"{answer['bits'] / (answer['state_bits'] / KIB):.3g}")
             yield self.observation(record, "load", right, asked, cluster=record.item, x=load)
         yield self.observation(record, "string", float(all(answer["forced"])), 1.0, cluster=record.item, x=x)
         if "free" in answer:
