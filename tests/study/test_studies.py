@@ -10,7 +10,9 @@ import pytest
 
 from longspan.corpus.prepare import PreparedCorpus
 from longspan.report.data import ReportInput, load
-from longspan.study.run import run_study
+from longspan.study.plan import make_plan
+from longspan.study.run import check_items, run_study
+from longspan.study.schema import load_study
 from longspan.terminal import Terminal
 
 TINY = [
@@ -32,6 +34,15 @@ def run(name: str, runs: Path, overrides: list[str]) -> ReportInput:
 
 def few(*probes: str) -> list[str]:
     return [f"probes.{name}={FEW[name]}" for name in probes]
+
+
+@pytest.mark.parametrize("name", ["copying", "recall"])
+@pytest.mark.parametrize("variant", ["", "cpu"])
+def test_a_study_of_a_task_asks_what_its_task_can_draw(name: str, variant: str, tmp_path: Path) -> None:
+    """As it is shipped, without a training."""
+    overrides = [f"variant={variant}"] if variant else []
+    run_study(name, overrides, tmp_path, until="prepare", terminal=Terminal(quiet=True))
+    check_items(make_plan(load_study(name, overrides), tmp_path), tmp_path)
 
 
 def test_wikitext_baseline_on_the_real_text(shared_data: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ REFUSED = {
     "MM bias": ({"mlp_bias": True}, ["mlp_bias = True"]),
     "AA alibi": ({"positions": "alibi"}, ["LlamaForCausalLM", "positions = 'alibi'", "positions: rope"]),
     "AM alibi": ({"positions": "alibi"}, ["positions = 'alibi'", "positions: rope or nope"]),
+    "AA hard": ({"positions": "hard_alibi", "kv_heads": None}, ["LlamaForCausalLM", "positions = 'hard_alibi'"]),
     "MM learned": ({"positions": "learned", "max_positions": 9, "mlp": "none"}, ["positions = 'learned'"]),
     "mm mlp": ({}, ["MambaForCausalLM", "mlp = 'swiglu'", "mlp: none"]),
     "AM bare": ({"mlp": "none"}, ["NemotronHForCausalLM", "positions = 'rope'", "tied = True", "tied: False"]),
@@ -108,6 +109,7 @@ def test_every_setting_is_written_or_refused_or_without_influence():
     assert set(attention.AttentionSettings.model_fields) == {
         *("heads", "kv_heads", "positions", "rope_base", "rope_scaling", "attention_bias"),
         "attention_dropout",  # of training
+        "masked_heads",  # of positions that are refused
     }
     assert set(mamba2.Mamba2Settings.model_fields) == {
         *("state", "expand", "mamba_head_dim", "conv", "chunk", "norm_eps"),
