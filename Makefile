@@ -11,7 +11,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/longspan run quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"
@@ -31,8 +31,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_step_cpu.py
 	$(BIN)/python benchmarks/mamba1_cpu.py
 	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python benchmarks/gated_delta_cpu.py
 	$(BIN)/python benchmarks/task_throughput.py
 	$(BIN)/python benchmarks/suffix_identification.py
+	$(BIN)/python benchmarks/shared_context_scoring.py
+	$(BIN)/python benchmarks/openai_overhead.py
+	$(BIN)/python benchmarks/rescoring_cpu.py
 	$(BIN)/python benchmarks/corpus_preparation.py
 	$(BIN)/python benchmarks/wikipedia_extraction.py
 
