@@ -47,6 +47,13 @@ def test_a_small_bounded_difference_is_a_tie() -> None:
     assert "within 0.33 %" in found.answer
 
 
+def test_nobody_looks_best_where_all_have_the_same_value() -> None:
+    found = decide(report([measurement("AA", 1.2, 0.5), measurement("MM", 1.2, 0.5)],
+                          [comparison("AA", "MM", 0.0, 0.7, 1.0, None)]))  # fmt: skip
+    assert found.verdict == "undecided"
+    assert found.answer.endswith("cannot be decided with this data: both have 1.2 ± 0.5.")
+
+
 def test_an_open_question_says_how_many_documents_would_decide_it() -> None:
     found = decide(report([measurement("AA", 1.23), measurement("MM", 1.2)],
                           [comparison("AA", "MM", 0.03, 0.05, 0.3, 681)]))  # fmt: skip

@@ -138,6 +138,8 @@ def _no_difference(finding: Finding, ranked: list[Measurement], what: str) -> tu
         f"Which of {names if len(ranked) <= 4 else names.lower()} is better on {what} cannot be decided with this data"
     )
     shown = value_text(finding.metric, best)
+    if all(other.value == best.value for other in ranked):
+        return "undecided", f"{text}: {'both' if len(ranked) == 2 else 'all'} have {shown}.", ""
     text += f": {best.subject} looks best at {shown}, "
     beaten = [c.b for c in compared if c.decided]
     standing = [r.subject for r in ranked[1:] if r.subject not in beaten]
