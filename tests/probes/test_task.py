@@ -242,7 +242,12 @@ def test_mqar_is_asked_cell_by_cell_and_against_the_state(tmp_path: Path, ask: A
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"sizes": [5], "lengths": [16]}, "4 x pairs <= length"), ({"lengths": [20]}, "vocab_size = 18 for rows of 20")],
+    [
+        ({"sizes": [5], "lengths": [16]}, r"\[5\] pairs in rows of \[16\]"),
+        # A size that fits no row is never left out in silence.
+        ({"sizes": [2, 500], "lengths": [8, 16]}, r"\[500\] pairs in rows of \[8, 16\]"),
+        ({"lengths": [20]}, "vocab_size = 18 for rows of 20"),
+    ],
 )
 def test_mqar_that_cannot_be_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):

@@ -63,12 +63,17 @@ class MqarProbe(TaskProbe):
         task = self.task(data)
         found: list[Item] = []
         sizes = tuple(sorted(set(self.sizes if self.sizes is not None else task.sizes())))
-        for length in sorted(set(self.lengths or (task.length,))):
+        lengths = sorted(set(self.lengths or (task.length,)))
+        if self.sizes is not None and (unfit := [size for size in sizes if 4 * size > lengths[-1]]):
+            raise UserError(
+                f"{unfit} pairs in rows of {lengths}", "4 x pairs <= the longest row", "ask for fewer, or longer rows"
+            )
+        for length in lengths:
             at_length = self.changed(data, {**self.settings, **_fitting(length, sizes)})
             items = self.strings_of(at_length, [size for size in sizes if 4 * size <= length], data)
             found += [Item(f"{length}:{item.id}", 0, item.tokens, {**item.details, "length": length}) for item in items]
         if not found:
-            given = f"{list(sizes)} pairs in rows of {list(self.lengths or (task.length,))}"
+            given = f"{list(sizes)} pairs in rows of {lengths}"
             raise UserError(given, "4 x pairs <= length somewhere", "ask for fewer pairs or longer rows")
         return found
 

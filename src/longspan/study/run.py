@@ -124,7 +124,11 @@ def check_items(plan: Plan, runs: Path) -> None:
             if planned.prepare.key not in corpora:
                 corpora[planned.prepare.key] = open_corpus(planned.prepare.folder(runs))
             data = probe_data(job, corpora[planned.prepare.key])
-            make_probe(job.specification["name"], job.details["settings"]).items(data)
+            name = job.specification["name"]
+            try:
+                make_probe(name, job.details["settings"]).items(data)
+            except UserError as error:
+                raise UserError(f"probes.{name}: {error.given}", error.allowed, error.fix) from None
 
 
 def forget_stale_probes(plan: Plan, runs: Path) -> list[str]:
