@@ -99,6 +99,7 @@ TINY_PROBES: dict[str, dict[str, object]] = {
     "pg19": {"windows": [32], "max_books": 1, "max_tokens": 64},
     "ruler": {"tasks": ["niah_single_1"], "lengths": [900], "samples": 1},
     "copying": {"sizes": [2, 3], "strings": 4},
+    "duplicates": {"sizes": [6], "strings": 4},
     "reversing": {"sizes": [2, 3], "strings": 4},
     "recall": {"sizes": [2], "lengths": [16, 32], "strings": 4},
 }
