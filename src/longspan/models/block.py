@@ -5,6 +5,10 @@ Legend: B rows, T tokens, D model width, F hidden width of the MLP.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,14 +67,38 @@ class Block(nn.Module):
         self.mixer = mixer(config.width, settings)
         self.mlp_norm = build_norm(config) if config.mlp != "none" else None
         self.mlp = MLP(config) if config.mlp != "none" else None
+        self.compiled: str | None = None
 
     def forward(self, x_BTD: Tensor, segments: Segments, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         """Same contract as `Mixer.forward`, on the residual stream."""
+        if self.compiled is not None and state is None and torch.is_grad_enabled():
+            return self._train_compiled(x_BTD, segments, self.compiled), None
         mixed, state = self.mixer(self.mixer_norm(x_BTD), segments, state)
-        x_BTD = x_BTD + self._dropped(mixed)
+        return self._finish(x_BTD, mixed), state
+
+    def _normed(self, x_BTD: Tensor) -> Tensor:
+        """What the mixer reads."""
+        normed_BTD: Tensor = self.mixer_norm(x_BTD)
+        return normed_BTD
+
+    def _finish(self, x_BTD: Tensor, mixed_BTD: Tensor) -> Tensor:
+        """The residual stream after what the mixer gave."""
+        x_BTD = x_BTD + self._dropped(mixed_BTD)
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD = x_BTD + self._dropped(self.mlp(self.mlp_norm(x_BTD)))
-        return x_BTD, state
+        return x_BTD
+
+    def _layer(self, x_BTD: Tensor, segments: Segments) -> Tensor:
+        """All of it, for a compiler; what many layers share is in `segments` already."""
+        return self._finish(x_BTD, self.mixer(self.mixer_norm(x_BTD), segments, None)[0])
+
+    def _train_compiled(self, x_BTD: Tensor, segments: Segments, backend: str) -> Tensor:
+        """`forward` in training; around a mixer that no compiler can follow, what stands before and after it."""
+        self.mixer.prepare(segments, x_BTD)
+        if self.mixer.traceable(x_BTD.device):
+            return _compiled(Block._layer, backend)(self, x_BTD, segments)
+        mixed_BTD, _ = self.mixer(_compiled(Block._normed, backend)(self, x_BTD), segments, None)
+        return _compiled(Block._finish, backend)(self, x_BTD, mixed_BTD)
 
     def _dropped(self, branch_BTD: Tensor) -> Tensor:
         # Without dropout even the call costs as much as a norm when one token is decoded.
@@ -90,3 +118,10 @@ class Block(nn.Module):
             self.mlp_norm.init_weights()
             self.mlp.init_weights(mlp_generator)
             self.mlp.output_linear.weight.mul_(scale)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """One compilation for all layers of one kind: a compiler looks at the function's code, not at the layer."""
+    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    return compiled  # type: ignore[no-any-return]

@@ -102,6 +102,14 @@ class LanguageModel(nn.Module):
             if not bool(parameter.isfinite().all()):
                 raise UserError(f"`{name}` has no value after initialisation", "a value in every entry", "set it there")
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have every layer compiled where it is trained; evaluation, prefill and decoding stay as they are.
+
+        Layers of one kind share one compilation, made at the first step.
+        """
+        for block in self.blocks:
+            block.compiled = backend
+
     def initial_state(self) -> ModelState:
         """The state before the first token, for any number of rows."""
         return ModelState(tuple(block.mixer.initial_state() for block in self.blocks))
@@ -112,6 +120,8 @@ class LanguageModel(nn.Module):
         doc_id_BT: Tensor | Segments | None = None,
         state: ModelState | None = None,
         isolation: Isolation = "full",
+        *,
+        keep_ids: bool = False,
     ) -> Segments:
         """Build what `forward` needs of the documents; see `Segments.build`."""
         if isinstance(doc_id_BT, Segments):
@@ -122,12 +132,21 @@ class LanguageModel(nn.Module):
                 raise UserError(given, "one id per token", "cut both the same way")
             past = None if state is None else state.past
             shape = (tokens_BT.shape[0], tokens_BT.shape[1])
-            segments = Segments.build(doc_id_BT, isolation, shape=shape, device=tokens_BT.device, past=past)
+            segments = Segments.build(
+                doc_id_BT, isolation, shape=shape, device=tokens_BT.device, past=past, keep_ids=keep_ids
+            )
         limit = self.config.max_positions
         if self.position_embedding is not None and limit is not None and segments.max_position >= limit:
             given = f"position {segments.max_position} with learned positions"
             raise UserError(given, f"max_positions = {limit}, so positions 0 to {limit - 1}", "use shorter rows")
         return segments
+
+    def prepare(self, segments: Segments, tokens_BT: Tensor) -> None:
+        """Make ahead of `forward` what layers share and keep in `segments`: angles and masks of a training batch."""
+        weight = self.embedding.weight
+        x_BTD = weight.new_empty(()).expand(*tokens_BT.shape, weight.shape[1])
+        for mixer in {block.letter: block.mixer for block in self.blocks}.values():
+            mixer.prepare(segments, x_BTD)
 
     def forward(
         self,

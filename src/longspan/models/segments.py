@@ -71,6 +71,7 @@ class Segments:
     previous_doc: Tensor | None
     past: Past
     max_position: int
+    _host_doc: Tensor | None = field(default=None, repr=False, compare=False)
     _rotations: dict[tuple[int, float, torch.dtype, RopeScaling | None], Rotation] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -87,7 +88,8 @@ class Segments:
         """For FlexAttention, of `attention_doc`; the layers with the same window share it."""
         assert self.attention_doc is not None
         if window not in self._block_masks:
-            self._block_masks[window] = flex_block_mask(self.attention_doc, window=window)
+            doc_BT = self.attention_doc if self._host_doc is None else self._host_doc
+            self._block_masks[window] = flex_block_mask(doc_BT, window=window, device=self.attention_doc.device)
         return self._block_masks[window]
 
     @classmethod
@@ -99,6 +101,7 @@ class Segments:
         shape: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         past: Past | None = None,
+        keep_ids: bool = False,
     ) -> Self:
         """Derive everything from the document ids.
 
@@ -110,6 +113,7 @@ class Segments:
             shape: (B, T), needed only without `doc_id_BT`.
             device: where the layers run; default that of `doc_id_BT`.
             past: of the calls before this one; None at the start.
+            keep_ids: give mixers the ids also where every row is one document, so that all batches look alike.
 
         Raises:
             UserError: on an unknown isolation, or one that differs from the calls before.
@@ -135,7 +139,7 @@ class Segments:
             if not started:
                 return cls._unseen(doc_BT, isolation)
             doc_BT = doc_BT.cpu()
-        return cls._known(doc_BT, isolation, device, past)
+        return cls._known(doc_BT, isolation, device, past, keep_ids)
 
     @classmethod
     def _one_document(cls, shape: tuple[int, int], device: torch.device | str | None, past: Past) -> Self:
@@ -157,7 +161,7 @@ class Segments:
         return cls(num_tokens, 0, positions, attention_doc, attention_doc, state_doc, None, past, num_tokens - 1)
 
     @classmethod
-    def _known(cls, doc_BT: Tensor, isolation: Isolation, device: torch.device, past: Past) -> Self:
+    def _known(cls, doc_BT: Tensor, isolation: Isolation, device: torch.device, past: Past, keep_ids: bool) -> Self:
         rows, num_tokens = doc_BT.shape
         previous_B = past.last_doc if past.last_doc is not None else doc_BT[:, 0]
         open_B = past.open_length if past.open_length is not None else torch.full((rows,), past.length)
@@ -172,8 +176,8 @@ class Segments:
         if isolation in ("full", "attention"):
             positions_BT = in_document_BT
             cached = past.key_doc if past.key_doc is not None else previous_B[:, None].expand(rows, past.num_keys)
-            key_doc_BS = torch.cat([cached, doc_BT], dim=1)
-            if not _one_document_per_row(key_doc_BS):
+            key_doc_BS = torch.cat([cached, doc_BT], dim=1) if past.num_keys else doc_BT
+            if keep_ids or not _one_document_per_row(key_doc_BS):
                 attention_doc, key_doc = doc_BT, key_doc_BS
                 after_num_keys = int(after_open_B.max())
                 kept_BS = key_doc_BS[:, num_keys - after_num_keys :]
@@ -181,7 +185,7 @@ class Segments:
         if isolation in ("full", "state"):
             reach_B = open_B.clamp(max=min(LONGEST_CONVOLUTION, past.length))
             unbroken = bool((reach_B == min(LONGEST_CONVOLUTION, past.length)).all())
-            if not (unbroken and bool(goes_on_BT.all())):
+            if keep_ids or not (unbroken and bool(goes_on_BT.all())):
                 state_doc, previous = doc_BT, previous_B if past.length else None
 
         after = Past(
@@ -192,16 +196,18 @@ class Segments:
             after_key_doc,
             isolation,
         )
+        moved = _Moved(device)
         return cls(
             num_tokens=num_tokens,
             num_keys=past.num_keys,
-            positions=positions_BT.to(device, non_blocking=True),
-            attention_doc=_to(attention_doc, device),
-            key_doc=_to(key_doc, device),
-            state_doc=_to(state_doc, device),
-            previous_doc=_to(previous, device),
+            positions=moved(positions_BT),
+            attention_doc=None if attention_doc is None else moved(attention_doc),
+            key_doc=None if key_doc is None else moved(key_doc),
+            state_doc=None if state_doc is None else moved(state_doc),
+            previous_doc=None if previous is None else moved(previous),
             past=after,
             max_position=int(positions_BT.max()),
+            _host_doc=attention_doc,
         )
 
 
@@ -217,5 +223,16 @@ def _one_document_per_row(doc_BS: Tensor) -> bool:
     return bool((doc_BS == doc_BS[:, :1]).all())
 
 
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+class _Moved:
+    """Copies to a device, each tensor once, from pinned memory: from other memory a device copies only when idle."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._done = device, list[tuple[Tensor, Tensor]]()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for before, after in self._done:
+            if before is tensor:
+                return after
+        pinned = tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
+        self._done.append((tensor, pinned.to(self._device, non_blocking=True)))
+        return self._done[-1][1]

@@ -6,6 +6,7 @@ Shapes: B batch, T query time, S key time, H query heads, G key-value heads, P h
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -287,53 +288,99 @@ def flex_serves(q_BTHP: Tensor, dropout: float) -> bool:
     return fits and q_BTHP.is_cuda and q_BTHP.dtype == torch.bfloat16 and kernels.serve(q_BTHP)
 
 
-def flex_block_mask(doc_BT: Tensor, *, window: int | None = None) -> Any:
+def flex_block_mask(doc_BT: Tensor, *, window: int | None = None, device: torch.device | str | None = None) -> Any:
     """Makes the `BlockMask` of a batch for backend "flex": causal, inside documents, inside the window; T keys.
 
-    From the first and last document of every block alone: no (T, T) square is made, and nothing waits for the device.
+    The blocks that a block of queries meets follow one another, and so do those among them that it sees whole; the same
+    holds the other way around. So lists of blocks are counted off from first and last ones, without a square of
+    positions and without sorting, and nothing waits for the device.
 
     Args:
-        doc_BT: document ids; a document is a run of equal ids.
+        doc_BT: document ids; a document is a run of equal ids. Best on the CPU: then one copy moves the whole mask.
         window: positions that a query sees, or None.
+        device: where attention runs; default that of `doc_BT`.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    time, device = doc_BT.shape[1], doc_BT.device
-    blocks = -(-time // FLEX_BLOCK)
-    run_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0)).cumsum(1, dtype=torch.int32)
-    first = torch.arange(blocks, device=device) * FLEX_BLOCK
-    low_BN, high_BN = run_BT[:, first], run_BT[:, (first + FLEX_BLOCK - 1).clamp(max=time - 1)]
-    distance = first[:, None] - first
-    some = (distance >= 0) & (high_BN[:, None, :] >= low_BN[:, :, None])
-    whole = (distance > 0) & (high_BN[:, :, None] == low_BN[:, None, :])
-    if window is not None:
-        some = some & (distance - FLEX_BLOCK + 1 < window)
-        whole = whole & (distance + FLEX_BLOCK - 1 < window)
+    time = doc_BT.shape[1]
+    device = torch.device(device or doc_BT.device)
+    parts = _block_lists(doc_BT, window)
+    if doc_BT.device != device:
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+        places = torch.split(flat, [part.numel() for part in parts])
+        parts = [place.view(part.shape) for place, part in zip(places, parts, strict=True)]
+    run_BT, *lists = parts
+    lists = [each.unsqueeze(1) for each in lists]
 
     def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         seen = (q_index >= k_index) & (run_BT[b, q_index] == run_BT[b, k_index])
         return seen if window is None else seen & (q_index - k_index < window)
 
-    return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(time, time)
+    names = (
+        f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
     )
+    members: dict[str, Any] = dict(zip(names, lists, strict=True))
+    return BlockMask(seq_lengths=(time, time), **members, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=visible)
 
 
-def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries meets, and which, those first; for all heads."""
-    order = blocks_BNN.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-    return blocks_BNN.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+def _block_lists(doc_BT: Tensor, window: int | None) -> list[Tensor]:
+    """Runs of equal ids (B, T), then what `BlockMask` holds, all int32 on the device of the ids: for every block of
+    queries the number (B, N) and the list (B, N, N) of blocks of keys that are seen in part, the same for those seen
+    whole, and the same two for every block of keys."""
+    rows, time = doc_BT.shape
+    device = doc_BT.device
+    starts_BT = F.pad(doc_BT[:, 1:] != doc_BT[:, :-1], (1, 0))
+    index_T = torch.arange(time, dtype=torch.int32, device=device)
+    begin_BT = torch.where(starts_BT, index_T, 0).cummax(1).values
+    block_N = torch.arange(-(-time // FLEX_BLOCK), dtype=torch.int32, device=device)
+    head_N = block_N * FLEX_BLOCK
+    tail_N = (head_N + FLEX_BLOCK - 1).clamp(max=time - 1)
+    # The first block of keys that the block of queries meets, and the first that every query of it sees whole.
+    first_BN = begin_BT[:, head_N] // FLEX_BLOCK
+    whole_BN = -(-begin_BT[:, tail_N] // FLEX_BLOCK)
+    if window is not None:
+        first_BN = torch.maximum(first_BN, block_N - (window + FLEX_BLOCK - 2) // FLEX_BLOCK)
+        whole_BN = torch.maximum(whole_BN, block_N - (window - FLEX_BLOCK) // FLEX_BLOCK)
+    whole_BN = torch.minimum(whole_BN, block_N)
+    # The other way around: the last block of queries that meets a block of keys, and the last that sees it whole.
+    keys_BN = block_N.expand(rows, -1).contiguous()
+    last_BN = torch.searchsorted(first_BN.contiguous(), keys_BN, right=True, out_int32=True) - 1
+    last_whole_BN = torch.searchsorted(whole_BN.contiguous(), keys_BN, right=True, out_int32=True) - 1
+    last_whole_BN = torch.maximum(last_whole_BN, block_N)
+    count_N = block_N[None, None]
+    before_BN, after_BN = whole_BN - first_BN, last_BN - last_whole_BN
+    own_BN1 = keys_BN[..., None]
+    return [
+        starts_BT.cumsum(1, dtype=torch.int32),
+        before_BN + 1,
+        torch.where(count_N < before_BN[..., None], first_BN[..., None] + count_N, own_BN1),
+        block_N - whole_BN,
+        (whole_BN[..., None] + count_N).clamp(max=int(block_N.shape[0]) - 1),
+        after_BN + 1,
+        torch.where(count_N == 0, own_BN1, (last_whole_BN[..., None] + count_N).clamp(max=int(block_N.shape[0]) - 1)),
+        last_whole_BN - block_N,
+        (own_BN1 + 1 + count_N).clamp(max=int(block_N.shape[0]) - 1),
+    ]
 
 
-_compiled_flex: Any = None
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex_attention() -> Any:
+    """Inside a compiled layer that layer's compiler takes it in; elsewhere it is compiled alone."""
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention
+    return _compiled_flex()
 
 
 def _flex(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, block_mask: Any, rules: _Rules) -> Tensor:
-    global _compiled_flex
-    if _compiled_flex is None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _compiled_flex = torch.compile(flex_attention)
     slopes_H, offset = rules.slopes, rules.q_offset
 
     def alibi(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
@@ -341,7 +388,7 @@ def _flex(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, block_mask: Any, rules
         return score - slopes_H[h] * (q_index + offset - k_index)
 
     q, k, v = (values.transpose(1, 2) for values in (q_BTHP, k_BSGP, v_BSGP))
-    y: Tensor = _compiled_flex(
+    y: Tensor = _flex_attention()(
         q,
         k,
         v,

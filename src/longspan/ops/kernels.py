@@ -56,8 +56,17 @@ def serve(x: Tensor) -> bool:
     Raises:
         UserError: it should, and Triton is not installed.
     """
-    wanted = choice()
-    if wanted == "plain" or (wanted == "auto" and not x.is_cuda) or x.dtype not in SERVED:
+    return x.dtype in SERVED and wanted(x.device)
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether ops run as kernels there, as far as the setting and the device decide.
+
+    Raises:
+        UserError: they should, and Triton is not installed.
+    """
+    setting = choice()
+    if setting == "plain" or (setting == "auto" and device.type != "cuda"):
         return False
     _need_triton()
     return True
@@ -74,8 +83,6 @@ def _need_triton() -> None:
 
 def described(device: torch.device) -> str:
     """What the setting comes to on `device`, for people: to be printed wherever a run says how it computes."""
-    wanted = choice()
-    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
-        _need_triton()
-        return f"Triton {importlib.metadata.version('triton')} kernels ({wanted})"
-    return f"plain torch ({wanted})"
+    if wanted(device):
+        return f"Triton {importlib.metadata.version('triton')} kernels ({choice()})"
+    return f"plain torch ({choice()})"

@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.foundation.errors import UserError
+from longspan.ops import kernels
 from longspan.ops.compiling import never_compiled
+
+# Logits that a kernel turns into gradients live at the same time, in their own dtype.
+KERNEL_LOGITS = 3 * 2**28
 
 
 @never_compiled
@@ -29,13 +33,14 @@ def linear_cross_entropy(
     """Negative log-likelihood (nats) of `targets` under `softmax(hidden @ weight.T)`.
 
     With "sum" the gradients are made in the forward pass, where a chunk's logits still exist, so the backward costs one
-    multiplication. With "none" the backward computes the logits of a chunk again.
+    multiplication. With "none" the backward computes the logits of a chunk again. Where `ops.kernels` says so, a
+    Triton kernel makes the gradients, over logits in the dtype of `hidden`; without gradients logits stay fp32.
 
     Args:
         hidden_ND: last hidden states, fp32 or bf16 (fp64 in tests).
         weight_VD: head (or tied embedding) rows; cast to the dtype of `hidden`.
         targets_N: integer class per token; `ignore` marks tokens without loss.
-        chunk: tokens whose logits live at the same time; None: `default_chunk`.
+        chunk: tokens whose logits live at the same time; None: `default_chunk`, or what suits the kernel.
         ignore: the target value that carries no loss.
         reduction: "sum" gives a scalar, "none" one value per token (0 where ignored).
 
@@ -50,8 +55,7 @@ def linear_cross_entropy(
     if hidden_ND.dim() != 2 or hidden_ND.shape[1:] != weight_VD.shape[1:] or hidden_ND.shape[:1] != targets_N.shape:
         shapes = f"hidden {tuple(hidden_ND.shape)}, weight {tuple(weight_VD.shape)}, targets {tuple(targets_N.shape)}"
         raise UserError(shapes, "hidden (N,D), weight (V,D), targets (N,)", "flatten batch and time first")
-    chunk = default_chunk(weight_VD.shape[0], weight_VD.device) if chunk is None else chunk
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise UserError(f"chunk {chunk}", "1 or more", "raise it")
     targets_N = targets_N.long()
     counted_N = targets_N != ignore
@@ -65,7 +69,6 @@ def linear_cross_entropy(
             )
     chosen_N = targets_N.masked_fill(~counted_N, 0)
     function = _Sum if reduction == "sum" else _PerToken
-    weight_VD = weight_VD.to(hidden_ND.dtype)
     train = torch.is_grad_enabled()
     loss: Tensor = function.apply(hidden_ND, weight_VD, chosen_N, counted_N, chunk, train)  # type: ignore[no-untyped-call]
     return loss
@@ -75,6 +78,58 @@ def default_chunk(vocab_size: int, device: torch.device) -> int:
     """Tokens per chunk: logits that stay near the cache on a CPU, a gigabyte of them on a GPU."""
     elements = 2**22 if device.type == "cpu" else 2**28
     return max(256, elements // vocab_size)
+
+
+def _kernel_chunk(tokens: int, vocab_size: int) -> int:
+    """As few spans as the buffer allows, as equal as can be: long products are the fast ones."""
+    spans = -(-tokens * vocab_size // KERNEL_LOGITS)
+    return max(1, -(-tokens // max(1, spans)))
+
+
+def _fused(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    chosen_N: Tensor,
+    counted_N: Tensor,
+    scale_N: Tensor | None,
+    chunk: int | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """NLL (N,), and the gradients of hidden and weight (fp32) that are wanted, through the kernel."""
+    from longspan.ops.triton.cross_entropy import softmax_errors
+
+    tokens, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
+    chunk = _kernel_chunk(tokens, vocab_size) if chunk is None else chunk
+    weight_VD = weight_VD.to(hidden_ND.dtype)
+    buffer = hidden_ND.new_empty(min(chunk, tokens), vocab_size)
+    nll_N = hidden_ND.new_empty(tokens, dtype=torch.float32)
+    dhidden = torch.empty_like(hidden_ND) if wanted[0] else None
+    dweight: Tensor | None = None
+    for start in range(0, tokens, chunk):
+        span = slice(start, min(start + chunk, tokens))
+        hidden_cD = hidden_ND[span]
+        logits_cV = torch.mm(hidden_cD, weight_VD.T, out=buffer[: hidden_cD.shape[0]])
+        scale_c = None if scale_N is None else scale_N[span]
+        nll_N[span] = softmax_errors(logits_cV, chosen_N[span], counted_N[span], scale_c)
+        if dhidden is not None:
+            torch.mm(logits_cV, weight_VD, out=dhidden[span])
+        if wanted[1]:
+            dweight = _added(dweight, logits_cV, hidden_cD)
+    if dweight is None and wanted[1]:
+        dweight = torch.zeros_like(weight_VD, dtype=torch.float32)
+    return nll_N, dhidden, dweight
+
+
+def _added(total_VD: Tensor | None, errors_cV: Tensor, hidden_cD: Tensor) -> Tensor:
+    """`total + errors.T @ hidden` in fp32: on CUDA the product itself adds."""
+    if errors_cV.dtype == torch.float32:
+        return torch.mm(errors_cV.T, hidden_cD) if total_VD is None else total_VD.addmm_(errors_cV.T, hidden_cD)
+    if not errors_cV.is_cuda:
+        product = torch.mm(errors_cV.T, hidden_cD).float()
+        return product if total_VD is None else total_VD.add_(product)
+    if total_VD is None:
+        return torch.mm(errors_cV.T, hidden_cD, out_dtype=torch.float32)
+    return torch.addmm(total_VD, errors_cV.T, hidden_cD, out_dtype=torch.float32, out=total_VD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +144,9 @@ class _Chunks:
     buffer: Tensor
 
     @staticmethod
-    def build(hidden_ND: Tensor, weight_VD: Tensor, chosen_N: Tensor, counted_N: Tensor, chunk: int) -> _Chunks:
+    def build(hidden_ND: Tensor, weight_VD: Tensor, chosen_N: Tensor, counted_N: Tensor, chunk: int | None) -> _Chunks:
+        weight_VD = weight_VD.to(hidden_ND.dtype)
+        chunk = default_chunk(weight_VD.shape[0], weight_VD.device) if chunk is None else chunk
         rows = min(chunk, hidden_ND.shape[0])
         buffer = hidden_ND.new_empty(rows, weight_VD.shape[0], dtype=_statistics(hidden_ND))
         return _Chunks(hidden_ND, weight_VD, chosen_N, counted_N, chunk, buffer)
@@ -149,22 +206,31 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, chosen_N: Tensor, counted_N: Tensor, chunk: int, train: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        chosen_N: Tensor,
+        counted_N: Tensor,
+        chunk: int | None,
+        train: bool,
     ) -> Tensor:
+        wanted = (train and ctx.needs_input_grad[0], train and ctx.needs_input_grad[1])
+        ctx.weight_dtype = weight_VD.dtype
+        if any(wanted) and kernels.serve(hidden_ND):
+            nll_N, *gradients = _fused(hidden_ND, weight_VD, chosen_N, counted_N, None, chunk, wanted)
+            ctx.save_for_backward(*gradients)
+            return nll_N.sum()
         chunks = _Chunks.build(hidden_ND, weight_VD, chosen_N, counted_N, chunk)
-        dhidden = torch.empty_like(hidden_ND) if train and ctx.needs_input_grad[0] else None
-        dweight = None
-        if train and ctx.needs_input_grad[1]:
-            dweight = torch.zeros_like(weight_VD, dtype=chunks.buffer.dtype)
+        dhidden = torch.empty_like(hidden_ND) if wanted[0] else None
+        dweight = torch.zeros_like(weight_VD, dtype=chunks.buffer.dtype) if wanted[1] else None
         total = chunks.buffer.new_zeros(())
-        ones = chunks.buffer.new_ones(chunk)
+        ones = chunks.buffer.new_ones(chunks.buffer.shape[0])
         for span in chunks.spans():
             exponentials, totals, nll = chunks.exponentials(span)
             total += nll.sum()
             if dhidden is not None or dweight is not None:
                 chunks.add_gradients(span, exponentials, totals, ones[: nll.shape[0]], dhidden, dweight)
         ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
@@ -183,7 +249,13 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, chosen_N: Tensor, counted_N: Tensor, chunk: int, train: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        chosen_N: Tensor,
+        counted_N: Tensor,
+        chunk: int | None,
+        train: bool,
     ) -> Tensor:
         chunks = _Chunks.build(hidden_ND, weight_VD, chosen_N, counted_N, chunk)
         loss_N = chunks.buffer.new_empty(hidden_ND.shape[0])
@@ -198,9 +270,13 @@ class _PerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, chosen_N, counted_N = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        if kernels.serve(hidden_ND):
+            _, dhidden, dweight = _fused(hidden_ND, weight_VD, chosen_N, counted_N, dloss_N, ctx.chunk, wanted)
+            return dhidden, None if dweight is None else dweight.to(weight_VD.dtype), *(None,) * 4
         chunks = _Chunks.build(hidden_ND, weight_VD, chosen_N, counted_N, ctx.chunk)
-        dhidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight_VD, dtype=chunks.buffer.dtype) if ctx.needs_input_grad[1] else None
+        dhidden = torch.empty_like(hidden_ND) if wanted[0] else None
+        dweight = torch.zeros_like(weight_VD, dtype=chunks.buffer.dtype) if wanted[1] else None
         for span in chunks.spans():
             exponentials, totals, _ = chunks.exponentials(span)
             chunks.add_gradients(span, exponentials, totals, dloss_N[span], dhidden, dweight)

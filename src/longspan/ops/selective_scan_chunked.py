@@ -105,7 +105,9 @@ def document_starts(doc_BT: Tensor | None, initial_doc_B: Tensor | None) -> Tens
         return None
     before_B1 = doc_BT[:, :1] if initial_doc_B is None else initial_doc_B[:, None].to(doc_BT.dtype)
     starts_BT = doc_BT != torch.cat((before_B1, doc_BT[:, :-1]), dim=1)
-    return None if doc_BT.device.type == "cpu" and not bool(starts_BT.any()) else starts_BT
+    if torch.compiler.is_compiling() or doc_BT.device.type != "cpu" or bool(starts_BT.any()):
+        return starts_BT
+    return None
 
 
 def _cut(values_BT: Tensor, size: int, padding: int) -> Tensor:

@@ -35,7 +35,8 @@ class TrainingConfig(Config):
         min_delta: how much lower a loss must be to count as an improvement for `patience` (never for `best`).
         checkpoint_every: steps between checkpoints; an improvement and the last step are always kept.
         log_every: steps between lines in `metrics.jsonl`; loss is the mean over them.
-        compile: `torch.compile` the loss; off by default, on CPU it hardly pays for its start.
+        compile: `torch.compile` the layers; `auto` does on CUDA with Triton, and not on a CPU, where it hardly pays for
+            its start.
     """
 
     context: PositiveInt
@@ -61,7 +62,7 @@ class TrainingConfig(Config):
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
     seed: NonNegativeInt = 0
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

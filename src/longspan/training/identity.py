@@ -11,6 +11,7 @@ import torch
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest, read_json, write_json
 from longspan.training.checkpoint import check_configuration
+from longspan.training.compilation import resolve_compile
 from longspan.training.config import TrainingConfig
 from longspan.training.precision import resolve_dtype
 
@@ -31,6 +32,7 @@ def run_configuration(
     """All that determines the outcome of a run, as JSON values; `more` is what only the caller knows (the corpus)."""
     settings = training.model_dump(mode="json")
     settings["dtype"] = resolve_dtype(training.dtype, device)
+    settings["compile"] = resolve_compile(training.compile, device)
     return {
         "training": settings,
         "isolation": isolation,

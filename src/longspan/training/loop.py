@@ -15,7 +15,8 @@ import torch
 from longspan.foundation.errors import DivergenceError, Stopped, UserError
 from longspan.foundation.progress import Progress, Report, silent
 from longspan.foundation.randomness import stream_seed
-from longspan.training.batches import ResumableBatches, num_targets, to_device
+from longspan.ops import kernels
+from longspan.training.batches import ResumableBatches
 from longspan.training.checkpoint import (
     TrainingState,
     load_checkpoint,
@@ -24,9 +25,11 @@ from longspan.training.checkpoint import (
     recover_checkpoint,
     save_checkpoint,
 )
+from longspan.training.compilation import compile_layers, resolve_compile
 from longspan.training.config import TrainingConfig
 from longspan.training.divergence import locate
 from longspan.training.evaluation import evaluate
+from longspan.training.feeding import Fed, Feed
 from longspan.training.identity import claim, run_configuration
 from longspan.training.interruption import Interruption
 from longspan.training.measurement import PeakMemory, Throughput, device_name, synchronizer
@@ -151,10 +154,15 @@ class _Run:
         self.autocast = autocast_for(self.dtype, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, training, device)
-        self.loss = torch.compile(model.loss, dynamic=False) if training.compile else model.loss
+        self.cache = compile_layers(model) if resolve_compile(training.compile, device) else None
+        self.compile_seconds: float | None = None
+        self.compile_logged = False
+        # A line for people that the next report carries.
+        self.news = f"{kernels.described(device)}, layers {'compiled' if self.cache else 'not compiled'}"
         # (step, evaluated step) of the checkpoint in `last`.
         self.saved = (0, 0)
         self.state = self._resume()
+        self.feed = Feed(batches, model, isolation, device, self.autocast)
         self.started = clock() - self.state.seconds
         self.metrics = MetricsFile(directory / "metrics.jsonl", self.state.metrics_bytes)
         self.memory = PeakMemory(device)
@@ -197,7 +205,8 @@ class _Run:
                     self._evaluate()
                 if self.state.step % self.training.checkpoint_every == 0:
                     self._save()
-                self.report(Progress("train", self._tokens(), self._total(), "tok", self.numbers))
+                news, self.news = self.news, ""
+                self.report(Progress("train", self._tokens(), self._total(), "tok", self.numbers, message=news))
                 if self._finished():
                     return self._result()
                 self.consistent = False
@@ -206,6 +215,7 @@ class _Run:
         except (KeyboardInterrupt, Stopped):
             raise Stopped(self._stop()) from None
         finally:
+            self.feed.close()
             self.metrics.close()
             for tracker in self.trackers:
                 tracker.close()
@@ -221,39 +231,48 @@ class _Run:
     def _step(self) -> None:
         """One update. On CUDA nothing here waits for the device, except where a line is due in `metrics.jsonl`."""
         step = self.state.step
+        started = self.clock() if self.cache is not None and self.compile_seconds is None else None
         micro_batches = [self._next_batch() for _ in range(self.training.accumulation)]
-        targets = sum(num_targets(batch) for batch in micro_batches)
+        targets = sum(fed.num_targets for fed in micro_batches)
         lr = learning_rate(self.training, step)
         set_learning_rate(self.optimizer, lr)
         nll = torch.zeros((), device=self.device)
-        for batch in micro_batches:
+        for fed in micro_batches:
             with self.autocast():
-                nll_sum, _ = self.loss(*to_device(batch, self.device), self.isolation)
+                nll_sum, _ = self.model.loss(fed.tokens, fed.targets, fed.segments)
             (nll_sum / max(1, targets)).backward()  # type: ignore[no-untyped-call]
             nll += nll_sum.detach()
         norm = clip_gradients(self.parameters, self.training.clip)
-        self._guard(step, nll, norm, micro_batches)
+        self._guard(step, nll, norm, [fed.batch for fed in micro_batches])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.nll_sum += nll.double()
         self.state.step += 1
         self.state.targets += targets
-        self.state.samples += sum(batch.samples for batch in micro_batches)
+        self.state.samples += sum(fed.batch.samples for fed in micro_batches)
         self.state.window_targets += targets
         self.throughput.step(self.training.batch_tokens)
+        if started is not None:
+            self._compiled(started)
         if self.state.step % self.training.log_every == 0 or self.state.step in (1, self.training.num_steps):
             self._log(lr, norm)
 
-    def _next_batch(self) -> Batch:
-        batch = next(self.batches)
-        shape, wanted = batch.tokens.shape, (self.training.rows, self.training.context)
+    def _compiled(self, started: float) -> None:
+        """Say how long the first step of this process took, nearly all of it compiling."""
+        synchronizer(self.device)()
+        self.compile_seconds = self.clock() - started
+        self.news = f"first step in {self.compile_seconds:.1f} s, compiling its layers (kept in {self.cache})"
+
+    def _next_batch(self) -> Fed:
+        fed = self.feed.take()
+        shape, wanted = fed.batch.tokens.shape, (self.training.rows, self.training.context)
         if shape != wanted:
             raise UserError(
                 f"a batch of {shape[0]} rows × {shape[1]} positions",
                 f"{wanted[0]} × {wanted[1]}, from batch_tokens, accumulation and context",
                 "build the batches with `training.rows` and `training.context`",
             )
-        return batch
+        return fed
 
     def _guard(self, step: int, nll: torch.Tensor, norm: torch.Tensor, micro_batches: list[Batch]) -> None:
         """Keep an update that is not finite from the weights.
@@ -310,10 +329,18 @@ class _Run:
                 "lr": lr,
                 "grad_norm": float(norm.item()),
                 "tokens_per_second": rate,
+                **self._start_up(),
                 "seconds": self.clock() - self.started,
             }
         )
         self.numbers = {**self.numbers, "loss": loss} | ({"tok/s": rate} if rate else {})
+
+    def _start_up(self) -> dict[str, float]:
+        """What the first line of a process says beside: how long its first step took where that compiled something."""
+        if self.compile_seconds is None or self.compile_logged:
+            return {}
+        self.compile_logged = True
+        return {"first_step_seconds": self.compile_seconds}
 
     def _record(self, record: Mapping[str, Any]) -> None:
         self.metrics.append(record)
@@ -377,7 +404,7 @@ class _Run:
             state.measured_seconds, state.measured_positions = self.throughput.seconds, self.throughput.positions
             state.seconds = self.clock() - self.started
             state.peak_memory_bytes = max(state.peak_memory_bytes, self.memory.bytes())
-            state.data = self.batches.state_dict()
+            state.data = self.feed.state_dict()
             save_checkpoint(self.last, self.configuration, state, self.model, self.optimizer)
             self.saved = (state.step, state.evaluated_step)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
-from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
+from longspan.models.mixers.base import Mixer, MixerState, computed_dtype, init_linear, register
 from longspan.models.segments import Segments
 from longspan.ops.attention import attention, flex_serves
-from longspan.ops.rotary import RopeScaling, rotary
+from longspan.ops.rotary import RopeScaling, Rotation, rotary
 
 Positions = Literal["rope", "nope", "alibi", "hard_alibi", "hard_alibi_rope", "learned"]
 # Dropped keys that a cache may keep alive, beside as many as it needs.
@@ -234,6 +234,19 @@ class Attention(Mixer):
         if self.head_windows_H is not None:
             self.head_windows_H.copy_(torch.arange(1, self.num_masked + 1))
 
+    def traceable(self, device: torch.device) -> bool:
+        """On a CPU documents decide which calls are made."""
+        return device.type != "cpu"
+
+    def prepare(self, segments: Segments, x_BTD: Tensor) -> None:
+        """Angles and the mask of the batch."""
+        dtype = computed_dtype(x_BTD)
+        if self.settings.rotates:
+            self._rotation(segments, dtype)
+        q_BTHP = x_BTD.new_empty((), dtype=dtype).expand(*x_BTD.shape[:2], self.heads, self.head_dim)
+        if not self.num_masked and self._has_flex(q_BTHP, segments):
+            segments.block_mask(self.window)
+
     def initial_state(self) -> AttentionState:
         """An empty cache."""
         return AttentionState()
@@ -271,10 +284,13 @@ class Attention(Mixer):
         dropout = self.settings.attention_dropout if self.training else 0.0
         return segments.attention_doc is not None and flex_serves(q_BTHP, dropout)
 
+    def _rotation(self, segments: Segments, dtype: torch.dtype) -> Rotation:
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return segments.rotation(self.head_dim, self.settings.rope_base, dtype, self.settings.rope_scaling)
+
     def _rotated(self, qk_BTHP: Tensor, segments: Segments) -> Tensor:
         """Queries and keys with rotary positions; masked heads have none."""
-        dtype = torch.float64 if qk_BTHP.dtype == torch.float64 else torch.float32
-        rotation = segments.rotation(self.head_dim, self.settings.rope_base, dtype, self.settings.rope_scaling)
+        rotation = self._rotation(segments, qk_BTHP.dtype)
         if not self.num_masked:
             return rotary(qk_BTHP, rotation)
         masked = self.num_masked

@@ -83,6 +83,19 @@ class Mixer(nn.Module, ABC):
             state: of the tokens before; None in training, and then None is returned.
         """
 
+    def traceable(self, device: torch.device) -> bool:
+        """Whether a compiler can follow `forward` in training on this device: no loop over tokens, nothing that waits
+        for values. Around a mixer that is not, the rest of its layer is compiled."""
+        return True
+
+    def prepare(self, segments: Segments, x_BTD: Tensor) -> None:
+        """Make now what many layers share and keep in `segments`, before a compiled `forward` reads it there.
+
+        Args:
+            segments: of the batch.
+            x_BTD: the residual stream, for device and dtype.
+        """
+
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter (and buffer), drawing from `generator` only."""
@@ -114,6 +127,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     # Entering the context costs as much as a small matmul, so only where there is something to switch off.
     active = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if active else nullcontext()
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product of `x` gives: the dtype of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 _MIXERS: dict[str, type[Mixer]] = {}

@@ -106,6 +106,10 @@ class GatedShortConvolution(Mixer):
         self.A.normal_(0.0, 0.1, generator=generator)
         self.D.fill_(1.0)
 
+    def traceable(self, device: torch.device) -> bool:
+        """Its sum over features walks through blocks of tokens."""
+        return False
+
     def initial_state(self) -> GatedShortConvolutionState:
         """Nothing seen."""
         return GatedShortConvolutionState()

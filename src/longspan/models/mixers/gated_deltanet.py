@@ -122,6 +122,10 @@ class GatedDeltaNet(Mixer):
         self.norm.init_weights()
         init_linear(self.out_proj, generator)
 
+    def traceable(self, device: torch.device) -> bool:
+        """Plain torch would be unrolled chunk by chunk."""
+        return False
+
     def initial_state(self) -> GatedDeltaNetState:
         """Nothing seen."""
         return GatedDeltaNetState()

@@ -17,6 +17,7 @@ from longspan.foundation.config import Config
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
 from longspan.models.mixers.short_conv import short_conv
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
+from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv_step
 from longspan.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -90,6 +91,10 @@ class Mamba1(Mixer):
         # softplus(dt_bias) = dt
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.D.fill_(1.0)
+
+    def traceable(self, device: torch.device) -> bool:
+        """As kernels; plain torch would be unrolled chunk by chunk."""
+        return kernels.wanted(device)
 
     def initial_state(self) -> Mamba1State:
         """Nothing seen."""

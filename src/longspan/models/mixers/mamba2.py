@@ -19,7 +19,7 @@ from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
 from longspan.models.mixers.short_conv import short_conv
 from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
-from longspan.ops import mamba2
+from longspan.ops import kernels, mamba2
 from longspan.ops.causal_conv import causal_conv_step
 from longspan.ops.ssd import ssd, ssd_step
 
@@ -113,6 +113,10 @@ class Mamba2(Mixer):
         self.D.fill_(1.0)
         self.norm.init_weights()
         init_linear(self.out_proj, generator)
+
+    def traceable(self, device: torch.device) -> bool:
+        """As kernels; plain torch would be unrolled chunk by chunk."""
+        return kernels.wanted(device)
 
     def initial_state(self) -> Mamba2State:
         """Nothing seen."""

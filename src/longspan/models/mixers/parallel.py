@@ -100,6 +100,15 @@ class Parallel(Mixer):
         for name in self.residual_outputs:
             self.get_parameter(name).fill_(1.0 / len(self.branches))
 
+    def traceable(self, device: torch.device) -> bool:
+        """Where all branches are."""
+        return all(branch.traceable(device) for branch in self._parts)
+
+    def prepare(self, segments: Segments, x_BTD: Tensor) -> None:
+        """For every branch."""
+        for branch in self._parts:
+            branch.prepare(segments, x_BTD)
+
     def initial_state(self) -> ParallelState:
         """Nothing seen by any branch."""
         return ParallelState(tuple(branch.initial_state() for branch in self._parts))

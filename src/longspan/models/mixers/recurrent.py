@@ -56,6 +56,10 @@ class Recurrent(Mixer):
         self.bias_hidden = nn.Parameter(torch.empty(self.gates * width))
         self.out_proj = nn.Linear(width, width, bias=False) if settings.out_projection else None
 
+    def traceable(self, device: torch.device) -> bool:
+        """A loop over tokens."""
+        return False
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """U(+-1/sqrt(D)) as torch's recurrent layers."""

@@ -1,0 +1,82 @@
+"""Logits to negative log-likelihoods and, in their place, gradients: memory is read once and written once.
+
+A program takes a token: it finds maximum and sum of its row while they come in, and reads the row again, by then in the
+cache, to write softmax minus one-hot over it.
+
+Shapes: c tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.ops.triton.device import on_its_device
+
+# Few tokens at a time on a multiprocessor: what all of them hold has to fit the cache until it is read again.
+BLOCK, WARPS = 8192, 32
+
+
+@triton.jit
+def _errors(
+    logits_ptr, chosen_ptr, counted_ptr, scale_ptr, nll_ptr, V, row_stride,
+    BLOCK: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    counted = tl.load(counted_ptr + row).to(tl.int1)
+    chosen = tl.load(chosen_ptr + row)
+    picked = tl.load(row_ptr + chosen).to(tl.float32)
+    v = tl.arange(0, BLOCK)
+    largest = float("-inf")
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        if WHOLE:
+            x = tl.load(row_ptr + start + v).to(tl.float32)
+        else:
+            x = tl.load(row_ptr + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(x, 0))
+        sums = sums * tl.exp(largest - new) + tl.exp(x - new)
+        largest = new
+    log_sum = largest + tl.log(tl.sum(sums, 0))
+    tl.store(nll_ptr + row, tl.where(counted, log_sum - picked, 0.0))
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scale_ptr + row).to(tl.float32)
+    scale = tl.where(counted, scale, 0.0)
+    for start in range(0, V, BLOCK):
+        if WHOLE:
+            x = tl.load(row_ptr + start + v).to(tl.float32)
+        else:
+            x = tl.load(row_ptr + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)
+        error = tl.exp(x - log_sum) - tl.where(start + v == chosen, 1.0, 0.0)
+        error = tl.where(counted, error * scale, 0.0).to(logits_ptr.dtype.element_ty)
+        if WHOLE:
+            tl.store(row_ptr + start + v, error)
+        else:
+            tl.store(row_ptr + start + v, error, mask=start + v < V)
+
+
+@on_its_device
+def softmax_errors(logits_cV: Tensor, chosen_c: Tensor, counted_c: Tensor, scale_c: Tensor | None) -> Tensor:
+    """Turns logits into `(softmax - onehot(chosen)) * scale` in place, 0 where not counted.
+
+    Args:
+        logits_cV: rows of values side by side, written over.
+        chosen_c: int64, the target of every token, inside the vocabulary also where it is not counted.
+        counted_c: bool.
+        scale_c: the gradient of each token's loss; None: 1.
+
+    Returns:
+        (c,) fp32 negative log-likelihoods, 0 where not counted.
+    """
+    tokens, vocab = logits_cV.shape
+    nll_c = torch.empty(tokens, dtype=torch.float32, device=logits_cV.device)
+    block = min(BLOCK, max(16, triton.next_power_of_2(vocab)))
+    _errors[(tokens,)](
+        logits_cV, chosen_c, counted_c, nll_c if scale_c is None else scale_c, nll_c, vocab, logits_cV.stride(0),
+        BLOCK=block, SCALED=scale_c is not None, WHOLE=vocab % block == 0, num_warps=min(WARPS, max(1, block // 256)),
+    )  # fmt: skip
+    return nll_c

@@ -1,0 +1,30 @@
+"""Layers whose mixers run as kernels are one graph for a compiler, which sees the kernels as ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+
+from longspan.models.language_model import LanguageModel, ModelConfig
+
+SIZES = {"width": 32, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width": 32}
+
+
+@pytest.mark.parametrize("letter", ["M", "m"])
+@pytest.mark.usefixtures("served", "small_chunks")
+def test_a_layer_with_kernels(letter: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = LanguageModel(ModelConfig.parse({"pattern": letter * 2, **SIZES}, "model"), 29, 0)
+    tokens = torch.randint(0, 29, (1, 24), generator=torch.Generator().manual_seed(0))
+    doc = (torch.arange(24)[None] > 9).int()
+    results = []
+    for backend in (None, "aot_eager"):
+        for block in model.blocks:
+            block.compiled = backend
+        nll, _ = model.loss(tokens, tokens, doc)
+        results.append([nll, *torch.autograd.grad(nll, list(model.parameters()))])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
