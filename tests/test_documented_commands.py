@@ -111,6 +111,7 @@ TINY_LISTS = {
     "hybrid-patterns": {"pattern": "AM"},
     "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
     "recall": {"pattern": "hybrid"},
+    "recall-text": {"pattern": "AM"},
     "wiki-leakage": {"pattern": "AM", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
 }
 """Shorter lists to vary; a documented command that names one keeps its own."""

@@ -156,7 +156,7 @@ def test_empty_sections_say_why(quickstart_report: ReportInput) -> None:
     bare = replace(quickstart_report, subjects=[], probes=[], training=[], ledger=[], items=[], context=None)
     text = page.html(page.lay_out(bare))
     assert text.count('class="empty"') == 8
-    assert "Nothing was measured" in text
+    assert "no probe has results yet" in text
 
 
 def test_values_without_intervals_draw_and_are_marked(quickstart_report: ReportInput) -> None:

@@ -9,6 +9,7 @@ import pytest
 from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.progress import Progress
 from longspan.report.data import ReportInput, load
+from longspan.study.budget_table import budget_table
 from longspan.study.expand import expand
 from longspan.study.jobs import Job
 from longspan.study.plan import make_plan
@@ -106,6 +107,18 @@ def test_named_levels_are_chosen_by_their_names(study: str) -> None:
     assert (other.label, other.config.model.pattern) == ("AM", "AM")
     named = expand(load_study(study, ["vary.pattern={short: A, long: AAA}"])).subjects
     assert [(subject.label, subject.config.model.pattern) for subject in named] == [("short", "A"), ("long", "AAA")]
+    mixed = expand(load_study(study, ["pattern=[Mamba-2, AM]"])).subjects
+    assert [(subject.label, subject.config.model.pattern) for subject in mixed] == [("Mamba-2", "MM"), ("AM", "AM")]
+    with pytest.raises(UserError, match="did you mean `Mamba-2`"):
+        load_study(study, ["pattern=Mamba2"])
+
+
+def test_a_size_without_a_string_is_refused_before_anything_is_prepared(study: str, tmp_path: Path) -> None:
+    overrides = ["probes.copying.sizes=[0, 4]"]
+    with pytest.raises(UserError, match=r"^probes.copying: sizes"):
+        make_plan(load_study(study, overrides), tmp_path)
+    with pytest.raises(UserError, match=r"^probes.copying: sizes"):
+        budget_table(load_study(study, overrides), tmp_path)
 
 
 def test_the_vocabulary_is_the_tasks(study: str, tmp_path: Path) -> None:
@@ -123,7 +136,7 @@ def test_the_vocabulary_is_the_tasks(study: str, tmp_path: Path) -> None:
         (["tokenizer.vocab_size=300"], "a task brings its own"),
         (["corpus.max_length=0"], "max_length"),
         (["corpus.max_lenght=4"], "unknown key `corpus.max_lenght`(.|\n)*did you mean `max_length`"),
-        (["corpus.task=copi"], "did you mean `copy`"),
+        (["corpus.task=copi"], "^corpus: no task is called 'copi'(.|\n)*did you mean `copy`"),
         (["corpus.min_length=4"], "no length lies between"),
         (["packing.method=best_fit"], "packing.method = best_fit"),
         (["corpus.task=duplicate_ngram", "corpus.min_length=4", "corpus.max_length=5"], "for asking only"),

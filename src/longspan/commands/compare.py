@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from longspan.commands.recorded_runs import Recorded, open_run
+from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
 from longspan.probes.base import Probe, reader
 from longspan.records.observation import Comparison, Metric, Observation, summarise
@@ -204,7 +205,13 @@ def _row(pair: Pair) -> list[str]:
 
 
 def _nothing(opened: Iterable[Recorded], metric: str | None) -> UserError:
-    held = sorted({f"{record.subject} ({record.probe})" for each in opened for record in each.records})
+    records = [record for each in opened for record in each.records]
+    held = sorted({f"{record.subject} ({record.probe})" for record in records})
+    known = {each.name for record in {r.probe: r for r in records}.values() for each in reader(record.protocol).metrics}
+    if metric is not None and metric not in known:
+        fix = did_you_mean(metric, known, "name one of these")
+        given = f"--metric {metric!r}, which none of {', '.join(sorted({r.probe for r in records}))} measures"
+        return UserError(given, ", ".join(sorted(known)), fix)
     what = f"metric {metric!r} of " if metric else ""
     return UserError(
         f"nothing to compare: {what}{', '.join(held[:6])}",

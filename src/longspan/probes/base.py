@@ -174,6 +174,17 @@ class Probe(Config, ABC):
         """Every setting that changes an answer; part of each record's key."""
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in self.only_read}
 
+    def check_task(self, task: Task | None) -> None:
+        """Refuse a corpus that is no use to the probe, as far as its settings say so before anything is prepared.
+
+        Args:
+            task: that subjects are trained on; None: the corpus is text.
+
+        Raises:
+            UserError: no item can be drawn.
+        """
+        del task
+
     def check(self, engine: Engine) -> None:
         """Refuse an engine that lacks what the probe needs."""
         for capability in sorted(self.requires - engine.capabilities):

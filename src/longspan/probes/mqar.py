@@ -48,7 +48,9 @@ class MqarProbe(TaskProbe):
 
         def accuracy(name: str, title: str, x_name: str | None, y_name: str | None = None) -> Metric:
             compare = x_name is None
-            return Metric(name, title, "", "proportion", "higher", x_name=x_name, compare=compare, y_name=y_name)
+            return Metric(
+                name, title, "", "proportion", "higher", x_name, compare=compare, y_name=y_name, counted="rows"
+            )
 
         return (
             accuracy("overall", "Accuracy, all cells", None),
@@ -58,9 +60,9 @@ class MqarProbe(TaskProbe):
             accuracy("load", "Accuracy against load", LOAD),
         )
 
-    def items(self, data: ProbeData) -> list[Item]:
+    def drawn(self, trained: Task | None, seed: int) -> list[Item]:
         """Rows at each length and number of pairs that fits into it."""
-        task = self.task(data)
+        task = self.task(trained)
         found: list[Item] = []
         sizes = tuple(sorted(set(self.sizes if self.sizes is not None else task.sizes())))
         lengths = sorted(set(self.lengths or (task.length,)))
@@ -69,27 +71,26 @@ class MqarProbe(TaskProbe):
                 f"{unfit} pairs in rows of {lengths}", "4 x pairs <= the longest row", "ask for fewer, or longer rows"
             )
         for length in lengths:
-            at_length = self.changed(data, {**self.settings, **_fitting(length, sizes)})
-            items = self.strings_of(at_length, [size for size in sizes if 4 * size <= length], data)
+            at_length = self.changed(task, {**self.settings, **_fitting(length, sizes)})
+            items = self.strings_of(at_length, [size for size in sizes if 4 * size <= length], seed)
             found += [Item(f"{length}:{item.id}", 0, item.tokens, {**item.details, "length": length}) for item in items]
         if not found:
             given = f"{list(sizes)} pairs in rows of {lengths}"
             raise UserError(given, "4 x pairs <= length somewhere", "ask for fewer pairs or longer rows")
         return found
 
-    def task(self, data: ProbeData) -> Mqar:
+    def task(self, trained: Task | None) -> Mqar:
         """The trained task.
 
         Raises:
             UserError: it is not `mqar`.
         """
-        task = data.task
-        if not isinstance(task, Mqar):
-            given = "text as the corpus" if task is None else f"the task {task.task}"
+        if not isinstance(trained, Mqar):
+            given = "text as the corpus" if trained is None else f"the task {trained.task}"
             raise UserError(
                 f"the probe `mqar` with {given}", "`corpus: {source: task, task: mqar, ...}`", "leave it out"
             )
-        return task
+        return trained
 
     def example(self, item: Item, task: Task, data: ProbeData) -> Example:
         """The row that an item stands for."""

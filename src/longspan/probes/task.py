@@ -58,17 +58,25 @@ class TaskProbe(Probe):
         """In order of importance."""
 
         def accuracy(name: str, title: str) -> Metric:
-            return Metric(name, title, "", "proportion", "higher", x_name=self.axis, compare=False)
+            return Metric(name, title, "", "proportion", "higher", x_name=self.axis, compare=False, counted="strings")
 
         free_string = accuracy("free_string", "String accuracy, free-running")
         free_token = accuracy("free_token", "Token accuracy, free-running")
         return (
-            Metric("overall", f"String accuracy, all {self.axis}s", "", "proportion", "higher"),
+            Metric("overall", f"String accuracy, all {self.axis}s", "", "proportion", "higher", counted="strings"),
             accuracy("string", "String accuracy"),
             *([free_string] if self.free_running else ()),
             accuracy("token", "Token accuracy"),
             *([free_token] if self.free_running else ()),
-            Metric("reach", f"Longest with {REACHED:.0%} of strings right", "", "derived", "higher", compare=False),
+            Metric(
+                "reach",
+                f"Longest with {REACHED:.0%} of strings right",
+                "",
+                "derived",
+                "higher",
+                compare=False,
+                counted="strings",
+            ),
         )
 
     def check(self, engine: Engine) -> None:
@@ -79,20 +87,28 @@ class TaskProbe(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """`strings` at each size; what a string is follows from the task, the size and its number."""
-        task = self.task(data)
+        return self.drawn(data.task, data.seed)
+
+    def check_task(self, task: Task | None) -> None:
+        """Refuse text, and sizes of which there is no string."""
+        self.drawn(task, 0)
+
+    def drawn(self, trained: Task | None, seed: int) -> list[Item]:
+        """The items, which follow from the trained task and the seed."""
+        task = self.task(trained)
         sizes = tuple(sorted(set(self.sizes if self.sizes is not None else task.sizes())))
         if not sizes or sizes[0] < 1:
             raise UserError(f"sizes {list(sizes)}", "one or more positive sizes", "mend `sizes`")
-        return self.strings_of(task, sizes, data)
+        return self.strings_of(task, sizes, seed)
 
-    def strings_of(self, task: Task, sizes: Sequence[int], data: ProbeData) -> list[Item]:
+    def strings_of(self, task: Task, sizes: Sequence[int], seed: int) -> list[Item]:
         """Items of a task at some sizes.
 
         Raises:
             UserError: there is no string of some size; said before anything is trained.
         """
         for size in sizes:
-            task.example(numpy_generator(data.seed, "task probe", size, 0), size)
+            task.example(numpy_generator(seed, "task probe", size, 0), size)
         return [
             Item(f"{size}:{number}", 0, 2 * task.span(size), {"size": size, "number": number})
             for size in sizes
@@ -108,7 +124,7 @@ class TaskProbe(Probe):
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """Which tokens of each answer are right, both ways; nothing where the subject cannot take the length."""
-        task = self.task(data)
+        task = self.task(data.task)
         examples = [self.example(item, task, data) for item in items]
         limit = engine.context_limit
         if limit is not None and max(len(example.inputs) for example in examples) > limit:
@@ -162,38 +178,35 @@ class TaskProbe(Probe):
 
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The question and the answer as symbols."""
-        example = self.example(item, self.task(data), data)
+        example = self.example(item, self.task(data.task), data)
         own = example.fed_back
         given = example.inputs[: int(np.argmax(own))] if own.any() else example.inputs
         return Asked(shown(data, given), shown(data, example.answer))
 
-    def task(self, data: ProbeData) -> Task:
-        """What is asked.
+    def task(self, trained: Task | None) -> Task:
+        """What is asked of subjects that were trained on a task.
 
         Raises:
             UserError: the corpus is no task, or the settings change its vocabulary.
         """
-        if data.task is None:
+        if trained is None:
             raise UserError(
                 f"the probe `{self.kind}` with text as the corpus",
                 "a task: `corpus: {source: task, task: copy, ...}`",
                 "leave the probe out, or choose a task",
             )
-        if not self.settings:
-            return data.task
-        return self.changed(data, self.settings)
+        return self.changed(trained, self.settings) if self.settings else trained
 
-    def changed(self, data: ProbeData, settings: Mapping[str, Any]) -> Task:
+    def changed(self, trained: Task, settings: Mapping[str, Any]) -> Task:
         """The trained task with other settings and the same ids.
 
         Raises:
             UserError: settings that it refuses, or that change its vocabulary.
         """
-        assert data.task is not None
-        task = data.task.asked(settings, self.sizes)
-        if task.tokenizer().fingerprint != data.tokenizer.fingerprint:
+        task = trained.asked(settings, self.sizes)
+        if task.tokenizer().fingerprint != trained.tokenizer().fingerprint:
             raise UserError(
-                f"settings {dict(settings)} change the vocabulary of {data.task.task}",
+                f"settings {dict(settings)} change the vocabulary of {trained.task}",
                 "strings of the ids that the subjects were trained on",
                 "leave `vocab_size` and its like as in training",
             )

@@ -35,6 +35,7 @@ class Metric:
         y_unit: `%` where y is a share, else empty.
         floor: name of the probe's single-number metric that says what the same subject scores without what is tested,
             empty where nothing of the kind is asked.
+        counted: what its clusters are: documents, or the strings of a task.
         detail: True where the report shows it in a table beside the others and gives it no figure of its own.
     """
 
@@ -51,6 +52,7 @@ class Metric:
     y_unit: Literal["", "%"] = ""
     floor: str = ""
     detail: bool = False
+    counted: str = "documents"
 
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""

@@ -174,6 +174,8 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
     if reference is not None and zones:
         known += [reference - max(zones), reference + max(zones)]
     low, high = padded(min(known), max(known), 0.05)
+    if x.form == "~%" and min(known) >= 0:
+        low = max(low, 0.0)
     encode_y = alt.Y("i:O", axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
     scale, axis = alt.Scale(domain=[low, high], nice=False, zero=False), axis_of(x, (low, high), grid=True, count=6)
 

@@ -41,7 +41,7 @@ def decide(report: ReportInput) -> Decision:
     """The report's answer, from the primary metric's paired comparisons."""
     finding = findings.primary_finding(report)
     if finding is None:
-        return Decision("nothing", "Nothing was measured, so there is no answer.", "No probe has results yet.")
+        return Decision("nothing", "There is no answer: no probe has results yet.", "")
     verdict, answer, doubt = _conclude(finding)
     if verdict == "winner" and _one_seed(report):
         # Documents decide between these weights; only further seeds decide between the architectures.
@@ -171,11 +171,12 @@ def _open_question(finding: Finding, best: str, others: list[str]) -> str:
     text = f"Differences below about {limit} are invisible here; confirming one of the observed size ({best} against "
     text += f"{comparison.b}) "
     factor = (mde / abs(comparison.difference)) ** 2
+    counted = finding.metric.counted
     if factor > 100:
-        return text + f"would need more than a hundred times the {numbers.count(comparison.n)} documents of this study."
+        return text + f"would need more than a hundred times the {numbers.count(comparison.n)} {counted} of this study."
     if comparison.needed is not None:
         n = numbers.count(_rounded(max(comparison.needed, comparison.n + 1)))
-        return text + f"would need about {n} documents; this study had {numbers.count(comparison.n)}."
+        return text + f"would need about {n} {counted}; this study had {numbers.count(comparison.n)}."
     seeds = math.ceil(factor * comparison.seeds)
     return (
         text
@@ -242,23 +243,26 @@ def _basis(finding: Finding) -> str:
         return ""
     n = numbers.count(sizes[0]) if len(sizes) == 1 else f"{numbers.count(sizes[0])} to {numbers.count(sizes[-1])}"
     if len(findings.measured(finding)) == 1:
-        return f"The interval is 95 %, from {n} documents."
-    return f"Intervals are 95 %, from {n} documents; differences are paired on the same documents and Holm-adjusted."
+        return f"The interval is 95 %, from {n} {finding.metric.counted}."
+    counted = finding.metric.counted
+    return f"Intervals are 95 %, from {n} {counted}; differences are paired on the same {counted} and Holm-adjusted."
 
 
 def _seeds(report: ReportInput, finding: Finding) -> str:
     trained = [s for s in report.subjects if s.kind == "trained"]
     if not trained:
         return ""
+    counted = finding.metric.counted
     if _one_seed(report) and len(report.subjects) == 1:
         return (
             "One seed was trained, so the variation from seed to seed is unmeasured: the interval says how the result "
-            "would change with other documents, not with another training run. It takes at least 3 seeds: seed=[0,1,2]."
+            f"would change with other {counted}, not with another training run. It takes at least 3 seeds: "
+            "seed=[0,1,2]."
         )
     if _one_seed(report):
         return (
             "One seed was trained per subject, so the variation from seed to seed is unmeasured: the intervals say how "
-            "the result would change with other documents, not with another training run. Deciding between the "
+            f"the result would change with other {counted}, not with another training run. Deciding between the "
             "architectures takes at least 3 seeds: seed=[0,1,2]."
         )
     counts = sorted({len(s.seeds) for s in trained})

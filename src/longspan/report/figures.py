@@ -148,13 +148,13 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     ranked = [m for m in findings.order(metric, findings.measured(finding).values()) if m.subject in arms]
     rows = [_dot(metric, m, arms) for m in ranked]
     percent = metric.kind in ("proportion", "difference")
-    spec = charts.dots(rows, Axis(metric.unit, form=".0%" if percent else ",~r"), chance=metric.chance)
+    spec = charts.dots(rows, Axis(metric.unit, form="~%" if percent else ",~r"), chance=metric.chance)
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better; bars are 95 % intervals. The axis does not start at zero."
     if metric.chance is not None:
-        caption = f"{better} is better; bars are 95 % intervals; the thin line is guessing."
+        caption = f"{better} is better; bars are 95 % intervals; the thin line is {_chance_name(metric)}."
     title = quantity(finding)
     return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
 
@@ -180,13 +180,13 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
     under = truncation.underlay(report, section, metric)
     reach = None if under is None else 1.0
-    y = Axis(metric.unit, form=".0%" if percent else ",~r", zero=metric.kind == "proportion", reach=reach)
+    y = Axis(metric.unit, form="~%" if percent else ",~r", zero=metric.kind == "proportion", reach=reach)
     in_tokens = metric.x_name in ("context", "position")
     mark = section.mark if section.mark is not None else report.context if in_tokens else None
     spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
-    caption += " The dashed line is guessing." if metric.chance is not None else ""
+    caption += f" The dashed line is {_chance_name(metric)}." if metric.chance is not None else ""
     if under is not None:
         spec, caption = truncation.drawn_under(spec, under, arms), caption + truncation.caption(under)
     table = tables.metric_table(section, metric, arms.labels)
@@ -224,7 +224,7 @@ def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
     caption = f"{better} is better. {number}, from {asked} questions a cell; intervals (95 %) are in the table."
     if any(row["open"] for row in rows):
         guess = f" ({100 * metric.chance:.3g} %)" if metric.chance is not None and percent else ""
-        caption += f" A ring marks cells whose interval holds guessing{guess}."
+        caption += f" A ring marks cells whose interval holds {_chance_name(metric)}{guess}."
     if floors:
         caption += " The floor is what the subject scores on the same questions without the text."
     caption += f" Subjects are compared at each {metric.x_name or 'x'}, all of its cells together, not cell by cell."
@@ -235,12 +235,17 @@ def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
     return Figure(name, title, caption, spec, table, columns, 8, len(headers), least)
 
 
+def _chance_name(metric: Metric) -> str:
+    """What a subject that takes nothing from the text scores: guessing, or no gain at all."""
+    return "guessing" if metric.kind == "proportion" else "no gain"
+
+
 def _cell(metric: Metric, m: Measurement) -> Row:
     percent = metric.kind in ("proportion", "difference")
     guess = metric.chance is not None and m.low is not None and m.high is not None
     return {"x": m.x, "y": m.y, "value": m.value, "text": value_text(metric, m),
             "cell": numbers.format_signed(100 * m.value) if percent else numbers.significant(m.value, 2),
-            "n": f"{m.items:,} in {m.n:,} documents",
+            "n": f"{m.items:,} in {m.n:,} {metric.counted}",
             "open": bool(guess and (m.low or 0.0) <= (metric.chance or 0.0) <= (m.high or 0.0))}  # fmt: skip
 
 
@@ -349,7 +354,7 @@ def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title:
     ]  # fmt: skip
     percent = finding.metric.kind in ("proportion", "difference")
     x = Axis(f"{title}{where}", "log", "bytes" if unit == "bytes" else "~s")
-    spec = charts.scatter(rows, x, Axis(finding.metric.unit, form=".0%" if percent else ",~r"))
+    spec = charts.scatter(rows, x, Axis(finding.metric.unit, form="~%" if percent else ",~r"))
     corner = "lower left" if finding.metric.better == "lower" else "upper left"
     caption = f"The {corner} is best. Grey: another subject costs no more and is better beyond doubt. Bars are 95 %."
     table = tables.Table(
@@ -396,8 +401,9 @@ def _forest(
     better = "left" if metric.better == "lower" else "right"
     spec = charts.dots(rows, Axis(f"difference ({unit})", form="signed"), reference=0.0)
     caption = (
-        f"Paired on the same documents; the first subject of a pair looks better, {better} of zero. Filled: beyond "
-        "doubt after Holm's adjustment; rings: not decided. Grey: differences this study would not reliably detect."
+        f"Paired on the same {metric.counted}; the first subject of a pair looks better, {better} of zero. Filled: "
+        "beyond doubt after Holm's adjustment; rings: not decided. Grey: differences that this study would not find "
+        "reliably."
     )
     if left_out:
         caption += f" {left_out} further pairs are in the table."

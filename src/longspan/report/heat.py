@@ -46,7 +46,7 @@ def heat_map(
         range=[f"var(--{palette.heat_name(step)})" for step in range(STEPS)],
     )
     legend = alt.Legend(
-        orient="bottom", title=None, format=".0%" if percent else ",~r", gradientLength=240, gradientThickness=9,
+        orient="bottom", title=None, format="~%" if percent else ",~r", gradientLength=240, gradientThickness=9,
         labelColor="var(--soft)", labelFontSize=10.5, labelOverlap=True, offset=10,
     )  # fmt: skip
     tip = [

@@ -70,7 +70,7 @@ def _accuracy(found: Sequence[_Learning], arms: Arms, table: tables.Table) -> Fi
                  "x": samples, "y": share, "low": interval.low, "high": interval.high, "n": strings,
                  "text": numbers.percentage(share, interval.low, interval.high, None)}
             )  # fmt: skip
-    spec = charts.lines(rows, arms, Axis("training samples", form="~s", zero=True), Axis("", form=".0%", zero=True))
+    spec = charts.lines(rows, arms, Axis("training samples", form="~s", zero=True), Axis("", form="~%", zero=True))
     labels = [arms[each.curve.subject].short for each in found]
     panels = len({arms[each.curve.subject].panel for each in found})
     caption = (

@@ -271,14 +271,22 @@ def scalar_table(section: ProbeSection, metrics: Sequence[Metric], labels: Seque
         some = next(m for m in own if m)
         rows.append((subject, letters.get(subject, ""), *cells, numbers.count(some.n), str(some.seeds)))
     units = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics]
-    columns = ("<subject", "<ties", *units, "documents", "seeds")
+    columns = ("<subject", "<ties", *units, first.counted, "seeds")
     return _without_empty(Table(columns, tuple(rows), tuple(present), _records(everything)))
 
 
 def comparison_table(metric: Metric, comparisons: Sequence[Comparison]) -> Table:
     """Paired differences with everything a reader needs to judge them."""
     with_x = any(c.x is not None for c in comparisons)
-    columns = ("<a", "<b", *([metric.x_name or "x"] if with_x else []), "a − b", "p (Holm)", "detectable", "documents")
+    columns = (
+        "<a",
+        "<b",
+        *([metric.x_name or "x"] if with_x else []),
+        "a − b",
+        "p (Holm)",
+        "detectable",
+        metric.counted,
+    )
     rows = []
     shown = list(comparisons)
     if len(shown) > MOST_ROWS:

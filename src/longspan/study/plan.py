@@ -18,6 +18,7 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.files import sha256_file
 from longspan.models.budget import Parameters, count_parameters, training_flops_per_token
 from longspan.models.config import ModelConfig
+from longspan.probes.base import Probe
 from longspan.report.numbers import duration, relative, scaled
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
@@ -150,6 +151,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
     """
     expansion: Expansion = expand(study)
     _check_primary(study, expansion)
+    check_probes(expansion)
     if study.plugins:
         own = [each.config for each in expansion.subjects if isinstance(each.config, SubjectConfig)]
         check_own_mixers(config.model.unmatched() for config in own)
@@ -192,6 +194,26 @@ def _check_primary(study: Study, expansion: Expansion) -> None:
     if metrics and study.primary not in metrics and study.primary != DEFAULT_PRIMARY:
         fix = did_you_mean(study.primary, metrics, "name one of these")
         raise UserError(f"primary = {study.primary!r}", ", ".join(sorted(metrics)), fix)
+
+
+def check_probes(expansion: Expansion) -> None:
+    """Refuse probes that can draw no item from their corpus, as far as that is known before it is prepared.
+
+    Raises:
+        UserError: with the name that the study gave the probe.
+    """
+    checked: list[tuple[Probe, Any]] = []
+    for subject in expansion.subjects:
+        corpus = subject.config.corpus
+        task = corpus.task if isinstance(corpus, TaskCorpus) else None
+        for name, probe in subject.config.make_probes().items():
+            if (probe, task) in checked:
+                continue
+            checked.append((probe, task))
+            try:
+                probe.check_task(task)
+            except UserError as error:
+                raise UserError(f"probes.{name}: {error.given}", error.allowed, error.fix) from None
 
 
 def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], context: int) -> PlannedSubject:
@@ -282,6 +304,7 @@ def _probe_jobs(
         "context": context,
         "trained_context": trained_context,
     }
+    probes = subject.config.make_probes()
     return {
         name: Job(
             "probe",
@@ -297,7 +320,7 @@ def _probe_jobs(
                 "settings": probe.model_dump(mode="json"),
             },
         )
-        for name, probe in subject.config.make_probes().items()
+        for name, probe in probes.items()
     }
 
 

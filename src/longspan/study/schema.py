@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models.config import ModelConfig
 from longspan.models.matching import MatchConfig
+from longspan.models.mixers import registered as registered_mixers
+from longspan.models.pattern import parse_pattern
 from longspan.probes.base import Probe, make_probe
 from longspan.study.shipped import find_study
 from longspan.study.yaml_text import read_mapping, read_override
@@ -246,6 +249,7 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
                 raise UserError(f"vary.variant = {name!r}, which sets `{key}`", "variants that set sections", fix)
     varied = {resolve_key(key): key for key in vary if key != "variant"}
     settings: list[tuple[tuple[str, ...], Any]] = []
+    mixers = _mapping("model.mixers", _mapping("model", base.get("model")).get("mixers"))
     # Another source or kind takes the settings of the one before it away, so it comes first wherever it was written.
     for key, value in sorted(
         changes, key=lambda change: change[0] not in ("source", "corpus.source", "tokenizer.kind")
@@ -265,9 +269,9 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
                 )
             path_of = ("variant",) if name == "variant" else resolve_key(name)
             called = varied.setdefault(path_of, name)
-            vary[called] = value if isinstance(value, Mapping) else _chosen(value, vary.get(called))
+            vary[called] = value if isinstance(value, Mapping) else _chosen(key, value, vary.get(called), mixers)
         elif (path_of := resolve_key(key)) in varied:
-            vary[varied[path_of]] = _chosen(value, vary[varied[path_of]])
+            vary[varied[path_of]] = _chosen(key, value, vary[varied[path_of]], mixers)
         elif path_of == SEED and isinstance(value, list):
             vary["seed"] = value
             varied[SEED] = "seed"
@@ -465,12 +469,32 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _chosen(value: Any, named: Any) -> Any:
-    """The values to vary, as a list; of levels that the study has names for, those that are named."""
+def _chosen(key: str, value: Any, named: Any, mixers: Iterable[str]) -> Any:
+    """The values to vary, as a list; of levels that the study has names for, those that are named.
+
+    Raises:
+        UserError: a value that is nearly a name and nothing else that could be meant.
+    """
     values = _listed(value)
-    if isinstance(named, Mapping) and all(isinstance(each, str) and each in named for each in values):
-        return {each: named[each] for each in values}
-    return values
+    if not isinstance(named, Mapping):
+        return values
+    texts = [each for each in values if isinstance(each, str)]
+    for each in texts:
+        near = difflib.get_close_matches(each, named, n=1, cutoff=0.75)
+        if each not in named and near and not (key.endswith("pattern") and _has_mixers(each, mixers)):
+            raise UserError(f"{key} = {shown_value(each)}", ", ".join(named), f"did you mean `{near[0]}`?")
+    if len(texts) < len(values) or not any(each in named for each in texts):
+        return values
+    # One that is no name stands for itself.
+    return {each: named.get(each, each) for each in texts}
+
+
+def _has_mixers(pattern: str, mixers: Iterable[str]) -> bool:
+    try:
+        parse_pattern(pattern, {*registered_mixers(), *mixers})
+    except UserError:
+        return False
+    return True
 
 
 def _with_source(corpus: Mapping[str, Any], source: Any) -> dict[str, Any]:

@@ -225,11 +225,12 @@ def make_task(settings: Any, where: str) -> Task:
         UserError: no such task, or settings that it refuses.
     """
     tasks = registered()
+    place = f"{where}: " if where else ""
     if not isinstance(settings, Mapping) or not isinstance(settings.get("task"), str):
         given = settings.get("task") if isinstance(settings, Mapping) else settings
-        raise UserError(f"{where}: task = {shown_value(given)}", ", ".join(sorted(tasks)), "name one of these")
+        raise UserError(f"{place}task = {shown_value(given)}", ", ".join(sorted(tasks)), "name one of these")
     name = str(settings["task"])
     if name not in tasks:
         fix = did_you_mean(name, tasks, "name one of these, or load your own file under `plugins:`")
-        raise UserError(f"{where}: no task is called {name!r}", ", ".join(sorted(tasks)), fix)
+        raise UserError(f"{place}no task is called {name!r}", ", ".join(sorted(tasks)), fix)
     return tasks[name].parse(dict(settings), where)

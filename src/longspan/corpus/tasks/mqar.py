@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from longspan.corpus.packing.batches import IGNORE
 from longspan.corpus.tasks.base import Example, Task, Vocabulary, register
+from longspan.corpus.tasks.curriculum import Curriculum
 from longspan.foundation.errors import UserError
 
 
@@ -26,6 +27,7 @@ class Mqar(Task):
         pairs: numbers of pairs, drawn for each row.
         power_a: a.
         filler: ids for what is no pair and no question; 0: it is all 0, as published.
+        curriculum: how the numbers of pairs change while training goes on; None: not at all.
     """
 
     axis: ClassVar[str] = "pairs"
@@ -36,6 +38,7 @@ class Mqar(Task):
     pairs: tuple[int, ...] = (4,)
     power_a: float = Field(0.01, gt=0)
     filler: int = Field(0, ge=0)
+    curriculum: Curriculum | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -51,6 +54,8 @@ class Mqar(Task):
                 f"use {even} or more, or shorter rows",
             )
         self._check_pairs(max(self.pairs))
+        if self.curriculum:
+            self.curriculum.check("pairs", min(self.pairs), max(self.pairs))
         return self
 
     def _check_pairs(self, pairs: int) -> None:
@@ -75,6 +80,14 @@ class Mqar(Task):
     def sizes(self) -> tuple[int, ...]:
         """The numbers of pairs."""
         return tuple(sorted(set(self.pairs)))
+
+    def draw_size(self, generator: np.random.Generator, step: int | None) -> int:
+        """Any of the numbers of pairs, equally often, or of those that the curriculum lets through."""
+        sizes = self.sizes()
+        if self.curriculum is not None and step is not None:
+            largest = self.curriculum.largest(generator, step, sizes[-1])
+            sizes = tuple(size for size in sizes if size <= largest)
+        return sizes[int(generator.integers(len(sizes)))]
 
     def example(self, generator: np.random.Generator, size: int) -> Example:
         """A row with `size` pairs."""

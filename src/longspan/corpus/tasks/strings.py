@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from longspan.corpus.tasks.base import Task, Vocabulary, check_range
-from longspan.foundation.config import Config
+from longspan.corpus.tasks.curriculum import Curriculum
 from longspan.foundation.errors import UserError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -19,32 +19,6 @@ BOS, BAR, EOS, PAD = range(4)
 """Places of the four signs after the letters."""
 TRIES = 100
 """Strings drawn before one with an n-gram that occurs once counts as impossible."""
-
-
-class Curriculum(Config):
-    """How lengths are drawn while training goes on.
-
-    Attributes:
-        kind: `grow`: the longest length rises evenly from `short` to the task's longest over the first `steps` steps.
-            `mix`: a share of the strings is at most `short` long, the others are drawn from the whole range.
-        short: a length, between the task's shortest and longest.
-        steps: of `grow`.
-        share: of `mix`.
-    """
-
-    kind: Literal["grow", "mix"]
-    short: int = Field(ge=1)
-    steps: int | None = Field(None, ge=1)
-    share: float | None = Field(None, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _of_its_kind(self) -> Self:
-        needed, other = ("steps", "share") if self.kind == "grow" else ("share", "steps")
-        if getattr(self, needed) is None:
-            raise UserError(f"a curriculum of kind `{self.kind}` without `{needed}`", f"`{needed}`", "add it")
-        if getattr(self, other) is not None:
-            raise UserError(f"`{other}` with a curriculum of kind `{self.kind}`", f"`{needed}`", f"remove `{other}`")
-        return self
 
 
 class LettersTask(Task):
@@ -70,12 +44,8 @@ class LettersTask(Task):
                 f"2 to {len(ALPHABET)} letters (the four signs are not counted)",
                 "the published number is 26",
             )
-        if self.curriculum and not self.min_length <= self.curriculum.short <= self.max_length:
-            raise UserError(
-                f"curriculum.short = {self.curriculum.short}",
-                f"a length from {self.min_length} to {self.max_length}",
-                "change it",
-            )
+        if self.curriculum:
+            self.curriculum.check("length", self.min_length, self.max_length)
         return self
 
     def vocabulary(self) -> Vocabulary:
@@ -94,13 +64,8 @@ class LettersTask(Task):
     def draw_size(self, generator: np.random.Generator, step: int | None) -> int:
         """An even draw from the range, or what the curriculum makes of it."""
         longest = self.max_length
-        plan = self.curriculum
-        if plan is not None and step is not None:
-            if plan.kind == "grow":
-                assert plan.steps is not None
-                longest = round(plan.short + (self.max_length - plan.short) * min(1.0, step / plan.steps))
-            elif generator.random() < (plan.share or 0.0):
-                longest = plan.short
+        if self.curriculum is not None and step is not None:
+            longest = self.curriculum.largest(generator, step, longest)
         return int(generator.integers(self.min_length, longest + 1))
 
     def letters(self, generator: np.random.Generator, length: int) -> np.ndarray:

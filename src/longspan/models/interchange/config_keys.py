@@ -14,12 +14,12 @@ CONFIG = "config.json"
 # Training, bookkeeping, generation and output options of transformers: none changes a logit. Special ids come from the
 # tokenizer's files.
 WITHOUT_INFLUENCE = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing",
+    "_attn_implementation_autoset", "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout",
+    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing",
     "hidden_dropout", "id2label", "initializer_range", "label2id", "max_position_embeddings", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "rescale_prenorm_residual", "residual_in_fp32",
     "return_dict", "sep_token_id", "task_specific_params", "torch_dtype", "transformers.js_config",
-    "transformers_version", "use_cache",
+    "transformers_version", "unk_token_id", "use_cache",
 })  # fmt: skip
 
 
