@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
+from longspan.ops import kernels
 from longspan.ops.gated_delta_chunked import gated_delta_chunked, normalise
 
 Backend = Literal["chunked", "reference"]
+# Wider keys would not fit the registers of a kernel's program; values are cut into tiles.
+LARGEST_KERNEL_KEY = 128
 
 
 def gated_delta(
@@ -46,8 +49,10 @@ def gated_delta(
         initial_state_BHKV: state before the first token; None: zeros.
         initial_doc_B: document of the initial state, which counts only while `doc_BT` stays equal to it from the first
             token on. None: the initial state belongs to the document of the first token.
-        chunk: tokens per chunk of the matmul form.
-        backend: "chunked" (matmuls, for training and prefill) or "reference" (a Python loop over tokens).
+        chunk: tokens per chunk of the matmul form in plain torch; the kernel has its own.
+        backend: "chunked" (matmuls, for training and prefill) or "reference" (a Python loop over tokens). Where
+            `ops.kernels` says so, "chunked" is a Triton kernel; it serves q, k and v of one dtype (fp32 or bf16) with
+            K up to 128, all else stays plain torch.
 
     Returns:
         o (B, T, H, V) in the dtype of v, and the state after the last token (B, H, K, V) in fp32 (fp64 for fp64 input).
@@ -59,7 +64,19 @@ def gated_delta(
     arguments = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_state_BHKV, initial_doc_B)
     if backend == "reference":
         return _reference(*arguments)
-    return _step(*arguments) if v_BTHV.shape[1] == 1 else gated_delta_chunked(*arguments, chunk)
+    if v_BTHV.shape[1] == 1:
+        return _step(*arguments)
+    if _has_kernel(q_BTHK, k_BTHK, v_BTHV):
+        from longspan.ops.triton.gated_delta import gated_delta as kernel
+
+        o_BTHV, state_BHKV, *_ = kernel(*arguments)
+        return o_BTHV, state_BHKV
+    return gated_delta_chunked(*arguments, chunk)
+
+
+def _has_kernel(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> bool:
+    fits = k_BTHK.shape[3] <= LARGEST_KERNEL_KEY and q_BTHK.dtype == k_BTHK.dtype == v_BTHV.dtype
+    return fits and kernels.serve(v_BTHV)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int, backend: str) -> None:

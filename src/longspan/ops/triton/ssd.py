@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton import ssd_kernels as kernels
+from longspan.ops.triton.decays import Decays, heads_of_program, pointer
 from longspan.ops.triton.device import on_its_device
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
 KEEP_STATES = True
-HEADS_PER_DECAYS = 16
 
 
 class Cut(NamedTuple):
@@ -112,35 +112,8 @@ def _block(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-class Decays(NamedTuple):
-    """See `ssd_kernels`: the planes (4, B, H, J * Q), what a state keeps over a chunk (B, H, J), runs (B, J * Q)."""
-
-    planes: Tensor
-    carry: Tensor
-    run: Tensor
-
-    @staticmethod
-    def of(inputs: Inputs, plan: Plan) -> Decays:
-        """Runs the kernel."""
-        x, dt = inputs.x, inputs.dt
-        rows, time, heads, _ = x.shape
-        padded = plan.chunks * plan.cut.chunk
-        planes = x.new_empty(4, rows, heads, padded, dtype=torch.float32)
-        carry = x.new_empty(rows, heads, plan.chunks, dtype=torch.float32)
-        run = x.new_empty(rows, padded, dtype=torch.int32)
-        kernels.decays[(plan.chunks, rows)](
-            dt, _or(inputs.bias, dt), inputs.A, _or(inputs.doc, dt), _or(inputs.initial_doc, dt), planes, carry, run,
-            time, *dt.stride()[:2], planes.stride(0),
-            H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None,
-            DOCS=inputs.doc is not None, BEFORE=inputs.doc is not None and inputs.initial_doc is not None, num_warps=8,
-            num_stages=1,
-        )  # fmt: skip
-        return Decays(planes, carry, run)
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel takes some pointer, also where it never reads it."""
-    return stand_in if tensor is None else tensor
+def _decays(inputs: Inputs, plan: Plan) -> Decays:
+    return Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
 
 
 def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
@@ -150,7 +123,7 @@ def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) ->
     states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1])
     warps, stages = plan.cut.state_warps
     kernels.states[plan.state_grid(rows)](
-        x, B, decays.planes, decays.carry, _or(inputs.initial, x), states, _or(final, x), time, plan.chunks,
+        x, B, decays.planes, decays.carry, pointer(inputs.initial, x), states, pointer(final, x), time, plan.chunks,
         decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2],
         INITIAL=inputs.initial is not None, KEEP=True, FINAL=final is not None,
         **plan.tiled(time, plan.cut.state_tile), num_warps=warps, num_stages=stages,
@@ -163,7 +136,7 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, H, P), the last state (B, H, P, N) in fp32, and the states before the chunks."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = Decays.of(inputs, plan)
+    decays = _decays(inputs, plan)
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
     final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
@@ -205,7 +178,7 @@ def run_backward(
     """Fills `into` and `ddt`; returns the gradients of A, D, the bias of dt (zeros where there is none), the state."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = Decays.of(inputs, plan)
+    decays = _decays(inputs, plan)
     x, dt, _, B, C = inputs[:5]
     rows, time, heads, head_dim = x.shape
     if states.numel() == 0:
@@ -217,7 +190,7 @@ def run_backward(
     plane = decays.planes.stride(0)
     warps, stages = plan.cut.state_warps
     kernels.state_gradients[plan.state_grid(rows)](
-        dy, C, decays.planes, decays.carry, x if dfinal is None else dfinal.contiguous(), dstates, _or(dinitial, x),
+        dy, C, decays.planes, decays.carry, x if dfinal is None else dfinal.contiguous(), dstates, pointer(dinitial, x),
         time, plan.chunks, plane, *dy.stride()[:2], *C.stride()[:2],
         FINAL=dfinal is not None, INITIAL=dinitial is not None, **plan.tiled(time, plan.cut.state_tile),
         num_warps=warps, num_stages=stages,
@@ -242,9 +215,9 @@ def run_backward(
         PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     kernels.step_gradients[(plan.chunks, rows)](
-        dt, _or(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
+        dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
         time, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=HEADS_PER_DECAYS, SOFTPLUS=inputs.bias is not None, num_warps=8,
+        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None, num_warps=4,
         num_stages=1,
     )  # fmt: skip
     if inputs.bias is not None:

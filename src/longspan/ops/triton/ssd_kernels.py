@@ -15,92 +15,8 @@ heads that share B and C, N state. Decays are planes of (B, H, J * Q): see `DT` 
 import triton
 import triton.language as tl
 
-# Planes of the decays: step sizes, sums of log decays since the token's document or chunk began, decay from the token
-# to the end of its chunk, decay from the end of the chunk before to the token; the last two are 0 across a boundary.
-DT, SUM, TO_END, FROM_BEFORE = (tl.constexpr(plane) for plane in range(4))
-
-
-@triton.jit
-def _load(start, rows, stride, columns, num_rows, NUM_COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
-    """(rows, columns), 0 where there is nothing; WHOLE: all of it exists."""
-    at = start + rows[:, None] * stride + columns[None, :]
-    if WHOLE:
-        return tl.load(at)
-    return tl.load(at, mask=(rows < num_rows)[:, None] & (columns < NUM_COLUMNS)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(start, rows, stride, columns, num_rows, NUM_COLUMNS: tl.constexpr, WHOLE: tl.constexpr, values):
-    at = start + rows[:, None] * stride + columns[None, :]
-    values = values.to(start.dtype.element_ty)
-    if WHOLE:
-        tl.store(at, values)
-    else:
-        tl.store(at, values, mask=(rows < num_rows)[:, None] & (columns < NUM_COLUMNS)[None, :])
-
-
-@triton.jit
-def _dot(a, b, DTYPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b in fp32 with both rounded to DTYPE; OPERAND is another only for the interpreter, which knows no bf16."""
-    return tl.dot(a.to(DTYPE).to(OPERAND), b.to(DTYPE).to(OPERAND), input_precision=PRECISION)
-
-
-@triton.jit
-def _runs(doc_ptr, before_ptr, row, t, time, DOCS: tl.constexpr, BEFORE: tl.constexpr):
-    """Which run of equal ids each token is of, counted in its chunk; 0 is the run that comes from the chunk before."""
-    starts = tl.zeros_like(t)
-    if DOCS:
-        now = tl.load(doc_ptr + row * time + t, mask=t < time, other=0)
-        last = tl.load(doc_ptr + row * time + t - 1, mask=(t < time) & (t > 0), other=0)
-        differs = now != last
-        if BEFORE:
-            differs = tl.where(t > 0, differs, now != tl.load(before_ptr + row))
-        else:
-            differs = differs & (t > 0)
-        starts = (differs & (t < time)).to(tl.int32)
-    return tl.cumsum(starts, 0)
-
-
-@triton.jit
-def _softplus(z):
-    return tl.where(z > 20.0, z, tl.log(1.0 + tl.exp(tl.minimum(z, 20.0))))
-
-
-@triton.jit
-def decays(
-    dt_ptr, bias_ptr, A_ptr, doc_ptr, before_ptr, planes_ptr, carry_ptr, run_ptr, time, dt_row, dt_token, plane,
-    H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, DOCS: tl.constexpr,
-    BEFORE: tl.constexpr,
-):  # fmt: skip
-    """The planes of one chunk, what a state keeps over it, and its runs."""
-    chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    i = tl.arange(0, Q)
-    t = chunk * Q + i
-    run = _runs(doc_ptr, before_ptr, row, t, time, DOCS, BEFORE)
-    tl.store(run_ptr + row * chunks * Q + t, run)
-    last_run = tl.max(run, 0)
-    sees = ((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])).to(tl.float32)
-    for start in range(0, H, HEADS):
-        h = start + tl.arange(0, HEADS)
-        there = (t < time)[:, None] & (h < H)[None, :]
-        dt = tl.load(dt_ptr + row * dt_row + t[:, None] * dt_token + h[None, :], mask=there, other=0.0).to(tl.float32)
-        if SOFTPLUS:
-            bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            dt = tl.where(there, _softplus(dt + bias[None, :]), 0.0)
-        A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        # A sum over exactly the tokens seen: nothing of another document enters, not even as rounding.
-        sums = tl.dot(sees, dt * A[None, :], input_precision="ieee")
-        end = tl.sum(tl.where((i == Q - 1)[:, None], sums, 0.0), 0)
-        to_end = tl.exp(tl.where((run == last_run)[:, None], tl.minimum(end[None, :] - sums, 0.0), float("-inf")))
-        from_before = tl.exp(tl.where((run == 0)[:, None], tl.minimum(sums, 0.0), float("-inf")))
-        at = planes_ptr + (row * H + h[None, :]) * chunks * Q + t[:, None]
-        heads = (i >= 0)[:, None] & (h < H)[None, :]
-        tl.store(at + DT * plane, dt, mask=heads)
-        tl.store(at + SUM * plane, sums, mask=heads)
-        tl.store(at + TO_END * plane, to_end, mask=heads)
-        tl.store(at + FROM_BEFORE * plane, from_before, mask=heads)
-        carry = tl.exp(tl.where(last_run == 0, tl.minimum(end, 0.0), float("-inf")))
-        tl.store(carry_ptr + (row * H + h) * chunks + chunk, carry, mask=h < H)
+from longspan.ops.triton.decays import DT, FROM_BEFORE, SUM, TO_END
+from longspan.ops.triton.tiles import dot, load, store
 
 
 @triton.jit
@@ -124,21 +40,21 @@ def states(
     carries = carry_ptr + (row * H + h) * chunks
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if INITIAL:
-        state += _load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
+        state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
     weight, carry = tl.load(by_head + i) * tl.load(by_head + TO_END * plane + i), tl.load(carries)
     for chunk in range(chunks):
         if KEEP:
-            _store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+            store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
         t = chunk * Q + i
-        x_QP = _load(x, t, x_token, p, time, P, WHOLE)
-        B_QN = _load(B, t, B_token, n, time, N, WHOLE)
+        x_QP = load(x, t, x_token, p, time, P, WHOLE)
+        B_QN = load(B, t, B_token, n, time, N, WHOLE)
         driving = x_QP.to(tl.float32) * weight[:, None]
-        state = state * carry + _dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
+        state = state * carry + dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
         following = tl.minimum(chunk + 1, chunks - 1)
         weight = tl.load(by_head + following * Q + i) * tl.load(by_head + TO_END * plane + following * Q + i)
         carry = tl.load(carries + following)
     if FINAL:
-        _store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+        store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
 
 
 @triton.jit
@@ -156,19 +72,19 @@ def outputs(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     run = tl.load(run_ptr + row * chunks * Q + t)
     sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
-    B_QN = _load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
-    C_QN = _load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
-    scores = _dot(C_QN, tl.trans(B_QN), DTYPE, OPERAND, PRECISION)
+    B_QN = load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
+    C_QN = load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
+    scores = dot(C_QN, tl.trans(B_QN), DTYPE, OPERAND, PRECISION)
     for h in range(first, first + HEADS):
         by_head = planes_ptr + (row * H + h) * chunks * Q + t
         dt, sums, from_before = tl.load(by_head), tl.load(by_head + SUM * plane), tl.load(by_head + FROM_BEFORE * plane)
-        x_QP = _load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-        before_PN = _load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
+        x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+        before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
         decay = tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
-        y = _dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION) * from_before[:, None]
-        y += _dot(scores * decay * dt[None, :], x_QP, DTYPE, OPERAND, PRECISION)
+        y = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION) * from_before[:, None]
+        y += dot(scores * decay * dt[None, :], x_QP, DTYPE, OPERAND, PRECISION)
         y += x_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
-        _store(y_ptr + row * time * H * P + h * P, t, H * P, p, time, P, WHOLE, y)
+        store(y_ptr + row * time * H * P + h * P, t, H * P, p, time, P, WHOLE, y)
 
 
 @triton.jit
@@ -192,20 +108,20 @@ def state_gradients(
     carries = carry_ptr + (row * H + h) * chunks
     dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if FINAL:
-        dstate += _load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
+        dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
     weight, carry = tl.load(reads + (chunks - 1) * Q + i), tl.load(carries + chunks - 1)
     for back in range(chunks):
         chunk = chunks - 1 - back
-        _store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
+        store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
         t = chunk * Q + i
-        dy_QP = _load(dy, t, dy_token, p, time, P, WHOLE)
-        C_QN = _load(C, t, C_token, n, time, N, WHOLE)
+        dy_QP = load(dy, t, dy_token, p, time, P, WHOLE)
+        C_QN = load(C, t, C_token, n, time, N, WHOLE)
         reading = dy_QP.to(tl.float32) * weight[:, None]
-        dstate = dstate * carry + _dot(tl.trans(reading.to(DTYPE)), C_QN, DTYPE, OPERAND, PRECISION)
+        dstate = dstate * carry + dot(tl.trans(reading.to(DTYPE)), C_QN, DTYPE, OPERAND, PRECISION)
         following = tl.maximum(chunk - 1, 0)
         weight, carry = tl.load(reads + following * Q + i), tl.load(carries + following)
     if INITIAL:
-        _store(dinitial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
+        store(dinitial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
 
 
 @triton.jit
@@ -228,23 +144,23 @@ def gradients(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     run = tl.load(run_ptr + row * chunks * Q + t)
     seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
-    B_QN = _load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
-    C_QN = _load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
-    scores = _dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION)
+    B_QN = load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
+    C_QN = load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
+    scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION)
     dscores = tl.zeros((Q, Q), tl.float32)
     for h in range(first, first + HEADS):
         by_head = (row * H + h) * chunks * Q + t
         dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
         to_end = tl.load(planes_ptr + TO_END * plane + by_head)
         from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
-        x_QP = _load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-        dy_QP = _load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+        x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+        dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
         state = ((row * chunks + chunk) * H + h) * P * N
-        before_PN = _load(states_ptr + state, p, N, n, P, N, WHOLE)
-        dafter_PN = _load(dstates_ptr + state, p, N, n, P, N, WHOLE)
+        before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
+        dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
         x, dy = x_QP.to(tl.float32), dy_QP.to(tl.float32)
 
-        products = _dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
+        products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
         tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
         decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
@@ -253,22 +169,22 @@ def gradients(
         dlog = dmixing * scores
         dsums = tl.sum(dlog, 0) - tl.sum(dlog, 1)
 
-        within = _dot(scores * decay, dy_QP, DTYPE, OPERAND, PRECISION)
-        beyond = _dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
+        within = dot(scores * decay, dy_QP, DTYPE, OPERAND, PRECISION)
+        beyond = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
         dkept = tl.sum(beyond * x, 1) * to_end
         tl.store(ddt_ptr + by_head, tl.sum(within * x, 1) + dkept)
         dx = within * dt[:, None] + beyond * (to_end * dt)[:, None] + dy * tl.load(D_ptr + h).to(tl.float32)
-        _store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
+        store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
 
-        carried = _dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
+        carried = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
         # The sum of dafter * before as a trace, for which neither has to pass through registers.
-        traced = _dot(dafter_PN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
+        traced = dot(dafter_PN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
         dcarried = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], traced, 0.0), 1), 0)
         dend = tl.sum(dkept * dt, 0) + dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
         dsums += tl.sum(carried * dy, 1) * from_before - dkept * dt + tl.where(i == Q - 1, dend, 0.0)
         tl.store(dsums_ptr + by_head, dsums)
     square = dscores_ptr + ((row * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * Q * Q
-    _store(square, i, Q, i, Q, Q, True, dscores)
+    store(square, i, Q, i, Q, Q, True, dscores)
 
 
 @triton.jit
@@ -284,9 +200,9 @@ def _over_heads(
         weight = tl.load(first_plane + h * chunks * Q + t)
         if BOTH:
             weight *= tl.load(second_plane + h * chunks * Q + t)
-        values_QP = _load(values + h * P, t, token, p, time, P, WHOLE)
-        states_PN = _load(states + h * P * N, p, N, n, P, N, WHOLE)
-        total += _dot(values_QP.to(tl.float32) * weight[:, None], states_PN, DTYPE, OPERAND, PRECISION)
+        values_QP = load(values + h * P, t, token, p, time, P, WHOLE)
+        states_PN = load(states + h * P * N, p, N, n, P, N, WHOLE)
+        total += dot(values_QP.to(tl.float32) * weight[:, None], states_PN, DTYPE, OPERAND, PRECISION)
     return total
 
 
@@ -316,17 +232,17 @@ def group_gradients(
             x_ptr + row * x_row + group * GROUP * P, dstates_ptr + state, planes + DT * plane, planes + TO_END * plane,
             t, p, n, x_token, time, chunks, H, GROUP, P, N, Q, BLOCK_P, BLOCK_N, True, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
-        C_QN = _load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-        dB += _dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
-        _store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
+        C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
+        dB += dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
+        store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
     else:
         dC = _over_heads(
             dy_ptr + row * dy_row + group * GROUP * P, states_ptr + state, planes + FROM_BEFORE * plane, planes,
             t, p, n, dy_token, time, chunks, H, GROUP, P, N, Q, BLOCK_P, BLOCK_N, False, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
-        B_QN = _load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
-        dC += _dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
-        _store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
+        B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
+        dC += dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
+        store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
 
 @triton.jit
@@ -340,15 +256,16 @@ def step_gradients(
     i = tl.arange(0, Q)
     t = chunk * Q + i
     run = tl.load(run_ptr + row * chunks * Q + t)
-    seen = ((i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])).to(tl.float32)
+    sees = ((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])).to(tl.float32)
     for start in range(0, H, HEADS):
         h = start + tl.arange(0, HEADS)
-        heads = (i >= 0)[:, None] & (h < H)[None, :]
-        at = (row * H + h[None, :]) * chunks * Q + t[:, None]
+        heads = (h < H)[:, None] & (i >= 0)[None, :]
+        at = (row * H + h[:, None]) * chunks * Q + t[None, :]
         dt = tl.load(planes_ptr + at, mask=heads, other=0.0)
-        dlog = tl.dot(seen, tl.load(dsums_ptr + at, mask=heads, other=0.0), input_precision="ieee")
+        dlog = tl.dot(tl.load(dsums_ptr + at, mask=heads, other=0.0), sees, input_precision="tf32x3")
         A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        ddt = tl.load(ddriving_ptr + at, mask=heads, other=0.0) + dlog * A[None, :]
+        # Tokens first from here on, as dt lies in memory.
+        ddt = tl.trans(tl.load(ddriving_ptr + at, mask=heads, other=0.0) + dlog * A[:, None])
         there = (t < time)[:, None] & (h < H)[None, :]
         sums = (row * chunks + chunk) * H + h
         if SOFTPLUS:
@@ -358,4 +275,4 @@ def step_gradients(
             tl.store(dbias_ptr + sums, tl.sum(ddt, 0), mask=h < H)
         target = ddt_ptr + row * ddt_row + t[:, None] * ddt_token + h[None, :]
         tl.store(target, ddt.to(ddt_ptr.dtype.element_ty), mask=there)
-        tl.store(dA_ptr + sums, tl.sum(dlog * dt, 0), mask=h < H)
+        tl.store(dA_ptr + sums, tl.sum(dlog * dt, 1), mask=h < H)

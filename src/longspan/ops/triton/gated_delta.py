@@ -1,0 +1,291 @@
+"""The gated delta rule on CUDA: how the kernels are cut, launched and made known to autograd and the compiler.
+
+Kept for the backward are the inputs and, per chunk and head, the inverse of the system, the corrections u and the state
+before the chunk, in the dtype of v; all else is computed again.
+
+Shapes: B rows, T tokens, J chunks of Q tokens, H heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.ops.triton import gated_delta_kernels as kernels
+from longspan.ops.triton.decays import Decays, pointer
+from longspan.ops.triton.device import on_its_device
+
+
+class Cut(NamedTuple):
+    """Tokens of a chunk, values of a tile with and without a state in flight, warps and stages, precisions.
+
+    `solve` is that of the inverse, whose operands are fp32 always.
+    """
+
+    chunk: int
+    state_values: int
+    values: int
+    state_warps: tuple[int, int]
+    system_warps: tuple[int, int]
+    output_warps: tuple[int, int]
+    gradient_warps: tuple[int, int]
+    precision: str
+    solve: str
+
+
+CUTS = {
+    torch.bfloat16: Cut(64, 64, 64, (4, 2), (4, 1), (4, 2), (4, 1), "ieee", "tf32"),
+    torch.float32: Cut(16, 32, 32, (4, 1), (4, 1), (4, 1), (4, 1), "tf32x3", "tf32x3"),
+}
+
+
+class Inputs(NamedTuple):
+    """What both directions need: q and k (B, T, H, K), v (B, T, H, V), g and beta (B, T, H), documents, the state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    doc: Tensor | None
+    initial: Tensor | None
+    initial_doc: Tensor | None
+
+    def laid_out(self) -> Inputs:
+        """Copies what no kernel can walk through; slices of wider rows need none."""
+        heads = (_by_heads(z) for z in self[:3])
+        numbers = (z if z.stride(-1) == 1 else z.contiguous() for z in self[3:5])
+        return Inputs(*heads, *numbers, *(None if z is None else z.contiguous() for z in self[5:]))
+
+    def strides(self, *names: str) -> list[int]:
+        """Of rows and tokens."""
+        return [size for name in names for size in getattr(self, name).stride()[:2]]
+
+
+def _by_heads(z: Tensor) -> Tensor:
+    return z if z.stride(-1) == 1 and z.stride(-2) == z.shape[-1] else z.contiguous()
+
+
+class Plan(NamedTuple):
+    """The sizes of one call and the arguments that its kernels share."""
+
+    cut: Cut
+    rows: int
+    time: int
+    chunks: int
+    shared: dict[str, Any]
+
+    @staticmethod
+    def of(inputs: Inputs) -> Plan:
+        """Of inputs that are laid out."""
+        rows, time, heads, key_dim = inputs.k.shape
+        cut = CUTS[inputs.v.dtype]
+        # The interpreter has no bf16 products; rounding comes first there too.
+        operand = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[inputs.v.dtype]
+        shared: dict[str, Any] = {"H": heads, "K": key_dim, "V": inputs.v.shape[-1], "Q": cut.chunk}
+        shared |= {"BLOCK_K": _block(key_dim), "OPERAND": operand if inputs.v.is_cuda else tl.float32}
+        return Plan(cut, rows, time, triton.cdiv(time, cut.chunk), shared | {"PRECISION": cut.precision})
+
+    def tiled(self, values: int, warps: tuple[int, int]) -> dict[str, Any]:
+        """The shared arguments with tiles of so many values; WHOLE where every tile is full."""
+        block_v = min(values, _block(self.shared["V"]))
+        whole = self.time % self.cut.chunk == 0 and self.shared["K"] == self.shared["BLOCK_K"]
+        whole = whole and self.shared["V"] % block_v == 0
+        return {**self.shared, "BLOCK_V": block_v, "WHOLE": whole, "num_warps": warps[0], "num_stages": warps[1]}
+
+    def state_grid(self) -> tuple[int, int, int]:
+        """Programs of the kernels that carry states."""
+        values = self.shared["V"]
+        return triton.cdiv(values, min(self.cut.state_values, _block(values))), self.shared["H"], self.rows
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs of the others."""
+        return self.shared["H"], self.chunks, self.rows
+
+    def scratch(self, like: Tensor, *sizes: int) -> Tensor:
+        """(B, J, H, ...) in the dtype of `like`."""
+        return like.new_empty(self.rows, self.chunks, self.shared["H"], *sizes)
+
+
+def _block(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+@on_its_device
+def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o (B, T, H, V), the last state (B, H, K, V) in fp32; norms, inverses, corrections, states for the backward."""
+    inputs = inputs.laid_out()
+    plan = Plan.of(inputs)
+    q, k, v, g, beta, doc, initial, initial_doc = inputs
+    decays = Decays.of(g, None, None, doc, initial_doc, plan.cut.chunk)
+    plane = decays.planes.stride(0)
+    size, key_dim, value_dim = plan.cut.chunk, k.shape[-1], v.shape[-1]
+    o, final, norms, inverses, u, states = like(v, key_dim)
+    reading, free = plan.scratch(v, size, key_dim), plan.scratch(v, size, value_dim)
+    kernels.systems[plan.grid](
+        q, k, v, beta, decays.planes, norms, decays.run, inverses, reading, free, plan.time, plane,
+        *inputs.strides("q", "k", "v", "beta"), LEVELS=size.bit_length() - 1, SOLVE=plan.cut.solve,
+        **plan.tiled(plan.cut.values, plan.cut.system_warps),
+    )  # fmt: skip
+    kernels.states[plan.state_grid()](
+        k, decays.planes, norms, decays.carry, pointer(initial, v), reading, free, u, states, final,
+        plan.time, plan.chunks, plane, *inputs.strides("k"), INITIAL=initial is not None,
+        **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
+    )  # fmt: skip
+    kernels.outputs[plan.grid](
+        q, k, decays.planes, norms, decays.run, u, states, o, plan.time, plane, *inputs.strides("q", "k"),
+        **plan.tiled(plan.cut.values, plan.cut.output_warps),
+    )  # fmt: skip
+    return o, final, norms, inverses, u, states
+
+
+def like(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `run_forward` returns, without values."""
+    rows, time, heads, value_dim = v_BTHV.shape
+    size = CUTS[v_BTHV.dtype].chunk
+    chunks = (time + size - 1) // size
+    return (
+        torch.empty_like(v_BTHV, memory_format=torch.contiguous_format),
+        v_BTHV.new_empty(rows, heads, key_dim, value_dim, dtype=torch.float32),
+        v_BTHV.new_empty(2, rows, heads, chunks * size, dtype=torch.float32),
+        v_BTHV.new_empty(rows, chunks, heads, size, size),
+        v_BTHV.new_empty(rows, chunks, heads, size, value_dim),
+        v_BTHV.new_empty(rows, chunks, heads, key_dim, value_dim),
+    )
+
+
+@on_its_device
+def run_backward(
+    inputs: Inputs, kept: tuple[Tensor, Tensor, Tensor, Tensor], do: Tensor, dfinal: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, g, beta and, where there is one, the initial state."""
+    inputs = inputs.laid_out()
+    plan = Plan.of(inputs)
+    q, k, v, g, beta, doc, initial, initial_doc = inputs
+    norms, inverses, u, states = kept
+    do = _by_heads(do)
+    decays = Decays.of(g, None, None, doc, initial_doc, plan.cut.chunk)
+    plane = decays.planes.stride(0)
+    size, key_dim = plan.cut.chunk, k.shape[-1]
+    reading, du, dstates = plan.scratch(v, size, key_dim), torch.empty_like(u), torch.empty_like(states)
+    found = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (q, k, v, g, beta)]
+    dq, dk, dv, dg, dbeta = found
+    gradients = plan.tiled(plan.cut.values, plan.cut.gradient_warps)
+    kernels.correction_gradients[plan.grid](
+        q, k, beta, do, decays.planes, norms, decays.run, inverses, reading, du, plan.time, plane,
+        *inputs.strides("q", "k"), *do.stride()[:2], *inputs.strides("beta"), **gradients,
+    )  # fmt: skip
+    dinitial = () if initial is None else (torch.empty_like(initial, dtype=torch.float32),)
+    kernels.state_gradients[plan.state_grid()](
+        q, k, do, decays.planes, norms, decays.carry, reading,
+        v if dfinal is None else dfinal.contiguous(), du, dstates, dinitial[0] if dinitial else v, plan.time, plan.chunks, plane,
+        *inputs.strides("q", "k"), *do.stride()[:2], FINAL=dfinal is not None, INITIAL=initial is not None,
+        **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
+    )  # fmt: skip
+    dk_part = plan.scratch(v, size, key_dim)
+    dsums = torch.empty_like(decays.planes[0])
+    kernels.mixing_gradients[plan.grid](
+        q, k, do, decays.planes, norms, decays.carry, decays.run, u, states, dstates, dq, dk_part, dsums,
+        plan.time, plane, *inputs.strides("q", "k"), *do.stride()[:2], **gradients,
+    )  # fmt: skip
+    kernels.system_gradients[plan.grid](
+        k, v, beta, decays.planes, norms, decays.run, inverses, u, du, states, dk_part, dsums, dk, dv, dg, dbeta,
+        plan.time, plane, *inputs.strides("k", "v", "beta"), **gradients,
+    )  # fmt: skip
+    return *found, *dinitial
+
+
+@torch.library.custom_op("longspan::gated_delta", mutates_args=())
+def gated_delta(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHKV: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.gated_delta.gated_delta`; all results after the second are for the backward."""
+    return run_forward(Inputs(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_BHKV, initial_doc_B))
+
+
+@gated_delta.register_fake
+def _(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHKV: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return like(v_BTHV, k_BTHK.shape[-1])
+
+
+@torch.library.custom_op("longspan::gated_delta_backward", mutates_args=())
+def gated_delta_backward(
+    do_BTHV: Tensor,
+    dfinal_BHKV: Tensor | None,
+    norms: Tensor,
+    inverses: Tensor,
+    u: Tensor,
+    states: Tensor,
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHKV: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g, beta and the initial state (empty where there is none)."""
+    inputs = Inputs(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_BHKV, initial_doc_B)
+    dq, dk, dv, dg, dbeta, *dinitial = run_backward(inputs, (norms, inverses, u, states), do_BTHV, dfinal_BHKV)
+    return dq, dk, dv, dg, dbeta, dinitial[0] if dinitial else v_BTHV.new_empty(0, dtype=torch.float32)
+
+
+@gated_delta_backward.register_fake
+def _(
+    do_BTHV: Tensor,
+    dfinal_BHKV: Tensor | None,
+    norms: Tensor,
+    inverses: Tensor,
+    u: Tensor,
+    states: Tensor,
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    doc_BT: Tensor | None,
+    initial_BHKV: Tensor | None,
+    initial_doc_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
+    dq, dk, dv, dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
+    shape = (0,) if initial_BHKV is None else initial_BHKV.shape
+    return dq, dk, dv, dg, dbeta, v_BTHV.new_empty(shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:], *inputs)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    inputs = saved[4:]
+    do = torch.zeros_like(inputs[2], memory_format=torch.contiguous_format) if do is None else do
+    *gradients, dinitial = gated_delta_backward(do, dfinal, *saved)
+    return *gradients, None, None if inputs[6] is None else dinitial, None
+
+
+gated_delta.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,328 @@
+"""The kernels of the gated delta rule: the system of each chunk, states between chunks, outputs, and their gradients.
+
+Inside a chunk the corrections u depend on each other through a unit lower triangular system, whose inverse turns the
+chunk into products (the UT transform of the WY representation; Yang, Kautz & Hatamizadeh 2024). States run from chunk
+to chunk inside one program (`states`, and `state_gradients` from the end); everything else is one program per chunk and
+head. Queries and keys count as vectors of one length: what they are multiplied by for that is kept beside the decays.
+
+Shapes: B rows, T tokens, J chunks of a row, Q tokens of a chunk (i reads, j is read), H heads, K key dim, V value dim.
+Squares are (H of a chunk, Q, Q), states (B, J, H, K, V), all per-token scratch (B, J, H, Q, K or V).
+"""
+
+import triton
+import triton.language as tl
+
+from longspan.ops.triton.decays import FROM_BEFORE, SUM, TO_END
+from longspan.ops.triton.tiles import dot, load, store
+
+# As in the plain form.
+NORM_EPS = tl.constexpr(1e-6)
+# Planes of the norms: what a query (with its 1 / sqrt(K)) and a key are multiplied by.
+QUERY, KEY = tl.constexpr(0), tl.constexpr(1)
+
+
+@triton.jit
+def _decay(planes, run, i, plane):
+    """(i, j): the decay from token j to token i, 0 where i does not see j."""
+    sums = tl.load(planes + SUM * plane + i)
+    sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
+    return tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
+
+
+@triton.jit
+def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + system)^-1 of a strictly lower triangular system, from blocks of 1 to blocks of 2^LEVELS.
+
+    Two inverted blocks make one of twice the size: their inverses, and below, minus inverse times system times inverse.
+    """
+    apart = i[:, None] ^ i[None, :]
+    inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        below = tl.where((apart >= 2**level) & (apart < 2 ** (level + 1)), system, 0.0)
+        solved = tl.dot(below, inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, solved, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def systems(
+    q_ptr, k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, reading_ptr, free_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    LEVELS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """The inverse of a chunk's system; what u takes from the values, and from the state before the chunk."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q + chunk * Q
+    here = (row * chunks + chunk) * H + h
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
+    tl.store(norms_ptr + QUERY * plane + by_head + i, tl.rsqrt(tl.sum(q * q, 1) + NORM_EPS) * K**-0.5)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
+    inverse_length = tl.rsqrt(tl.sum(k * k, 1) + NORM_EPS)
+    tl.store(norms_ptr + KEY * plane + by_head + i, inverse_length)
+    k *= inverse_length[:, None]
+
+    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
+    system = tl.where(i[:, None] > i[None, :], overlap * beta[:, None], 0.0)
+    inverse = _inverse(system, i, LEVELS, SOLVE)
+    store(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True, inverse)
+
+    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
+    reading = dot(inverse, k * (beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
+    store(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE, reading)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE).to(tl.float32)
+        free = dot(inverse, values * beta[:, None], DTYPE, OPERAND, PRECISION)
+        store(free_ptr + here * Q * V, i, V, v, Q, V, WHOLE, free)
+
+
+@triton.jit
+def states(
+    k_ptr, planes_ptr, norms_ptr, carry_ptr, initial_ptr, reading_ptr, free_ptr, u_ptr, states_ptr, final_ptr,
+    time, chunks, plane, k_row, k_token: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    INITIAL: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The corrections u of all chunks, the state before every chunk and after the last."""
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if INITIAL:
+        state += load(initial_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE).to(tl.float32)
+    for chunk in range(chunks):
+        here = (row * chunks + chunk) * H + h
+        store(states_ptr + here * K * V, c, V, v, K, V, WHOLE, state)
+        t = chunk * Q + i
+        k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+        reading = load(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE)
+        free = load(free_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        at = by_head + t
+        weight = tl.load(norms_ptr + KEY * plane + at) * tl.load(planes_ptr + TO_END * plane + at)
+        u = free.to(tl.float32) - dot(reading, state, DTYPE, OPERAND, PRECISION)
+        store(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE, u)
+        writing = (k.to(tl.float32) * weight[:, None]).to(DTYPE)
+        carry = tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+        state = state * carry + dot(tl.trans(writing), u, DTYPE, OPERAND, PRECISION)
+    store(final_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, state)
+
+
+@triton.jit
+def outputs(
+    q_ptr, k_ptr, planes_ptr, norms_ptr, run_ptr, u_ptr, states_ptr, o_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of one chunk and head."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q + chunk * Q
+    here = (row * chunks + chunk) * H + h
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
+    q = (q * tl.load(norms_ptr + QUERY * plane + by_head + i)[:, None]).to(DTYPE)
+    k = (k * tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]).to(DTYPE)
+    scores = dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
+    scores = scores.to(DTYPE)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        o = dot(q, before, DTYPE, OPERAND, PRECISION) * from_before[:, None]
+        o += dot(scores, u, DTYPE, OPERAND, PRECISION)
+        store(o_ptr + row * time * H * V + h * V, t, H * V, v, time, V, WHOLE, o)
+
+
+@triton.jit
+def correction_gradients(
+    q_ptr, k_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, reading_ptr, du_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr, beta_row, beta_token,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the outputs of a chunk give to its corrections; what those take from the state before, once more."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q + chunk * Q
+    here = (row * chunks + chunk) * H + h
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
+    q = (q * tl.load(norms_ptr + QUERY * plane + by_head + i)[:, None]).to(DTYPE)
+    k *= tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]
+    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
+    inverse = load(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True)
+    reading = dot(inverse, k * (beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
+    store(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE, reading)
+
+    # With the token that is read first, (j, i), so that no product needs a transpose.
+    sums = tl.load(planes_ptr + SUM * plane + by_head + i)
+    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
+    scores = (dot(k, tl.trans(q), DTYPE, OPERAND, PRECISION) * decay).to(DTYPE)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
+        store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, dot(scores, do, DTYPE, OPERAND, PRECISION))
+
+
+@triton.jit
+def state_gradients(
+    q_ptr, k_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, reading_ptr, dfinal_ptr, du_ptr, dstates_ptr, dinitial_ptr,
+    time, chunks, plane, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FINAL: tl.constexpr, INITIAL: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state after every chunk and of the one before the first; completes that of u."""
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q
+    dstate = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if FINAL:
+        dstate += load(dfinal_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE).to(tl.float32)
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        here = (row * chunks + chunk) * H + h
+        store(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE, dstate)
+        t = chunk * Q + i
+        at = by_head + t
+        q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+        k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+        do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
+        reading = load(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE)
+        du = load(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE).to(tl.float32)
+        read = tl.load(norms_ptr + QUERY * plane + at) * tl.load(planes_ptr + FROM_BEFORE * plane + at)
+        written = tl.load(norms_ptr + KEY * plane + at) * tl.load(planes_ptr + TO_END * plane + at)
+        du += dot(k.to(tl.float32) * written[:, None], dstate, DTYPE, OPERAND, PRECISION)
+        store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, du)
+        q = (q.to(tl.float32) * read[:, None]).to(DTYPE)
+        dstate = dstate * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+        dstate += dot(tl.trans(q), do, DTYPE, OPERAND, PRECISION)
+        dstate -= dot(tl.trans(reading), du, DTYPE, OPERAND, PRECISION)
+    if INITIAL:
+        store(dinitial_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, dstate)
+
+
+@triton.jit
+def mixing_gradients(
+    q_ptr, k_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, run_ptr, u_ptr, states_ptr, dstates_ptr,
+    dq_ptr, dk_ptr, dsums_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, and what outputs and states give to keys (of one length) and to sums of log decays."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q + chunk * Q
+    here = (row * chunks + chunk) * H + h
+    dmixing = tl.zeros((Q, Q), tl.float32)
+    reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
+    carried = tl.zeros((BLOCK_K,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
+        u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dafter = load(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dmixing += dot(do, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        reads += dot(do, tl.trans(before), DTYPE, OPERAND, PRECISION)
+        writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
+        carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    dmixing *= _decay(planes_ptr + by_head, run, i, plane)
+    reads *= tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)[:, None]
+    writes *= tl.load(planes_ptr + TO_END * plane + by_head + i)[:, None]
+    query_weight = tl.load(norms_ptr + QUERY * plane + by_head + i)
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32) * query_weight[:, None]
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
+    k *= tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]
+    dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION)
+    kept = tl.sum(writes * k, 1)
+    dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + tl.sum(reads * q, 1) - kept + tl.where(i == Q - 1, dend, 0.0)
+    tl.store(dsums_ptr + by_head + i, dsums)
+    dmixing = dmixing.to(DTYPE)
+    writes += dot(tl.trans(dmixing), q, DTYPE, OPERAND, PRECISION)
+    store(dk_ptr + here * Q * K, i, K, c, Q, K, WHOLE, writes)
+    reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
+    # Through the norm: what lies along q does not change its length.
+    dq = (reads - q * (tl.sum(reads * q, 1) * K)[:, None]) * query_weight[:, None]
+    store(dq_ptr + row * time * H * K + h * K, t, H * K, c, time, K, WHOLE, dq)
+
+
+@triton.jit
+def system_gradients(
+    k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, u_ptr, du_ptr, states_ptr, dk_part_ptr,
+    dsums_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
+    k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of v and beta, and of k and g with what `mixing_gradients` found for them."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
+    by_head = (row * H + h) * chunks * Q + chunk * Q
+    here = (row * chunks + chunk) * H + h
+    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+    transposed = load(inverses_ptr + here * Q * Q, i, 1, i * Q, Q, Q * Q, True)
+    dsystem, reads = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
+    dbeta = tl.zeros((Q,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        du = load(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        dr = dot(transposed, du, DTYPE, OPERAND, PRECISION)
+        dv = dr * beta[:, None]
+        store(dv_ptr + row * time * H * V + h * V, t, H * V, v, time, V, WHOLE, dv)
+        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
+        dbeta += tl.sum(dr * values.to(tl.float32), 1)
+        u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dr = dr.to(DTYPE)
+        dsystem -= dot(dr, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        reads += dot(dr, tl.trans(before), DTYPE, OPERAND, PRECISION)
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    dsystem = tl.where(i[:, None] > i[None, :], dsystem * _decay(planes_ptr + by_head, run, i, plane), 0.0)
+    reads *= tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)[:, None]
+    weight = tl.load(norms_ptr + KEY * plane + by_head + i)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32) * weight[:, None]
+    overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
+    read = tl.sum(reads * k, 1)
+    dbeta += tl.sum(overlaps, 1) - read
+    overlaps *= beta[:, None]
+    dsums = tl.load(dsums_ptr + by_head + i) + tl.sum(overlaps, 1) - tl.sum(overlaps, 0) - beta * read
+    at = (row * time + t) * H + h
+    tl.store(dbeta_ptr + at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=t < time)
+    # Token t decays all that come after it in its document.
+    square = tl.zeros((Q, Q), tl.float32) + dsums[None, :]
+    sees = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    dg = tl.sum(tl.where(sees, square, 0.0), 1)
+    tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=t < time)
+    dsystem = (dsystem * beta[:, None]).to(DTYPE)
+    dk = load(dk_part_ptr + here * Q * K, i, K, c, Q, K, WHOLE).to(tl.float32) - reads * beta[:, None]
+    dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
+    dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
+    dk = (dk - k * tl.sum(dk * k, 1)[:, None]) * weight[:, None]
+    store(dk_ptr + row * time * H * K + h * K, t, H * K, c, time, K, WHOLE, dk)
