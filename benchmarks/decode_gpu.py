@@ -357,14 +357,14 @@ def main() -> int:
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{name}; torch {torch.__version__}; {kernels.described(run.device)}", flush=True)
     run.ceiling()
-    parts: dict[str, Callable[[], None]] = {}
-    parts |= {f"decode {letter}": partial(run.decode, letter) for letter in ("M", "A", "AM")}
+    parts: dict[str, Callable[[], None]] = {f"decode {letter}": partial(run.decode, letter) for letter in ("A", "M")}
     if on_gpu:
         parts["llama 8k"] = partial(run.llama, 8192, 8192)
         parts["llama 131k"] = partial(run.llama, 131_072, 8192)
         parts["attention alone"] = run.attention_alone
-        parts["mamba2 alone"] = run.mamba2_alone
         parts["prefill attention"] = run.prefill_attention
+        parts["mamba2 alone"] = run.mamba2_alone
+    parts["decode AM"] = partial(run.decode, "AM")
     parts["transformers"] = run.peers
     parts |= {f"decode {letter}": partial(run.decode, letter) for letter in SHAPES if f"decode {letter}" not in parts}
     run.run(parts, arguments.only)
