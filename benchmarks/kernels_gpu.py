@@ -545,33 +545,6 @@ def bench_step(run: Run, *patterns: str) -> None:
         del model, optimizer
 
 
-def bench_decode(run: Run) -> None:
-    """Tokens a second of a 115 M Mamba-2 in bf16, step by step and as one graph, which must agree."""
-    from longspan.models.graphed_decoding import GraphedDecoding
-    from longspan.models.language_model import LanguageModel, ModelConfig
-
-    config = ModelConfig(pattern="M" * 24, width=WIDTH, heads=12, state=STATE, mlp="none")
-    model = LanguageModel(config, 32_000, seed=0).cast(BF16).to(DEVICE).eval()
-    with torch.no_grad():
-        for rows in (1, 256):
-            prompt = torch.randint(0, 32_000, (rows, 64), device=DEVICE)
-            _, state = model.next_logits(prompt, model.initial_state())
-            graphed = GraphedDecoding(model, state)
-            token = prompt[:, :1]
-            eager, after = model.next_logits(token, state)
-            error = float((graphed.step(token).float() - eager.float()).norm() / eager.float().norm())
-            stepwise = median_ms(lambda token=token, after=after: model.next_logits(token, after), rep=100)
-            replayed = median_ms(lambda token=token, graphed=graphed: graphed.step(token), rep=100)
-            run.add(
-                f"decode M batch {rows}",
-                eager_tok_s=rows / stepwise * 1e3,
-                graph_tok_s=rows / replayed * 1e3,
-                error=error,
-            )
-            if not error < 1e-2:
-                run.failed.append(f"decode batch {rows}: {error:.1e}")
-
-
 CHECKS: dict[str, Callable[[Run], None]] = {
     "check conv": check_conv,
     "check norm": check_norm,
@@ -592,7 +565,6 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "step M": lambda run: bench_step(run, "M"),
     "conv variants": variants_conv,
     "ssd variants": variants_ssd,
-    "decode": bench_decode,
     "check scan": check_scan,
     "scan": bench_scan,
     "check attention": check_attention,

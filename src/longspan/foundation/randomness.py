@@ -22,8 +22,8 @@ def numpy_generator(seed: int, *names: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=stream_seed(seed, *names)))
 
 
-def torch_generator(seed: int, *names: object) -> torch.Generator:
-    """A CPU torch generator for the named stream."""
+def torch_generator(seed: int, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for the named stream; another device draws other numbers."""
     import torch
 
-    return torch.Generator().manual_seed(stream_seed(seed, *names))
+    return torch.Generator(device).manual_seed(stream_seed(seed, *names))

@@ -5,7 +5,8 @@ Legend: B rows, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,20 @@ class LanguageModel(nn.Module):
             self.init_weights(seed)
             self.to(device)
 
+    @classmethod
+    def drawn_on(
+        cls, device: torch.device | str, dtype: torch.dtype, config: ModelConfig, vocab_size: int, seed: int = 0
+    ) -> Self:
+        """An untrained model whose parameters never were elsewhere, in the dtype it computes in: for what models cost.
+
+        The device's own generator draws them: another device, or dtype, gives other weights.
+        """
+        model = cls(config, vocab_size, seed, device="meta")
+        model.cast(dtype)
+        model.to_empty(device=device)
+        model.init_weights(seed)
+        return model
+
     @property
     def blocks(self) -> list[Block]:
         """The layers, first layer first."""
@@ -77,26 +92,26 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every parameter from named streams of `seed`.
+        """Draw every parameter from named streams of `seed`, on the device where they are.
 
         Raises:
             UserError: a mixer left a parameter without a value.
         """
         for parameter in self.parameters():
             parameter.fill_(torch.nan)
-        self.embedding.weight.normal_(0.0, INIT_STD, generator=torch_generator(seed, "init", "embedding"))
+        draws = partial(torch_generator, seed, "init", device=self.embedding.weight.device)
+        self.embedding.weight.normal_(0.0, INIT_STD, generator=draws("embedding"))
         if self.position_embedding is not None:
-            generator = torch_generator(seed, "init", "positions")
-            self.position_embedding.weight.normal_(0.0, INIT_STD, generator=generator)
+            self.position_embedding.weight.normal_(0.0, INIT_STD, generator=draws("positions"))
         if self.head is not None:
-            self.head.weight.normal_(0.0, INIT_STD, generator=torch_generator(seed, "init", "head"))
+            self.head.weight.normal_(0.0, INIT_STD, generator=draws("head"))
         blocks = self.blocks
         num_residuals = sum(1 if block.mlp is None else 2 for block in blocks)
         for i, block in enumerate(blocks):
-            mixer_stream, mlp_stream = (torch_generator(seed, "init", i, part) for part in (block.mixer.name, "mlp"))
+            mixer_stream, mlp_stream = (draws(i, part) for part in (block.mixer.name, "mlp"))
             block.init_weights(mixer_stream, mlp_stream, num_residuals)
             if self.config.init == "normal":
-                _normal_linears(block, torch_generator(seed, "init", i, "normal"))
+                _normal_linears(block, draws(i, "normal"))
         self.norm.init_weights()
         for name, parameter in self.named_parameters():
             if not bool(parameter.isfinite().all()):
@@ -190,9 +205,11 @@ class LanguageModel(nn.Module):
         """(..., D) to (..., V); for training and scoring use `loss` and `token_nll`, which hold no such tensor."""
         return F.linear(hidden, self.head_weight)
 
-    def next_logits(self, tokens_BT: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def next_logits(
+        self, tokens_BT: Tensor, state: ModelState, segments: Segments | None = None
+    ) -> tuple[Tensor, ModelState]:
         """One step of generation: take in any T >= 1 tokens, return the logits (B, V) of the next and the new state."""
-        hidden_BTD, after = self(tokens_BT, None, state)
+        hidden_BTD, after = self(tokens_BT, segments, state)
         return self.logits(hidden_BTD[:, -1]), after
 
     def loss(

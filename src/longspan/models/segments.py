@@ -46,6 +46,19 @@ class Past:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One more token of each row on states of fixed size, which the layers overwrite; all of it is on the device.
+
+    Attributes:
+        newest: int64 (1,), the token's place among the keys.
+        first: int32 (B,), the place at which the open document of each row begins.
+    """
+
+    newest: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
 class Segments:
     """What attention and recurrent mixers need to keep documents apart.
 
@@ -60,6 +73,7 @@ class Segments:
         previous_doc: int32 document of the token before this call, where `state_doc` is given and there is one.
         past: what the next call needs; keys before the last `past.num_keys` can never be seen again.
         max_position: largest of `positions` (an upper bound of it where ids were not read).
+        step: of a call on states of fixed size, see `Mixer.fixed_state`; None in every other.
     """
 
     num_tokens: int
@@ -71,6 +85,7 @@ class Segments:
     previous_doc: Tensor | None
     past: Past
     max_position: int
+    step: Step | None = None
     _host_doc: Tensor | None = field(default=None, repr=False, compare=False)
     _rotations: dict[tuple[int, float, torch.dtype, RopeScaling | None], Rotation] = field(
         default_factory=dict, repr=False, compare=False
@@ -91,6 +106,11 @@ class Segments:
             doc_BT = self.attention_doc if self._host_doc is None else self._host_doc
             self._block_masks[window] = flex_block_mask(doc_BT, window=window, device=self.attention_doc.device)
         return self._block_masks[window]
+
+    @classmethod
+    def one_step(cls, positions_B1: Tensor, step: Step) -> Self:
+        """For one more token of each row, at the positions (B, 1) or (1, 1), on states of fixed size."""
+        return cls(1, 0, positions_B1, None, None, None, None, Past(), 0, step)
 
     @classmethod
     def build(

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from longspan.foundation.errors import UserError
 from longspan.ops import kernels
@@ -27,6 +28,8 @@ SMALLEST_BLOCK = 32
 # FlexAttention's own block, and the head dimensions it takes without padding.
 FLEX_BLOCK = 128
 FLEX_HEAD_DIMS = (16, 32, 64, 128)
+# The widest head that torch's fused kernel takes with grouped keys.
+WIDEST_GROUPED = 256
 
 
 def attention(
@@ -197,18 +200,37 @@ def _fused(
     plain = q_doc_BT is None and rules.slopes is None and rules.window is None
     causal = plain and rules.q_offset == 0 and time == keys
     newest_only = plain and time == 1 and rules.q_offset + 1 == keys
-    mask = None
-    if not (causal or newest_only):
+    mask: Tensor | CausalBias | None = None
+    if plain and not causal and time > 1 and rules.q_offset + time == keys and q_BTHP.is_cuda:
+        # Torch's fused kernels take the newest queries of a cache without a mask of their size.
+        mask = causal_lower_right(time, keys)
+    elif not (causal or newest_only):
         mask = rules.mask(time, keys, _same(q_doc_BT, k_doc_BS), q_BTHP.dtype, q_BTHP.device)
     return _sdpa(q_BTHP, k_BSGP, v_BSGP, mask, rules.dropout, causal)
 
 
 def _sdpa(
-    q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, mask: Tensor | None, dropout: float, causal: bool = False
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    mask: Tensor | CausalBias | None,
+    dropout: float,
+    causal: bool = False,
 ) -> Tensor:
-    q, k, v = (_heads_first(values, q_BTHP.shape[2]) for values in (q_BTHP, k_BSGP, v_BSGP))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    grouped = _takes_groups(q_BTHP, k_BSGP, mask)
+    heads = k_BSGP.shape[2] if grouped else q_BTHP.shape[2]
+    q = q_BTHP.transpose(1, 2)
+    k, v = (_heads_first(values, heads) for values in (k_BSGP, v_BSGP))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def _takes_groups(q_BTHP: Tensor, k_BSGP: Tensor, mask: Tensor | CausalBias | None) -> bool:
+    """Whether the fused kernel reads the keys of grouped heads as they are, without a copy for every query head."""
+    if q_BTHP.shape[2] == k_BSGP.shape[2] or not q_BTHP.is_cuda or q_BTHP.requires_grad:
+        return False
+    fits = q_BTHP.dtype in (torch.bfloat16, torch.float16) and q_BTHP.shape[3] <= WIDEST_GROUPED
+    return fits and (mask is None or isinstance(mask, CausalBias))
 
 
 def block_size(window: int) -> int:

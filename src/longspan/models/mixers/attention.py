@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, computed_dtype, init_linear, register
-from longspan.models.segments import Segments
+from longspan.models.segments import Segments, Step
 from longspan.ops.attention import attention, flex_serves
+from longspan.ops.decode_attention import decode_attention, place_token
 from longspan.ops.rotary import RopeScaling, Rotation, rotary
 
 Positions = Literal["rope", "nope", "alibi", "hard_alibi", "hard_alibi_rope", "learned"]
@@ -147,6 +149,14 @@ class AttentionState(MixerState):
         return cls(_Cache(k_BSGP, v_BSGP, length), 0, length)
 
 
+@dataclass(frozen=True)
+class FixedAttentionState(MixerState):
+    """A ring of keys and values (B, C, G, P) that steps overwrite: key number `place` stands in slot `place % C`."""
+
+    keys: Tensor
+    values: Tensor
+
+
 @register("A")
 class Attention(Mixer):
     """Multi-head or grouped-query attention; scale 1/sqrt(P); rotary embedding over the whole head in NeoX pairing.
@@ -254,6 +264,9 @@ class Attention(Mixer):
     def forward(self, x_BTD: Tensor, segments: Segments, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         """See `Mixer.forward`."""
         rows, num_tokens, _ = x_BTD.shape
+        if segments.step is not None:
+            assert isinstance(state, FixedAttentionState)
+            return self._fixed_step(x_BTD, segments, segments.step, state), state
         qkv = self.qkv_proj(x_BTD).view(rows, num_tokens, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.settings.rotates:
@@ -279,14 +292,76 @@ class Attention(Mixer):
             y_BTHP = self._attend(q, k, v, segments.attention_doc, k_doc, num_cached)
         return self.out_proj(y_BTHP.reshape(rows, num_tokens, -1)), after
 
+    def _fixed_step(self, x_B1D: Tensor, segments: Segments, step: Step, state: FixedAttentionState) -> Tensor:
+        """One more token, whose key and value go into the ring."""
+        qkv_BKP = self.qkv_proj(x_B1D[:, 0]).unflatten(1, (-1, self.head_dim))
+        rotation = self._rotation(segments, qkv_BKP.dtype) if self.settings.rotates else None
+        q_BHP = place_token(qkv_BKP, rotation, self.num_masked, state.keys, state.values, step.newest)
+        windows = None
+        if self.head_windows_H is not None:
+            windows = F.pad(self.head_windows_H, (0, self.heads - self.num_masked))
+        y_BHP = decode_attention(
+            q_BHP,
+            state.keys,
+            state.values,
+            step.newest,
+            step.first,
+            alibi_slopes_H=self.alibi_slopes_H,
+            window=self.window,
+            head_windows_H=windows,
+        )
+        return self.out_proj(y_BHP.flatten(1))[:, None]  # type: ignore[no-any-return]
+
+    def fixed_state(self, state: MixerState, slots: int) -> FixedAttentionState:
+        """See `Mixer.fixed_state`; a window needs no more slots than it is wide."""
+        assert isinstance(state, AttentionState)
+        live = state.live()
+        assert live is not None
+        slots = slots if self.window is None else self.window
+        # Zeros: what no key has been written to is multiplied by a weight of 0.
+        k, v = (each.new_zeros(each.shape[0], slots, *each.shape[2:]) for each in live)
+        return FixedAttentionState(k, v)
+
+    def start_in(self, fixed: MixerState) -> AttentionState:
+        """An empty cache; without a window it fills the ring, which never turns."""
+        assert isinstance(fixed, FixedAttentionState)
+        if self.window is not None:
+            return self.initial_state()
+        return AttentionState(_Cache(fixed.keys, fixed.values, 0), 0, 0)
+
+    def fix(self, state: MixerState, fixed: MixerState, num_keys: int) -> None:
+        """See `Mixer.fix`."""
+        assert isinstance(state, AttentionState)
+        assert isinstance(fixed, FixedAttentionState)
+        live = state.live()
+        if live is None or state.cache is None:
+            return
+        slots = fixed.keys.shape[1]
+        if state.cache.k_BSGP.data_ptr() == fixed.keys.data_ptr():
+            # Steps write behind these entries: a call that goes on from this state has to find room elsewhere.
+            state.cache.used = slots
+        for held, given in zip((fixed.keys, fixed.values), live, strict=True):
+            if held.data_ptr() == given.data_ptr():
+                continue
+            if held.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+                given = given.clone()
+            if self.window is None:
+                held[:, : state.length] = given
+            else:
+                places = torch.arange(num_keys - state.length, num_keys, device=held.device)
+                held.index_copy_(1, places % slots, given)
+
+    def unfix(self, fixed: MixerState, num_keys: int) -> AttentionState:
+        """See `Mixer.unfix`."""
+        assert isinstance(fixed, FixedAttentionState)
+        places = torch.arange(num_keys - self._cached(num_keys), num_keys, device=fixed.keys.device)
+        slots = places % fixed.keys.shape[1]
+        return AttentionState._of(fixed.keys.index_select(1, slots), fixed.values.index_select(1, slots))
+
     def _has_flex(self, q_BTHP: Tensor, segments: Segments) -> bool:
         """One document to a row needs no mask, and no kernel that takes one."""
         dropout = self.settings.attention_dropout if self.training else 0.0
         return segments.attention_doc is not None and flex_serves(q_BTHP, dropout)
-
-    def _rotation(self, segments: Segments, dtype: torch.dtype) -> Rotation:
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return segments.rotation(self.head_dim, self.settings.rope_base, dtype, self.settings.rope_scaling)
 
     def _rotated(self, qk_BTHP: Tensor, segments: Segments) -> Tensor:
         """Queries and keys with rotary positions; masked heads have none."""
@@ -296,6 +371,10 @@ class Attention(Mixer):
         masked = self.num_masked
         parts = [(part[:, :, :masked], part[:, :, masked:]) for part in torch.split(qk_BTHP, self.heads, dim=2)]
         return torch.cat([each for low, high in parts for each in (low, rotary(high, rotation))], dim=2)
+
+    def _rotation(self, segments: Segments, dtype: torch.dtype) -> Rotation:
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        return segments.rotation(self.head_dim, self.settings.rope_base, precise, self.settings.rope_scaling)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, offset: int

@@ -34,6 +34,10 @@ class MixerState:
         changed = {name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)}
         return dataclasses.replace(self, **changed)
 
+    def undocumented(self, last_doc_B: Tensor) -> Self:
+        """The same state for going on with the documents `last_doc_B` alone: what is of others is as if unseen."""
+        return self
+
     def bytes(self) -> int:
         """Bytes of the live entries over all rows, bookkeeping included."""
         tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
@@ -112,6 +116,28 @@ class Mixer(nn.Module, ABC):
     def state_bytes(self, context: int, element_bytes: int) -> int:
         """Bytes of the state of one row after `context` tokens, for activations of `element_bytes`."""
 
+    def fixed_state(self, state: MixerState, slots: int) -> MixerState:
+        """Memory of fixed size for steps with `Segments.step`, which overwrite it: of a CUDA graph.
+
+        Args:
+            state: after one token at least, for rows, shapes and dtypes; what is in it need not be kept.
+            slots: tokens that it must have room for.
+        """
+        return state.map(torch.clone)
+
+    def start_in(self, fixed: MixerState) -> MixerState:
+        """The state before the first token, whose calls fill `fixed` where that saves a copy."""
+        return self.initial_state()
+
+    def fix(self, state: MixerState, fixed: MixerState, num_keys: int) -> None:
+        """Brings `state` into `fixed`; `num_keys`: keys that attention has seen, those dropped by a window too."""
+        for held, given in zip(state_tensors(fixed), state_tensors(state), strict=True):
+            held.copy_(given)
+
+    def unfix(self, fixed: MixerState, num_keys: int) -> MixerState:
+        """A copy of `fixed` after `num_keys` tokens, as a state for any other call."""
+        return fixed.map(torch.clone)
+
     def decode_bytes(self, context: int, element_bytes: int) -> int:
         """Bytes of the state of one row that are read and written to decode the token after `context` tokens.
 
@@ -120,6 +146,18 @@ class Mixer(nn.Module, ABC):
         """
         held = self.state_bytes(context, element_bytes)
         return held + (self.state_bytes(1, element_bytes) if self.isolated_as == "attention" else held)
+
+
+def state_tensors(state: MixerState) -> list[Tensor]:
+    """Every tensor of a state."""
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    state.map(add)
+    return found
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

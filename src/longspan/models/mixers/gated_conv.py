@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from longspan.foundation.config import Config
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
-from longspan.models.mixers.short_conv import short_conv
+from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import LayerNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops.decay_mixture import decay_mixture
@@ -50,11 +50,8 @@ class GatedShortConvolutionSettings(Config):
 
 
 @dataclass(frozen=True)
-class GatedShortConvolutionState(MixerState):
+class GatedShortConvolutionState(ConvolvedState):
     """The last K-1 inputs of the convolution (B, K-1, I) and their documents."""
-
-    tail: Tensor | None = None
-    tail_doc: Tensor | None = None
 
 
 @register("C")

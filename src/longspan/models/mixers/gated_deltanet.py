@@ -17,7 +17,7 @@ from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
 from longspan.models.mixers.mamba2 import DT_FLOOR, DT_MAX, DT_MIN
-from longspan.models.mixers.short_conv import short_conv
+from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops.causal_conv import causal_conv_step
@@ -49,11 +49,9 @@ class GatedDeltaNetSettings(Config):
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetState(MixerState):
+class GatedDeltaNetState(ConvolvedState):
     """The last inputs of the convolution (B, conv - 1, channels), their documents, and the memory (B, H, K, V)."""
 
-    tail: Tensor | None = None
-    tail_doc: Tensor | None = None
     memory: Tensor | None = None
 
 

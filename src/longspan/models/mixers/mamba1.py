@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longspan.foundation.config import Config
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
-from longspan.models.mixers.short_conv import short_conv
+from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv_step
@@ -41,11 +41,9 @@ class Mamba1Settings(Config):
 
 
 @dataclass(frozen=True)
-class Mamba1State(MixerState):
+class Mamba1State(ConvolvedState):
     """The last K-1 inputs of the convolution (B, K-1, E), their documents, and the scan state (B, N, E)."""
 
-    tail: Tensor | None = None
-    tail_doc: Tensor | None = None
     scan: Tensor | None = None
 
 

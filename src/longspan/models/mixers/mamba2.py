@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, init_linear, register, without_autocast
-from longspan.models.mixers.short_conv import short_conv
+from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import GatedRMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops import kernels, mamba2
 from longspan.ops.causal_conv import causal_conv_step
+from longspan.ops.mamba2_step import mamba2_step
 from longspan.ops.ssd import ssd, ssd_step
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -47,11 +48,9 @@ class Mamba2Settings(Config):
 
 
 @dataclass(frozen=True)
-class Mamba2State(MixerState):
+class Mamba2State(ConvolvedState):
     """The last K-1 inputs of the convolution (B, K-1, channels), their documents, and the scan state (B, H, P, N)."""
 
-    tail: Tensor | None = None
-    tail_doc: Tensor | None = None
     scan: Tensor | None = None
 
 
@@ -128,6 +127,8 @@ class Mamba2(Mixer):
         before = state or Mamba2State()
         rows, num_tokens, _ = x_BTD.shape
         settings, doc_BT = self.settings, segments.state_doc
+        if segments.step is not None:
+            return self._fixed_step(x_BTD, before), before
         if num_tokens == 1 and doc_BT is None and before.scan is not None:
             return self._step(x_BTD, before)
         projected_BTK = self.in_proj(x_BTD)
@@ -192,6 +193,16 @@ class Mamba2(Mixer):
             )
         y_BD = self.out_proj(self.norm(y_BHP.flatten(1).to(z.dtype), z))
         return y_BD.unsqueeze(1), Mamba2State(tail, None, scan)
+
+    def _fixed_step(self, x_B1D: Tensor, state: Mamba2State) -> Tensor:
+        """One more token, on a state that it overwrites."""
+        assert state.tail is not None
+        assert state.scan is not None
+        z, xBC, dt = self.in_proj(x_B1D[:, 0]).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
+        filters = (self.conv_weight, self.conv_bias)
+        with without_autocast(x_B1D.device):
+            y_BHP = mamba2_step(xBC, dt, *filters, self.dt_bias, self.A_log, self.D, state.tail, state.scan)
+        return self.out_proj(self.norm(y_BHP.flatten(1), z)).unsqueeze(1)  # type: ignore[no-any-return]
 
     def flops(self, context: int) -> float:
         """Projections, convolution, and the causal half of the chunked scan (facts: QNG + QHP + 4HPN)."""

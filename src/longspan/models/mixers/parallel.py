@@ -43,6 +43,10 @@ class ParallelState(MixerState):
         """The same state with `function` applied to every tensor of every branch."""
         return type(self)(tuple(branch.map(function) for branch in self.branches))
 
+    def undocumented(self, last_doc_B: Tensor) -> Self:
+        """Every branch without what is of other documents."""
+        return type(self)(tuple(branch.undocumented(last_doc_B) for branch in self.branches))
+
     def bytes(self) -> int:
         """Bytes of the live entries of all branches."""
         return sum(branch.bytes() for branch in self.branches)
@@ -125,6 +129,34 @@ class Parallel(Mixer):
             after.append(branch_state)
         assert mixed_BTD is not None
         return mixed_BTD, None if state is None else ParallelState(tuple(after))
+
+    def fixed_state(self, state: MixerState, slots: int) -> ParallelState:
+        """See `Mixer.fixed_state`; of every branch."""
+        assert isinstance(state, ParallelState)
+        return ParallelState(
+            tuple(mixer.fixed_state(each, slots) for mixer, each in zip(self._parts, state.branches, strict=True))
+        )
+
+    def start_in(self, fixed: MixerState) -> ParallelState:
+        """See `Mixer.start_in`; of every branch."""
+        assert isinstance(fixed, ParallelState)
+        return ParallelState(
+            tuple(mixer.start_in(each) for mixer, each in zip(self._parts, fixed.branches, strict=True))
+        )
+
+    def fix(self, state: MixerState, fixed: MixerState, num_keys: int) -> None:
+        """See `Mixer.fix`; of every branch."""
+        assert isinstance(state, ParallelState)
+        assert isinstance(fixed, ParallelState)
+        for mixer, each, held in zip(self._parts, state.branches, fixed.branches, strict=True):
+            mixer.fix(each, held, num_keys)
+
+    def unfix(self, fixed: MixerState, num_keys: int) -> ParallelState:
+        """See `Mixer.unfix`; of every branch."""
+        assert isinstance(fixed, ParallelState)
+        return ParallelState(
+            tuple(mixer.unfix(each, num_keys) for mixer, each in zip(self._parts, fixed.branches, strict=True))
+        )
 
     def flops(self, context: int) -> float:
         """Of all branches; norms are not counted."""

@@ -5,10 +5,29 @@ Legend: B rows, T tokens, D channels, K taps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Self
+
 from torch import Tensor
 
+from longspan.models.mixers.base import MixerState
 from longspan.models.segments import Segments
 from longspan.ops.causal_conv import causal_conv
+
+
+@dataclass(frozen=True)
+class ConvolvedState(MixerState):
+    """The state of a mixer with a short convolution: its last K-1 inputs (B, K-1, D) and their documents."""
+
+    tail: Tensor | None = None
+    tail_doc: Tensor | None = None
+
+    def undocumented(self, last_doc_B: Tensor) -> Self:
+        """Inputs of other documents are zero, as before the first token."""
+        if self.tail is None or self.tail_doc is None:
+            return self
+        others = self.tail_doc != last_doc_B[:, None].to(self.tail_doc)
+        return replace(self, tail=self.tail.masked_fill(others[..., None], 0.0), tail_doc=None)
 
 
 def short_conv(

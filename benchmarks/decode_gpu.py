@@ -1,0 +1,375 @@
+"""Decoding on one GPU: tokens a second of every mixer, step by step and as one CUDA graph, beside transformers.
+
+    python benchmarks/decode_gpu.py                                   # everything, most important first
+    python benchmarks/decode_gpu.py --only attention,decode --seconds 60
+    python benchmarks/decode_gpu.py --device cpu --tiny               # the same code at toy sizes, for a look at it
+
+Models of 110 to 130 M parameters in bf16 with random weights. A prompt of each context is prefilled once and shared
+among the rows of a batch; then steps are timed with events on the device (median; `graph` replays one CUDA graph,
+`eager` calls the model). Before, both decode the same tokens and must agree. The largest batch is the most rows, a
+power of two, whose states fit in 80 % of the memory that is free. `of_copy` is the bytes of weights and states that a
+step reads and writes over the rate of a large copy on the same device, measured at the start. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.models.graphed_decoding import GraphedDecoding
+from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.models.state import ModelState
+from longspan.ops import kernels
+from longspan.ops.attention import attention
+from longspan.ops.decode_attention import decode_attention
+from parts import Parts
+
+BF16 = torch.bfloat16
+VOCAB = 32_000
+SHAPES: dict[str, dict[str, Any]] = {
+    "A": {"pattern": "(A)12", "mlp_width": 2048},
+    "M": {"pattern": "(M)24", "mlp": "none"},
+    "AM": {"pattern": "(AM)6", "mlp_width": 1536},
+    "S": {"pattern": "(S)12", "mlp_width": 2048, "window": 1024},
+    "m": {"pattern": "(m)24", "mlp": "none"},
+    "D": {"pattern": "(D)12", "mlp_width": 2048},
+    "G": {"pattern": "(G)12", "mlp_width": 2048},
+    "L": {"pattern": "(L)12", "mlp_width": 2048},
+    "C": {"pattern": "(C)12", "mlp_width": 2048},
+    "[AM]": {"pattern": "[AM]8", "mlp_width": 1536},
+}
+SHARE_OF_MEMORY = 0.8
+
+
+class Decoding(Parts):
+    """The parts that measure decoding."""
+
+    def __init__(self, device: str, seconds: float, *, tiny: bool, contexts: list[int], batches: list[int]) -> None:
+        super().__init__("decode_gpu", device, seconds)
+        self.contexts, self.batches = contexts, batches
+        self.width = 64 if tiny else 768
+        self.tiny = tiny
+
+    def model(self, letter: str) -> LanguageModel:
+        settings = dict(SHAPES[letter])
+        if self.tiny:
+            settings |= {
+                "pattern": settings["pattern"].rstrip("0123456789") + "2",
+                "mlp_width": 64,
+                "delta_head_dim": 48,
+            }
+        config = ModelConfig(width=self.width, heads=self.width // 64, state=128, **settings)
+        return LanguageModel.drawn_on(self.device, BF16, config, VOCAB).eval()
+
+    @torch.no_grad()
+    def prefilled(self, model: LanguageModel, context: int) -> ModelState:
+        """One row."""
+        generator = torch.Generator().manual_seed(0)
+        tokens_BT = torch.randint(0, VOCAB, (1, context), generator=generator)
+        state = model.initial_state()
+        for part_BT in torch.split(tokens_BT, 8192, dim=1):
+            _, after = model(part_BT.to(self.device), None, state)
+            assert after is not None
+            state = after
+        return state
+
+    def free(self) -> int:
+        """Bytes."""
+        if self.device.type != "cuda":
+            return 1 << 28
+        return int(torch.cuda.mem_get_info()[0])
+
+    @torch.no_grad()
+    def decode(self, letter: str) -> None:
+        """Tokens a second at every context and batch."""
+        model = self.model(letter)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.add(f"{letter}", parameters_M=sum(p.numel() for p in model.parameters()) / 1e6)
+        for context in self.contexts:
+            state = self.prefilled(model, context)
+            self.forget()
+            # Rows of the graph and their copy for the steps without one; attention's first step takes a quarter more.
+            most = self.free() * SHARE_OF_MEMORY / (state.bytes() * 2.5)
+            largest = 2 ** max(0, int(most).bit_length() - 1)
+            for batch in sorted({min(batch, largest) if batch else min(largest, 4096) for batch in self.batches}):
+                self.steps(letter, model, state, context, batch, weights)
+            del state
+            self.forget()
+
+    def steps(self, letter: str, model: LanguageModel, one: ModelState, context: int, batch: int, weights: int) -> None:
+        slots = context + 256
+        began = self.now()
+        graphed = GraphedDecoding(model, batch, slots)
+        captured = self.now() - began
+        start = one.expand(batch)
+        graphed.load(start)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, VOCAB, (batch, 1), generator=generator).to(self.device)
+        state, worst, same = start, 0.0, 0.0
+        for _ in range(4):
+            expected, state = model.next_logits(tokens, state)
+            found = graphed.step(tokens)
+            error = (found.float() - expected.float()).norm() / expected.float().norm()
+            worst = max(worst, float(error))
+            same += float((found.argmax(-1) == expected.argmax(-1)).float().mean()) / 4
+            tokens = expected.argmax(-1, keepdim=True)
+        eager = self.median_seconds(partial(model.next_logits, tokens, state), 10)
+        del state, start
+        graph = self.median_seconds(partial(graphed.step, tokens), 12, inner=4)
+        moved = weights + batch * sum(block.mixer.decode_bytes(context, 2) for block in model.blocks)
+        self.add(
+            f"decode {letter} {context} x{batch}",
+            eager_tok_s=batch / eager,
+            graph_tok_s=batch / graph,
+            graph_ms=1e3 * graph,
+            of_copy=moved / graph / self.bytes_per_second,
+            capture_ms=1e3 * captured,
+            error=worst,
+            same_tokens=same,
+        )
+        if not worst < 2e-2:
+            self.failed.append(f"decode {letter} {context} x{batch}: off by {worst:.1e}")
+        del graphed
+        self.forget()
+
+    @torch.no_grad()
+    def attention_alone(self) -> None:
+        """The kernel of one token against SDPA, and other cuts of the same work."""
+        from longspan.ops.triton import decode_attention as launched
+
+        shapes = [(1, 12, 12, 64, 131_072), (1, 32, 8, 128, 131_072), (64, 12, 12, 64, 8192), (16, 32, 8, 128, 8192)]
+        for rows, heads, groups, size, keys in shapes:
+            q = torch.randn(rows, heads, size, device=self.device).to(BF16)
+            k, v = (torch.randn(rows, keys + 64, groups, size, device=self.device).to(BF16) for _ in range(2))
+            newest = torch.tensor([keys - 1], device=self.device)
+            first = torch.zeros(rows, dtype=torch.int32, device=self.device)
+            floor = (k[:, :keys].numel() + v[:, :keys].numel()) * 2 / self.bytes_per_second
+            name = f"attention {rows}x{heads}/{groups}x{size} {keys}"
+            found = decode_attention(q, k, v, newest, first)
+            live = k[:, :keys], v[:, :keys]
+            expected = attention(q[:, None], *live, q_offset=keys - 1)[:, 0]
+            error = float((found.float() - expected.float()).norm() / expected.float().norm())
+            sdpa = self.median_seconds(partial(attention, q[:, None], *live, q_offset=keys - 1))
+            ours = self.median_seconds(partial(decode_attention, q, k, v, newest, first))
+            self.add(name, ms=1e3 * ours, floor_ms=1e3 * floor, of_floor=floor / ours, sdpa_ms=1e3 * sdpa, error=error)
+            best: list[tuple[float, str]] = []
+            for cut, shares in self.cuts(rows):
+                try:
+                    call = partial(launched.run_attention, q, k, v, newest, first, None, None, None, cut, shares)
+                    best.append((self.median_seconds(call, 5), f"{tuple(cut)} shares {shares}"))
+                except Exception as error:
+                    self.add(f"{name} cut failed", cut=str(cut), error=f"{type(error).__name__}: {str(error)[:80]}")
+                if self.elapsed > self.seconds:
+                    break
+            best.sort()
+            for seconds, cut_name in best[:4]:
+                self.add(f"{name} cut", ms=1e3 * seconds, of_floor=floor / seconds, cut=cut_name)
+
+    @staticmethod
+    def cuts(rows: int) -> Iterator[tuple[Any, int | None]]:
+        """Block, warps and stages, and shares where they are not the usual ones."""
+        from longspan.ops.triton.decode_attention import ALONE, Cut
+
+        blocks = ((32, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (64, 2, 3), (128, 4, 3), (128, 8, 3))
+        yield from ((Cut(*each), None) for each in blocks)
+        if rows == 1:
+            yield from ((ALONE, shares) for shares in (16, 32, 64))
+
+    @torch.no_grad()
+    def mamba2_alone(self) -> None:
+        """The step of a layer between its projections, other cuts."""
+        from longspan.ops.mamba2_step import mamba2_step
+        from longspan.ops.triton import mamba2_step as launched
+
+        heads, size, state = 24, 64, 128
+        channels = heads * size + 2 * state
+        for rows in (1, 256):
+            wide = torch.randn(rows, channels + heads, device=self.device).to(BF16)
+            xBC, dt = wide.split([channels, heads], dim=1)
+            given = [
+                torch.randn(channels, 4, device=self.device).to(BF16),
+                torch.randn(channels, device=self.device).to(BF16),
+            ]
+            given += [torch.rand(heads, device=self.device) for _ in range(3)]
+            tail = torch.zeros(rows, 3, channels, device=self.device, dtype=BF16)
+            scan = torch.zeros(rows, heads, size, state, device=self.device)
+            floor = 2 * (scan.numel() * 4 + tail.numel() * 2) / self.bytes_per_second
+            usual = launched.STATE_ROWS, launched.WARPS
+            for launched.STATE_ROWS, launched.WARPS in ((32, 4), (16, 4), (64, 4), (64, 8), (32, 2), (16, 2), (8, 2)):
+                seconds = self.median_seconds(partial(mamba2_step, xBC, dt, *given, tail, scan))
+                cut = f"rows {launched.STATE_ROWS} warps {launched.WARPS}"
+                self.add(f"mamba2 step x{rows}", ms=1e3 * seconds, floor_ms=1e3 * floor, cut=cut)
+            launched.STATE_ROWS, launched.WARPS = usual
+
+    @torch.no_grad()
+    def prefill_attention(self) -> None:
+        """The last 8,192 queries of a cache: torch's kernel with its own mask, and two parts joined."""
+        heads, groups, size, time = 32, 8, 128, 8192
+        for keys in (32_768, 131_072):
+            q = torch.randn(1, time, heads, size, device=self.device).to(BF16)
+            k, v = (torch.randn(1, keys, groups, size, device=self.device).to(BF16) for _ in range(2))
+            flops = 4 * heads * size * time * (keys - time / 2)
+
+            def measured(name: str, call: Callable[[], Tensor], keys: int = keys, flops: float = flops) -> Tensor:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                y = call()
+                extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+                seconds = self.median_seconds(call, 4)
+                self.add(f"prefill {keys} {name}", ms=1e3 * seconds, TFLOP_s=flops / seconds / 1e12, extra_GiB=extra)
+                return y
+
+            ours = measured("lower right", partial(attention, q, k, v, q_offset=keys - time))
+            try:
+                joined = measured("cudnn, two parts", partial(two_parts, q, k, v))
+                error = float((joined.float() - ours.float()).norm() / ours.float().norm())
+                self.add(f"prefill {keys} difference", error=error)
+            except Exception as error:
+                self.add(f"prefill {keys} two parts failed", error=f"{type(error).__name__}: {str(error)[:200]}")
+
+    @torch.no_grad()
+    def llama(self, context: int, chunk: int) -> None:
+        """Prefill and decoding of the shape of Llama-3.1-8B."""
+        config = ModelConfig(
+            pattern="(A)32", width=4096, heads=32, kv_heads=8, mlp_width=14_336, rope_base=500_000.0, tied=False
+        )
+        began = self.now()
+        model = LanguageModel.drawn_on(self.device, BF16, config, 128_256).eval()
+        self.add("llama 8B drawn", seconds=self.now() - began, GiB=torch.cuda.memory_allocated() / 2**30)
+        weights = torch.cuda.memory_allocated()
+        graphed = GraphedDecoding(model, 1, context + 64)
+        self.forget()
+        tokens = torch.randint(0, 128_256, (1, context), device=self.device)
+        for turn in range(2 if context < 65_536 else 1):
+            torch.cuda.reset_peak_memory_stats()
+            began = self.now()
+            state = graphed.initial_state()
+            for part in torch.split(tokens, chunk, dim=1):
+                logits, state = model.next_logits(part, state)
+            seconds = self.now() - began
+            held = state.bytes()
+            extra = torch.cuda.max_memory_allocated() - weights - held
+            self.add(
+                f"llama 8B prefill {context} by {chunk} turn {turn}",
+                seconds=seconds, tok_s=context / seconds, state_GiB=held / 2**30, extra_GiB=extra / 2**30,
+            )  # fmt: skip
+        graphed.load(state)
+        token = logits.argmax(-1, keepdim=True)
+        step = self.median_seconds(partial(graphed.step, token), 10)
+        eager = self.median_seconds(partial(model.next_logits, token, state), 5)
+        moved = weights + sum(block.mixer.decode_bytes(context, 2) for block in model.blocks)
+        self.add(
+            f"llama 8B decode {context}",
+            graph_ms=1e3 * step, eager_ms=1e3 * eager, of_copy=moved / step / self.bytes_per_second,
+        )  # fmt: skip
+
+    def peers(self) -> None:
+        """Llama and Mamba-2 of the same shapes in transformers, step by step with its own caches."""
+        import transformers
+
+        common = {"vocab_size": VOCAB, "hidden_size": self.width, "tie_word_embeddings": True}
+        llama = transformers.LlamaConfig(
+            **common,
+            num_hidden_layers=12,
+            intermediate_size=2048,
+            num_attention_heads=self.width // 64,
+            max_position_embeddings=140_000,
+        )
+        mamba = transformers.Mamba2Config(
+            **common,
+            num_hidden_layers=24,
+            state_size=128,
+            num_heads=self.width // 32,
+            head_dim=64,
+            n_groups=1,
+            expand=2,
+            chunk_size=64,
+        )
+        for name, config in (("Llama", llama), ("Mamba2", mamba)):
+            torch.set_default_dtype(BF16)
+            try:
+                with torch.device(self.device):
+                    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            finally:
+                torch.set_default_dtype(torch.float32)
+            for context in self.contexts:
+                if name == "Mamba2" and context > 1024:
+                    # Without compiled kernels its prefill holds squares of chunks; its step is the same at any context.
+                    continue
+                self.peer(name, model, context)
+
+    @torch.no_grad()
+    def peer(self, name: str, model: Any, context: int) -> None:
+        for batch in (1, 64):
+            if batch * context > 1 << 18:
+                continue
+            try:
+                tokens = torch.randint(0, VOCAB, (batch, context), device=self.device)
+                given: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+                out = model(tokens, **given)
+                cache = out.past_key_values if hasattr(out, "past_key_values") else None
+                named = {"past_key_values": cache} if cache is not None else {"cache_params": out.cache_params}
+                token = tokens[:, :1]
+                if name == "Mamba2":
+                    named["cache_position"] = torch.tensor([context], device=self.device)
+                step = self.median_seconds(partial(model, token, **named, **given), 10)
+                self.add(f"transformers {name} {context} x{batch}", tok_s=batch / step, ms=1e3 * step)
+            except Exception as error:
+                self.add(f"transformers {name} {context} x{batch}", error=f"{type(error).__name__}: {str(error)[:200]}")
+            self.forget()
+
+
+def two_parts(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor) -> Tensor:
+    """The newest keys with a mask, the others without, both by cuDNN, joined by their sums."""
+    time = q_BTHP.shape[1]
+    q, k, v = (each.transpose(1, 2) for each in (q_BTHP, k_BSGP, v_BSGP))
+    parts = []
+    for keys, causal in ((slice(0, -time), False), (slice(-time, None), True)):
+        y, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k[:, :, keys], v[:, :, keys], None, True, 0.0, causal, False
+        )
+        parts.append((y, sums.view(*y.shape[:3], 1).float()))
+    share = torch.sigmoid(parts[0][1] - parts[1][1])
+    return torch.lerp(parts[1][0].float(), parts[0][0].float(), share).to(q.dtype).transpose(1, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Decoding on one GPU.")
+    parser.add_argument("--only", default="", help="parts whose name contains one of these words")
+    parser.add_argument("--seconds", type=float, default=300.0, help="no part starts after this long")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes")
+    parser.add_argument("--contexts", default="1024,32768,131072")
+    parser.add_argument("--batches", default="1,64,0", help="rows; 0: the largest batch")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: see --device cpu --tiny", file=sys.stderr)
+        return 2
+    contexts, batches = ([int(n) for n in each.split(",")] for each in (arguments.contexts, arguments.batches))
+    run = Decoding(arguments.device, arguments.seconds, tiny=arguments.tiny, contexts=contexts, batches=batches)
+    on_gpu = arguments.device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{name}; torch {torch.__version__}; {kernels.described(run.device)}", flush=True)
+    run.ceiling()
+    parts: dict[str, Callable[[], None]] = {f"decode {letter}": partial(run.decode, letter) for letter in ("A", "M")}
+    if on_gpu:
+        parts["llama 8k"] = partial(run.llama, 8192, 8192)
+        parts["llama 131k"] = partial(run.llama, 131_072, 8192)
+        parts["attention alone"] = run.attention_alone
+        parts["prefill attention"] = run.prefill_attention
+        parts["mamba2 alone"] = run.mamba2_alone
+    parts["decode AM"] = partial(run.decode, "AM")
+    parts["transformers"] = run.peers
+    parts |= {f"decode {letter}": partial(run.decode, letter) for letter in SHAPES if f"decode {letter}" not in parts}
+    run.run(parts, arguments.only)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

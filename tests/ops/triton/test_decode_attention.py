@@ -1,0 +1,109 @@
+"""The kernels of a decoding step say what the plain ops say in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longspan.ops import kernels
+from longspan.ops.decode_attention import decode_attention, place_token
+from longspan.ops.mamba2_step import mamba2_step
+from longspan.ops.rotary import Rotation
+
+FP32, BF16 = torch.float32, torch.bfloat16
+TOLERANCE = {FP32: 1e-5, BF16: 1e-2}
+
+
+def close(found, exact, dtype):
+    error = (found.cpu().double() - exact.cpu()).norm() / exact.norm()
+    assert error < TOLERANCE[dtype], f"off by {float(error):.1e}"
+
+
+def plainly(function, *tensors, **settings):
+    before = kernels.choose("plain")
+    try:
+        return function(*tensors, **settings)
+    finally:
+        kernels.choose(before)
+
+
+@pytest.fixture
+def blocks(device, monkeypatch):
+    """Several blocks and shares of keys at small shapes."""
+    from longspan.ops.triton import decode_attention as launched
+
+    if device.type == "cpu":
+        small = launched.Cut(16, 4, 1)
+        monkeypatch.setattr(launched, "ALONE", small)
+        monkeypatch.setattr(launched, "GROUPED", small)
+        monkeypatch.setattr(launched, "_multiprocessors", lambda device: 3)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("groups", [8, 4, 2])
+@pytest.mark.parametrize(("newest", "slots", "rules"), [
+    (0, 70, {}), (64, 70, {}), (69, 70, {}),
+    (100, 40, {"window": 40}), (100, 48, {"window": 40}), (20, 48, {"window": 40}),
+    (50, 70, {"alibi_slopes_H": True}), (50, 70, {"head_windows_H": True}),
+])  # fmt: skip
+def test_attention_of_one_token(newest, slots, rules, groups, dtype, device, normal, served, blocks):
+    rules = dict(rules)
+    if "alibi_slopes_H" in rules:
+        rules["alibi_slopes_H"] = torch.linspace(0, 0.5, 8).to(device)
+    if "head_windows_H" in rules:
+        rules["head_windows_H"] = torch.tensor([1, 2, 3, 30, 0, 0, 5, 0]).to(device)
+    rows, size = 3, 24
+    q, k, v = (
+        normal(rows, 8, size),
+        normal(rows, slots, groups, size, seed=1),
+        normal(rows, slots, groups, size, seed=2),
+    )
+    if newest + 1 < slots:
+        k[:, newest + 1 :], v[:, newest + 1 :] = torch.nan, torch.nan
+    q, k, v = (z.to(device, dtype) for z in (q, k, v))
+    place, first = torch.tensor([newest], device=device), torch.tensor([0, newest // 2, newest], dtype=torch.int32)
+    first = first.to(device)
+    exact = plainly(
+        decode_attention, q.double(), k.nan_to_num().double(), v.nan_to_num().double(), place, first, **rules
+    )
+    close(decode_attention(q, k, v, place, first, **rules), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("rotated", [None, 0, 2])
+def test_placing_one_token(rotated, dtype, device, normal, served):
+    qkv = normal(3, 4 + 2 * 4, 24).to(device, dtype)
+    k, v = (normal(3, 9, 4, 24, seed=i).to(device, dtype) for i in (1, 2))
+    rotation, rotation64 = None, None
+    if rotated is not None:
+        positions = torch.tensor([[3], [70], [900]], device=device)
+        rotation = Rotation.build(positions, 24, 10_000.0)
+        rotation64 = Rotation(*(each.double() for each in rotation))
+    place = torch.tensor([25], device=device)
+    exact_k, exact_v = k.double(), v.double()
+    exact = plainly(place_token, qkv.double(), rotation64, rotated or 0, exact_k, exact_v, place)
+    found = place_token(qkv, rotation, rotated or 0, k, v, place)
+    for one, other in ((found, exact), (k, exact_k), (v, exact_v)):
+        close(one, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("heads", "size", "state", "taps"), [(3, 24, 40, 4), (2, 8, 16, 2)])
+def test_mamba2_overwrites_its_states(heads, size, state, taps, dtype, device, normal, served):
+    rows, inner = 3, heads * size
+    channels = inner + 2 * state
+    wide = normal(rows, channels + heads).to(device, dtype)
+    xBC, dt = wide.split([channels, heads], dim=1)
+    parameters = [
+        normal(channels, taps, seed=1), normal(channels, seed=2), normal(heads, seed=3), normal(heads, seed=4).abs(),
+        normal(heads, seed=5),
+    ]  # fmt: skip
+    dtypes = [dtype, dtype, FP32, FP32, FP32]
+    parameters = [z.to(device, d) for z, d in zip(parameters, dtypes, strict=True)]
+    tail, scan = normal(rows, taps - 1, channels, seed=6).to(device, dtype), normal(rows, heads, size, state, seed=7)
+    scan = scan.to(device, FP32)
+    exact_tail, exact_scan = tail.double(), scan.double()
+    exact = plainly(mamba2_step, xBC.double(), dt.double(), *(z.double() for z in parameters), exact_tail, exact_scan)
+    found = mamba2_step(xBC, dt, *parameters, tail, scan)
+    for one, other in ((found, exact), (tail, exact_tail), (scan, exact_scan)):
+        close(one, other, dtype)
