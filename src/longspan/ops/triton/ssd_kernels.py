@@ -15,7 +15,7 @@ heads that share B and C, N state. Decays are planes of (B, H, J * Q): see `DT` 
 import triton
 import triton.language as tl
 
-from longspan.ops.triton.decays import DT, FROM_BEFORE, SUM, TO_END
+from longspan.ops.triton.decays import FROM_BEFORE, SUM, TO_END
 from longspan.ops.triton.tiles import dot, load, store
 
 
