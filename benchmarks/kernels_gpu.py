@@ -32,6 +32,7 @@ from torch import Tensor
 from longspan.ops import kernels
 from longspan.ops.attention import attention, flex_block_mask
 from longspan.ops.causal_conv import causal_conv
+from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
 
@@ -39,6 +40,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {FP32: 1e-4, BF16: 1e-2}
 SHAPES = ((32, 2048), (4, 16384))
 WIDTH, HEADS, HEAD_DIM, STATE, INNER = 768, 24, 64, 128, 1536
+DELTA_HEADS = 9
 CONVOLVED, PROJECTED = INNER + 2 * STATE, 2 * INNER + 2 * STATE + HEADS
 DEVICE = torch.device("cuda")
 
@@ -186,6 +188,37 @@ def check_scan(run: Run) -> None:
             return selective_scan(*z, doc_BT=doc)
 
         compare(run, f"scan {dtype} T={time}", scan, scan, scan_inputs(rows, time, channels, state, dtype))
+
+
+def delta_inputs(rows: int, time: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype = BF16):
+    return [
+        normal(rows, time, heads, key_dim, dtype=dtype),
+        normal(rows, time, heads, key_dim, dtype=dtype),
+        normal(rows, time, heads, value_dim, dtype=dtype),
+        -F.softplus(normal(rows, time, heads, dtype=FP32) - 3.0) * 4.0,
+        torch.sigmoid(normal(rows, time, heads, dtype=FP32)),
+    ]
+
+
+def check_delta(run: Run) -> None:
+    cases = [
+        (BF16, 2, 1024, DELTA_HEADS, 64, 128, 100.0, False),
+        (BF16, 3, 200, 3, 24, 40, 3.0, True),
+        (FP32, 2, 200, 4, 64, 128, 30.0, True),
+    ]
+    for dtype, rows, time, heads, key_dim, value_dim, mean, goes_on in cases:
+        doc = documents(rows, time, mean) + 1
+        before = doc[:, 0].clone()
+        before[0] -= 1
+        leaves = delta_inputs(rows, time, heads, key_dim, value_dim, dtype)
+        if goes_on:
+            leaves.append(normal(rows, heads, key_dim, value_dim, dtype=FP32))
+
+        def scan(*z: Tensor, doc: Tensor = doc, before: Tensor = before, goes_on: bool = goes_on) -> Sequence[Tensor]:
+            past = {"initial_state_BHKV": z[5], "initial_doc_B": before} if goes_on else {}
+            return gated_delta(*z[:5], doc_BT=doc, **past)
+
+        compare(run, f"delta {dtype} T={time} K={key_dim} V={value_dim}", scan, scan, leaves, roundings=2)
 
 
 def check_attention(run: Run) -> None:
@@ -405,6 +438,24 @@ def bench_scan(run: Run) -> None:
         )
 
 
+def bench_delta(run: Run) -> None:
+    """Gated DeltaNet at 3/4 of the width in keys and twice that in values."""
+    keys, values, chunk = DELTA_HEADS * 64, DELTA_HEADS * 128, 64
+    # Forward q, k, v, o and the states; backward q, k, v, do, the states and dq, dk, dv, each once.
+    moved = 65_536 * 2 * ((2 * keys + 2 * values + values * 64 / chunk) * 2 + 2 * keys + values)
+    flops = 3 * 65_536 * (chunk * (3 * keys + 2 * values) + 6 * values * 64)
+    floor = run.floor_ms(moved, flops)
+    for rows, time in SHAPES:
+        leaves = delta_inputs(rows, time, DELTA_HEADS, 64, 128)
+        doc = documents(rows, time, 700.0)
+        time_both(run, f"delta {rows}x{time}", lambda *z: gated_delta(*z)[:1], leaves, floor)
+        scan = lambda *z, doc=doc: gated_delta(*z, doc_BT=doc)[:1]  # noqa: E731
+        time_both(run, f"delta {rows}x{time} documents", scan, leaves, floor)
+        leaves = [z.requires_grad_() for z in leaves]
+        slope = normal(rows, time, DELTA_HEADS, 128)
+        profile(run, f"delta {rows}x{time}", lambda v=leaves, s=slope, f=scan: torch.autograd.grad(f(*v), v, s))
+
+
 def bench_attention(run: Run) -> None:
     """Isolated documents of about 700 tokens; operations are counted inside documents alone."""
     for rows, time in SHAPES:
@@ -551,6 +602,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "check ssd": check_ssd,
     "check layer": check_layer,
     "check scan": check_scan,
+    "check delta": check_delta,
     "check attention": check_attention,
 }
 # FlexAttention is compiled by inductor, slowly, and comes late for that.
@@ -567,6 +619,8 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "ssd variants": variants_ssd,
     "check scan": check_scan,
     "scan": bench_scan,
+    "check delta": check_delta,
+    "delta": bench_delta,
     "check attention": check_attention,
     "step A": lambda run: bench_step(run, "A", "AM"),
     "attention": bench_attention,

@@ -67,10 +67,12 @@ def causal_conv(
     if time > 1 and tail_BKD is None and taps <= LARGEST_KERNEL_TAPS and kernels.serve(x_BTD):
         from longspan.ops.triton.causal_conv import causal_conv as kernel
 
-        tail_BKD = x_BTD.new_zeros(batch, taps - 1, channels)
         y_BTD = kernel(x_BTD, weight_DK, bias_D, doc_BT, activation == "silu")
+        if time >= taps:
+            # Views: no more launches than the kernel itself.
+            return y_BTD, x_BTD[:, time - taps + 1 :], None if doc_BT is None else doc_BT[:, time - taps + 1 :]
         docs = None if doc_BT is None else _with_tail(doc_BT, tail_doc_BK, taps)[:, time:]
-        return y_BTD, _last(x_BTD, tail_BKD), docs
+        return y_BTD, _last(x_BTD, x_BTD.new_zeros(batch, taps - 1, channels)), docs
     taps_KD = weight_DK.to(x_BTD.dtype).T
     bias_D = x_BTD.new_zeros(channels) if bias_D is None else bias_D.to(x_BTD.dtype)
     tail_BKD = x_BTD.new_zeros(batch, taps - 1, channels) if tail_BKD is None else tail_BKD.to(x_BTD.dtype)

@@ -19,6 +19,7 @@ def small_blocks(device, monkeypatch):
 
     if device.type == "cpu":
         monkeypatch.setattr(kernels, "CHUNK", 4)
+        monkeypatch.setattr(kernels, "SEGMENT", 1)
         monkeypatch.setattr(kernels, "CHANNELS", 8)
 
 

@@ -183,8 +183,9 @@ def run_backward(
     dinitial = () if initial is None else (torch.empty_like(initial, dtype=torch.float32),)
     kernels.state_gradients[plan.state_grid()](
         q, k, do, decays.planes, norms, decays.carry, reading,
-        v if dfinal is None else dfinal.contiguous(), du, dstates, dinitial[0] if dinitial else v, plan.time, plan.chunks, plane,
-        *inputs.strides("q", "k"), *do.stride()[:2], FINAL=dfinal is not None, INITIAL=initial is not None,
+        v if dfinal is None else dfinal.contiguous(), du, dstates, dinitial[0] if dinitial else v,
+        plan.time, plan.chunks, plane, *inputs.strides("q", "k"), *do.stride()[:2],
+        FINAL=dfinal is not None, INITIAL=initial is not None,
         **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
     )  # fmt: skip
     dk_part = plan.scratch(v, size, key_dim)

@@ -15,7 +15,7 @@ heads that share B and C, N state. Decays are planes of (B, H, J * Q): see `DT` 
 import triton
 import triton.language as tl
 
-from longspan.ops.triton.decays import DT, FROM_BEFORE, SUM, TO_END
+from longspan.ops.triton.decays import FROM_BEFORE, SUM, TO_END
 from longspan.ops.triton.tiles import dot, load, store
 
 
@@ -125,15 +125,15 @@ def state_gradients(
 
 
 @triton.jit
-def gradients(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, carry_ptr, run_ptr, states_ptr, dstates_ptr,
-    dx_ptr, dscores_ptr, ddt_ptr, dsums_ptr, dD_ptr, time, plane,
+def square_gradients(
+    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dx_ptr, dscores_ptr, ddt_ptr, dsums_ptr, dD_ptr,
+    time, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What is a head's own, of one chunk for HEADS heads of one group, and what they give to the scores B C^T.
+    """What passes between tokens of one chunk, for HEADS heads of one group, and what they give to the scores B C^T.
 
     Squares are written with the token that is read first, (j, i), so that the large product needs no transpose.
     """
@@ -146,109 +146,94 @@ def gradients(
     seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
     B_QN = load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
     C_QN = load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
-    scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION)
+    scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION).to(DTYPE)
     dscores = tl.zeros((Q, Q), tl.float32)
     for h in range(first, first + HEADS):
         by_head = (row * H + h) * chunks * Q + t
         dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-        to_end = tl.load(planes_ptr + TO_END * plane + by_head)
-        from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
         x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
         dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-        state = ((row * chunks + chunk) * H + h) * P * N
-        before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
-        dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-        x, dy = x_QP.to(tl.float32), dy_QP.to(tl.float32)
-
         products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
         tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
         decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-        dmixing = products * dt[:, None] * decay
-        dscores += dmixing
-        dlog = dmixing * scores
-        dsums = tl.sum(dlog, 0) - tl.sum(dlog, 1)
-
-        within = dot(scores * decay, dy_QP, DTYPE, OPERAND, PRECISION)
-        beyond = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
-        dkept = tl.sum(beyond * x, 1) * to_end
-        tl.store(ddt_ptr + by_head, tl.sum(within * x, 1) + dkept)
-        dx = within * dt[:, None] + beyond * (to_end * dt)[:, None] + dy * tl.load(D_ptr + h).to(tl.float32)
+        mixing = scores.to(tl.float32) * decay
+        products *= dt[:, None]
+        dscores += products * decay
+        products *= mixing
+        tl.store(dsums_ptr + by_head, tl.sum(products, 0) - tl.sum(products, 1))
+        within = dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
+        tl.store(ddt_ptr + by_head, tl.sum(within * x_QP.to(tl.float32), 1))
+        dx = within * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
         store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
-
-        carried = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
-        # The sum of dafter * before as a trace, for which neither has to pass through registers.
-        traced = dot(dafter_PN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
-        dcarried = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], traced, 0.0), 1), 0)
-        dend = tl.sum(dkept * dt, 0) + dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-        dsums += tl.sum(carried * dy, 1) * from_before - dkept * dt + tl.where(i == Q - 1, dend, 0.0)
-        tl.store(dsums_ptr + by_head, dsums)
     square = dscores_ptr + ((row * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * Q * Q
     store(square, i, Q, i, Q, Q, True, dscores)
 
 
 @triton.jit
-def _over_heads(
-    values, states, first_plane, second_plane, t, p, n, token, time, chunks,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BOTH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(Q, N): the sum over the heads of a group of (decays * values) @ states."""
-    DTYPE: tl.constexpr = values.dtype.element_ty
-    total = tl.zeros((Q, BLOCK_N), tl.float32)
-    for h in range(GROUP):
-        weight = tl.load(first_plane + h * chunks * Q + t)
-        if BOTH:
-            weight *= tl.load(second_plane + h * chunks * Q + t)
-        values_QP = load(values + h * P, t, token, p, time, P, WHOLE)
-        states_PN = load(states + h * P * N, p, N, n, P, N, WHOLE)
-        total += dot(values_QP.to(tl.float32) * weight[:, None], states_PN, DTYPE, OPERAND, PRECISION)
-    return total
-
-
-@triton.jit
 def group_gradients(
-    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr, time, chunks, plane,
+    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, carry_ptr, states_ptr, dstates_ptr, dscores_ptr,
+    dx_ptr, dB_ptr, dC_ptr, ddt_ptr, dsums_ptr, time, chunks, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
     dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of B (even programs) or C (odd ones) of one chunk, summed over the heads of a group."""
+    """What passes through the states of one chunk, over the heads of a group.
+
+    Even programs find the gradient of B and add to those of x and dt what writing into the state gives; odd programs
+    find that of C. Both leave a plane of gradients of the sums of log decays.
+    """
     chunk, group, row = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2).to(tl.int64)
     p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
     t = chunk * Q + i
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    planes = planes_ptr + (row * H + group * GROUP) * chunks * Q
-    state = ((row * chunks + chunk) * H + group * GROUP) * P * N
     squares = dscores_ptr + ((row * tl.num_programs(1) + group) * PARTS * chunks + chunk) * Q * Q
     dscores = tl.zeros((Q, Q), tl.float32)
     for part in tl.static_range(PARTS):
         dscores += tl.load(squares + part * chunks * Q * Q + i[:, None] * Q + i[None, :])
     dscores = dscores.to(DTYPE)
+    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
+    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
     if tl.program_id(0) % 2 == 0:
-        dB = _over_heads(
-            x_ptr + row * x_row + group * GROUP * P, dstates_ptr + state, planes + DT * plane, planes + TO_END * plane,
-            t, p, n, x_token, time, chunks, H, GROUP, P, N, Q, BLOCK_P, BLOCK_N, True, WHOLE, OPERAND, PRECISION,
-        )  # fmt: skip
-        C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-        dB += dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
+        dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
+        for h in range(group * GROUP, group * GROUP + GROUP):
+            by_head = (row * H + h) * chunks * Q + t
+            state = ((row * chunks + chunk) * H + h) * P * N
+            dt, to_end = tl.load(planes_ptr + by_head), tl.load(planes_ptr + TO_END * plane + by_head)
+            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
+            before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
+            dx_QP = load(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE)
+            x = x_QP.to(tl.float32)
+            dB += dot(x * (to_end * dt)[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
+            beyond = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
+            dkept = tl.sum(beyond * x, 1)
+            tl.store(ddt_ptr + by_head, tl.load(ddt_ptr + by_head) + dkept)
+            dx = dx_QP.to(tl.float32) + beyond * dt[:, None]
+            store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
+            dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
+            dend = tl.sum(dkept * dt, 0) + dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+            tl.store(dsums_ptr + plane + by_head, tl.where(i == Q - 1, dend, 0.0) - dkept * dt)
         store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
     else:
-        dC = _over_heads(
-            dy_ptr + row * dy_row + group * GROUP * P, states_ptr + state, planes + FROM_BEFORE * plane, planes,
-            t, p, n, dy_token, time, chunks, H, GROUP, P, N, Q, BLOCK_P, BLOCK_N, False, WHOLE, OPERAND, PRECISION,
-        )  # fmt: skip
-        B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
-        dC += dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
+        dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
+        for h in range(group * GROUP, group * GROUP + GROUP):
+            by_head = (row * H + h) * chunks * Q + t
+            from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
+            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+            before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
+            dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
+            dC += dread
+            tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(dread * C_QN.to(tl.float32), 1))
         store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
 
 @triton.jit
 def step_gradients(
     dt_ptr, bias_ptr, A_ptr, planes_ptr, run_ptr, ddriving_ptr, dsums_ptr, ddt_ptr, dA_ptr, dbias_ptr,
-    time, dt_row, dt_token, ddt_row, ddt_token,
+    time, plane, dt_row, dt_token, ddt_row, ddt_token,
     H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """From the sums of log decays back to the step sizes and to A."""
@@ -262,7 +247,10 @@ def step_gradients(
         heads = (h < H)[:, None] & (i >= 0)[None, :]
         at = (row * H + h[:, None]) * chunks * Q + t[None, :]
         dt = tl.load(planes_ptr + at, mask=heads, other=0.0)
-        dlog = tl.dot(tl.load(dsums_ptr + at, mask=heads, other=0.0), sees, input_precision="tf32x3")
+        dsums = tl.load(dsums_ptr + at, mask=heads, other=0.0)
+        dsums += tl.load(dsums_ptr + plane + at, mask=heads, other=0.0)
+        dsums += tl.load(dsums_ptr + 2 * plane + at, mask=heads, other=0.0)
+        dlog = tl.dot(dsums, sees, input_precision="tf32x3")
         A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
         # Tokens first from here on, as dt lies in memory.
         ddt = tl.trans(tl.load(ddriving_ptr + at, mask=heads, other=0.0) + dlog * A[:, None])

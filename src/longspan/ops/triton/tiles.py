@@ -3,8 +3,14 @@
 Shapes: tiles are (rows, columns).
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -31,3 +37,18 @@ def store(start, rows, stride, columns, num_rows, NUM_COLUMNS: tl.constexpr, WHO
 def dot(a, b, DTYPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b in fp32 with both rounded to DTYPE; OPERAND is another only for the interpreter, which knows no bf16."""
     return tl.dot(a.to(DTYPE).to(OPERAND), b.to(DTYPE).to(OPERAND), input_precision=PRECISION)
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """2^x; FAST: one instruction, 0 below 2^-126."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+def has_fast_exp2(x: Tensor) -> bool:
+    """Whether kernels on the device of `x` may use it: NVIDIA's instruction, which the interpreter does not know."""
+    return x.is_cuda and torch.version.hip is None
