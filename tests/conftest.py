@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +55,95 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+# A command in a process that was forked from one which has the imports behind it: starting Python with torch from
+# nothing costs seconds each time. The code is sent as text, since a fork knows no test module.
+_FORKED = """
+import os, sys
+os.chdir(folder)
+os.environ.update(OMP_NUM_THREADS="1", LONGSPAN_NO_REEXEC="1")
+for descriptor, path in ((1, out), (2, err)):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, descriptor)
+sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+import torch
+torch.set_num_threads(1)
+from longspan import cli
+sys.argv = ["longspan", *arguments]
+cli.main()
+"""
+
+
+class Forked:
+    """`longspan ARGUMENTS` in a folder, running; what it writes to its streams is read when it has ended."""
+
+    def __init__(self, streams: Path, folder: Path, arguments: tuple[str, ...]) -> None:
+        self._streams = streams
+        names = {
+            "folder": str(folder),
+            "arguments": arguments,
+            "out": str(streams / "out"),
+            "err": str(streams / "err"),
+        }
+        self._process = _forks().Process(target=exec, args=(_FORKED, names))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """As of `subprocess`: minus the signal for a killed process, None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Its stdout and stderr, once it has ended."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise AssertionError(f"a command went on for more than {timeout} seconds")
+        return tuple((self._streams / name).read_text() for name in ("out", "err"))  # type: ignore[return-value]
+
+
+@functools.cache
+def _forks() -> Any:
+    """One server a test process; it runs nothing, so that its forks share no thread and no half-done work."""
+    context = multiprocessing.get_context("forkserver")
+    # What a command imports only once it needs it.
+    later = ["torch._dynamo", "scipy.stats", "scipy.optimize"]
+    context.set_forkserver_preload(
+        ["longspan.study.run", "longspan.report.page", "longspan.training.loop", "rich", *later]
+    )
+    return context
+
+
+Start = Callable[..., Forked]
+
+
+@pytest.fixture(scope="session")
+def start_longspan(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts `longspan ARGUMENTS` in a folder."""
+
+    def start(folder: Path, *arguments: str) -> Forked:
+        return Forked(tmp_path_factory.mktemp("streams"), folder, arguments)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_longspan(start_longspan: Start) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `longspan ARGUMENTS` in a folder to its end; fails where it does, unless `check` is false."""
+
+    def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        process = start_longspan(folder, *arguments)
+        out, err = process.communicate(timeout=280)
+        assert process.returncode is not None
+        assert not check or process.returncode == 0, err
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    return run

@@ -38,6 +38,16 @@ def test_help_loads_nothing_heavy() -> None:
         assert command in result.stdout
 
 
+def test_a_command_loads_neither_compiler_nor_statistics_before_it_needs_them() -> None:
+    code = (
+        "import sys, longspan.study.run\n"
+        "heavy = {'torch._dynamo', 'scipy.stats', 'altair', 'vl_convert', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("command", ["run", "prepare", "train", "probe", "report"])
 def test_an_unknown_study_names_the_nearest_one(command: str, tmp_path: Path) -> None:
     result = longspan(command, "quikstart", cwd=tmp_path)

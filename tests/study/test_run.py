@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,14 +37,7 @@ probes:
 """
 
 
-def longspan(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "longspan.cli", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGSPAN_NO_REEXEC": "1"}
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -65,10 +58,12 @@ def results(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(
+    run_longspan: Run, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("study")
     (folder / "mini.yaml").write_text(STUDY)
-    return folder, longspan(folder, "run", "mini.yaml")
+    return folder, run_longspan(folder, "run", "mini.yaml")
 
 
 def test_a_run_ends_with_a_table_an_answer_and_the_path_of_its_report(
@@ -95,44 +90,48 @@ def test_the_plan_is_printed_before_anything_is_trained(
 
 
 def test_running_again_does_nothing_and_gives_the_same(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    run_longspan: Run, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     folder, _ = finished
     before = results(folder)
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "runs/jobs").rglob("done.json")}
-    again = longspan(folder, "run", "mini.yaml")
+    again = run_longspan(folder, "run", "mini.yaml")
     assert "9 of 9 jobs were done before" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs/jobs").rglob("done.json")} == stamps
     assert results(folder) == before
 
 
-def test_only_what_an_override_changes_runs_again(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_only_what_an_override_changes_runs_again(
+    run_longspan: Run, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
     folder, _ = finished
-    changed = longspan(folder, "run", "mini.yaml", "probes.suffix_identification.num_items=10")
+    changed = run_longspan(folder, "run", "mini.yaml", "probes.suffix_identification.num_items=10")
     assert "7 of 9 jobs were done before" in changed.stderr
 
 
-def test_report_alone_rebuilds_the_page(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_report_alone_rebuilds_the_page(
+    run_longspan: Run, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
     folder, _ = finished
     page = folder / "runs/mini/report.html"
     page.unlink()
-    outcome = json.loads(longspan(folder, "report", "mini.yaml", "--json").stdout)
+    outcome = json.loads(run_longspan(folder, "report", "mini.yaml", "--json").stdout)
     assert page.is_file()
     assert outcome["report"].endswith("runs/mini/report.html")
 
 
-def test_stages_stop_where_they_say(tmp_path: Path) -> None:
+def test_stages_stop_where_they_say(run_longspan: Run, tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
-    prepared = json.loads(longspan(tmp_path, "prepare", "mini.yaml", "--json").stdout)
+    prepared = json.loads(run_longspan(tmp_path, "prepare", "mini.yaml", "--json").stdout)
     assert [job["kind"] for job in prepared["jobs"]] == ["prepare"]
-    missing = longspan(tmp_path, "report", "mini.yaml", check=False)
+    missing = run_longspan(tmp_path, "report", "mini.yaml", check=False)
     assert missing.returncode == 2
     assert "longspan run mini.yaml" in missing.stderr
 
 
-def test_ctrl_c_stops_in_order_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_stops_in_order_and_says_how_to_go_on(start_longspan: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY.replace("tokens: 5_120", "tokens: 5_000_000"))
-    process = start(tmp_path)
+    process = start_longspan(tmp_path, "probe", "mini.yaml")
     wait_for(tmp_path, "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
@@ -141,9 +140,11 @@ def test_ctrl_c_stops_in_order_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.02, 0.2])
-def test_ctrl_c_again_stops_too_and_never_looks_like_success(tmp_path: Path, pause: float) -> None:
+def test_ctrl_c_again_stops_too_and_never_looks_like_success(
+    start_longspan: Callable[..., Any], tmp_path: Path, pause: float
+) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY.replace("tokens: 5_120", "tokens: 5_000_000"))
-    process = start(tmp_path)
+    process = start_longspan(tmp_path, "probe", "mini.yaml")
     wait_for(tmp_path, "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
     time.sleep(pause)
@@ -155,19 +156,22 @@ def test_ctrl_c_again_stops_too_and_never_looks_like_success(tmp_path: Path, pau
 
 
 def test_killed_at_any_instant_and_run_again_gives_the_same_bytes(
-    tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+    run_longspan: Run,
+    start_longspan: Callable[..., Any],
+    tmp_path: Path,
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
     kills = 0
     # What to wait for before each kill: in the corpus, early and late in training, while asking.
     for sign, delay in (("ledger.json", 0.0), ("metrics.jsonl", 0.1), ("last", 0.3), ("records.jsonl", 0.0)):
-        process = start(tmp_path)
+        process = start_longspan(tmp_path, "probe", "mini.yaml")
         wait_for(tmp_path, sign, process)
         time.sleep(delay)
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    longspan(tmp_path, "probe", "mini.yaml")
+    run_longspan(tmp_path, "probe", "mini.yaml")
     assert kills >= 2
     found, expected = results(tmp_path), results(finished[0])
     assert len(list((tmp_path / "runs/jobs").glob("*/done.json"))) == 9
@@ -175,54 +179,46 @@ def test_killed_at_any_instant_and_run_again_gives_the_same_bytes(
 
 
 def test_a_job_directory_of_another_configuration_is_refused(
-    tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+    run_longspan: Run, tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
-    longspan(tmp_path, "prepare", "mini.yaml")
+    run_longspan(tmp_path, "prepare", "mini.yaml")
     (job,) = (tmp_path / "runs/jobs").glob("prepare-*")
     specification = json.loads((job / "job.json").read_text())
     (job / "job.json").write_text(json.dumps({**specification, "key": "0" * 64}))
-    refused = longspan(tmp_path, "run", "mini.yaml", check=False)
+    refused = run_longspan(tmp_path, "run", "mini.yaml", check=False)
     assert refused.returncode == 2
     assert "another configuration" in refused.stderr
     assert str(job.name) in refused.stderr
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGSPAN_NO_REEXEC": "1"}
-    command = [sys.executable, "-m", "longspan.cli", "probe", "mini.yaml"]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(folder: Path, name: str, process: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, name: str, process: Any) -> None:
     """Until a file of that name appears under the runs, or the process ends."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and not appeared(folder / "runs", name):
+    while process.returncode is None and not appeared(folder / "runs", name):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_killed_between_the_result_and_the_marker_goes_on(tmp_path: Path) -> None:
+def test_killed_between_the_result_and_the_marker_goes_on(run_longspan: Run, tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
-    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1")
+    run_longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1")
     (marker,) = (tmp_path / "runs/jobs").glob("train-*/done.json")
     before = json.loads(marker.read_text())["result"]
     marker.unlink()
-    longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1")
+    run_longspan(tmp_path, "train", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1")
     assert json.loads(marker.read_text())["result"] == before
 
 
-def test_probes_of_other_weights_are_asked_again(tmp_path: Path) -> None:
+def test_probes_of_other_weights_are_asked_again(run_longspan: Run, tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
     command = ("probe", "mini.yaml", "pattern=AM", "tokens=512", "warmup=1", "probes=[perplexity]")
-    longspan(tmp_path, *command)
+    run_longspan(tmp_path, *command)
     (marker,) = (tmp_path / "runs/jobs").glob("train-*/done.json")
     done = json.loads(marker.read_text())
     done["result"]["weights"]["best"] = "0" * 64
     marker.write_text(json.dumps(done))
-    assert "asked again" in longspan(tmp_path, *command).stderr
+    assert "asked again" in run_longspan(tmp_path, *command).stderr
 
 
 def appeared(folder: Path, name: str) -> bool:
@@ -241,30 +237,30 @@ def copied(tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str
     return tmp_path / "study"
 
 
-def test_answers_that_were_lost_are_asked_again_and_never_left_out_silently(copied: Path) -> None:
+def test_answers_that_were_lost_are_asked_again_and_never_left_out_silently(run_longspan: Run, copied: Path) -> None:
     expected = results(copied)
     path = next(p for p in (copied / "runs/jobs").rglob("records.jsonl") if '"probe":"perplexity"' in p.read_text())
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
-    report = longspan(copied, "report", "mini.yaml", check=False)
+    report = run_longspan(copied, "report", "mini.yaml", check=False)
     assert report.returncode == 2
     assert "1 of 9 jobs" in report.stderr
-    again = longspan(copied, "probe", "mini.yaml")
+    again = run_longspan(copied, "probe", "mini.yaml")
     assert "has lost 2 answers: asked again" in again.stderr
     assert results(copied) == expected
 
 
-def test_an_altered_test_split_is_named_before_anything_is_asked(copied: Path) -> None:
+def test_an_altered_test_split_is_named_before_anything_is_asked(run_longspan: Run, copied: Path) -> None:
     (prepare,) = (copied / "runs/jobs").glob("prepare-*")
     shard = next((prepare / "corpus/test").glob("*.tokens"))
     shard.write_bytes(b"xxxx" + shard.read_bytes()[4:])
     for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
         marker.unlink()
-    refused = longspan(copied, "probe", "mini.yaml", check=False)
+    refused = run_longspan(copied, "probe", "mini.yaml", check=False)
     assert refused.returncode == 1
     assert f"{shard.name} was altered" in refused.stderr
     assert f"remove runs/jobs/{prepare.name} and" in refused.stderr
     shutil.rmtree(prepare)
-    longspan(copied, "probe", "mini.yaml")
+    run_longspan(copied, "probe", "mini.yaml")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +272,7 @@ def test_an_altered_test_split_is_named_before_anything_is_asked(copied: Path) -
     ],
 )
 def test_a_file_that_is_gone_from_a_finished_job_says_what_to_remove_and_that_helps(
-    copied: Path, kind: str, name: str
+    run_longspan: Run, copied: Path, kind: str, name: str
 ) -> None:
     expected = results(copied)
     job = sorted((copied / "runs/jobs").glob(f"{kind}-*"))[0]
@@ -284,42 +280,42 @@ def test_a_file_that_is_gone_from_a_finished_job_says_what_to_remove_and_that_he
     if kind == "train":
         for marker in (copied / "runs/jobs").glob("probe-*/done.json"):
             marker.unlink()
-    refused = longspan(copied, "run", "mini.yaml", check=False)
+    refused = run_longspan(copied, "run", "mini.yaml", check=False)
     assert refused.returncode == 1
     assert Path(name).name in refused.stderr
     assert f"remove runs/jobs/{job.name} and" in refused.stderr
     shutil.rmtree(job)
-    longspan(copied, "probe", "mini.yaml")
+    run_longspan(copied, "probe", "mini.yaml")
     assert results(copied) == expected
 
 
-def test_the_report_of_another_version_of_a_study_moves_aside(copied: Path) -> None:
+def test_the_report_of_another_version_of_a_study_moves_aside(run_longspan: Run, copied: Path) -> None:
     page = (copied / "runs/mini/report.html").read_bytes()
     (copied / "mini.yaml").write_text(STUDY.replace("num_items: 20", "num_items: 12"))
-    changed = longspan(copied, "run", "mini.yaml")
+    changed = run_longspan(copied, "run", "mini.yaml")
     (aside,) = (copied / "runs").glob("mini-was-*")
     assert f"runs/{aside.name}" in changed.stderr
     assert (aside / "report.html").read_bytes() == page
     assert "num_items: 12" in (copied / "runs/mini/study.yaml").read_text()
     (copied / "mini.yaml").write_text(STUDY)
-    back = longspan(copied, "run", "mini.yaml")
+    back = run_longspan(copied, "run", "mini.yaml")
     assert "mini-was-" in back.stderr
     assert len(list((copied / "runs").glob("mini-was-*"))) == 2
 
 
-def test_a_corpus_without_validation_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_corpus_without_validation_is_refused_before_training(run_longspan: Run, tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY.replace("train: 0.6, validation: 0.2", "train: 0.8, validation: 0"))
-    refused = longspan(tmp_path, "train", "mini.yaml", check=False)
+    refused = run_longspan(tmp_path, "train", "mini.yaml", check=False)
     assert refused.returncode == 1
     assert "the corpus has no validation split" in refused.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_no_defect(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_no_defect(run_longspan: Run, tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
     (tmp_path / "there").mkdir()
     (tmp_path / "there/jobs").write_text("a file where a folder belongs")
     for runs in ("mini.yaml/x", "/proc/longspan", "there"):
-        refused = longspan(tmp_path, "prepare", "mini.yaml", "--runs", runs, check=False)
+        refused = run_longspan(tmp_path, "prepare", "mini.yaml", "--runs", runs, check=False)
         assert refused.returncode in (1, 2)
         assert "defect" not in refused.stderr
         assert [line.split(":")[0] for line in refused.stderr.splitlines()[-3:]] == ["error", "  allowed", "  fix"]

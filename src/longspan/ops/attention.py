@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from longspan.foundation.errors import UserError
 from longspan.ops import kernels
@@ -200,9 +199,12 @@ def _fused(
     plain = q_doc_BT is None and rules.slopes is None and rules.window is None
     causal = plain and rules.q_offset == 0 and time == keys
     newest_only = plain and time == 1 and rules.q_offset + 1 == keys
-    mask: Tensor | CausalBias | None = None
+    mask: Tensor | None = None
     if plain and not causal and time > 1 and rules.q_offset + time == keys and q_BTHP.is_cuda:
-        # Torch's fused kernels take the newest queries of a cache without a mask of their size.
+        # Torch's fused kernels take the newest queries of a cache without a mask of their size. Imported here, for it
+        # brings the compiler along, which costs seconds.
+        from torch.nn.attention.bias import causal_lower_right
+
         mask = causal_lower_right(time, keys)
     elif not (causal or newest_only):
         mask = rules.mask(time, keys, _same(q_doc_BT, k_doc_BS), q_BTHP.dtype, q_BTHP.device)
@@ -213,7 +215,7 @@ def _sdpa(
     q_BTHP: Tensor,
     k_BSGP: Tensor,
     v_BSGP: Tensor,
-    mask: Tensor | CausalBias | None,
+    mask: Tensor | None,
     dropout: float,
     causal: bool = False,
 ) -> Tensor:
@@ -225,12 +227,13 @@ def _sdpa(
     return y.transpose(1, 2)
 
 
-def _takes_groups(q_BTHP: Tensor, k_BSGP: Tensor, mask: Tensor | CausalBias | None) -> bool:
+def _takes_groups(q_BTHP: Tensor, k_BSGP: Tensor, mask: Tensor | None) -> bool:
     """Whether the fused kernel reads the keys of grouped heads as they are, without a copy for every query head."""
     if q_BTHP.shape[2] == k_BSGP.shape[2] or not q_BTHP.is_cuda or q_BTHP.requires_grad:
         return False
     fits = q_BTHP.dtype in (torch.bfloat16, torch.float16) and q_BTHP.shape[3] <= WIDEST_GROUPED
-    return fits and (mask is None or isinstance(mask, CausalBias))
+    # A bias of torch's own kind stands for a rule and holds no numbers.
+    return fits and (mask is None or type(mask).__name__ == "CausalBias")
 
 
 def block_size(window: int) -> int:
