@@ -1,4 +1,4 @@
-"""Many prompts continued at once with one state cache: equal or different lengths, a shared beginning computed once.
+"""Many prompts continued at once with one state cache: equal or different lengths, shared beginnings computed once.
 
 Prompts of different lengths are padded in front. The padding is a document of its own, so that what keeps documents
 apart in training keeps it from the prompts: each row is what it would be alone.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from longspan.engines.base import OWN, Engine, FinishReason, Generation, Sampling, Tokens, UnusableAnswer
 from longspan.engines.generation import pick, synchronise
+from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, prefix_tree, shared_tokens, walk
 from longspan.engines.text_stream import TextStream
 from longspan.foundation.randomness import torch_generator
 from longspan.models.language_model import LanguageModel
@@ -24,10 +26,8 @@ from longspan.models.state import ModelState
 
 BATCH_TOKENS = 65_536
 """Most positions, padding and new tokens included, whose state is held at a time."""
-SHARED_TOKENS = 32
-"""A common beginning shorter than this is not worth a pass of its own."""
-PADDED_SHARE = 2
-"""Prompts more than so many times as long as the shortest of a batch go into the next one."""
+PADDED_SHARE, PADDED_TOKENS = 2, 32
+"""Prompts more than so many times as long as the shortest of a batch, and so much more, go into the next one."""
 
 
 class BatchedGeneration:
@@ -51,43 +51,34 @@ class BatchedGeneration:
     def run(self, prompts: Sequence[Tokens], given: Sequence[Tokens] | None) -> list[Generation]:
         """See `Engine.generate`."""
         answers: dict[int, Generation] = {}
-        shared = _shared_beginning(prompts)
-        prefix: ModelState | None = None
-        seconds = 0.0
-        if shared:
+        tree = prefix_tree(prompts, SHARED_TOKENS[self._device.type])
+
+        def go_on(before: tuple[ModelState, float], fork: Fork, needed: bool) -> tuple[ModelState, float]:
+            del needed
             began = self._now()
-            prefix = self._read(_padded([prompts[0][:shared]])[0], None, self._model.initial_state())[1]
-            seconds = self._now() - began
-        for batch in self._batches(prompts, equal=bool(shared)):
-            rows = _Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
-            self._continue(rows, [prompts[i][shared:] for i in batch], prefix, seconds)
-            answers |= rows.generations()
-        return [answers[i] for i in range(len(prompts))]
+            piece_BT = _padded([prompts[fork.sequence][fork.start : fork.end]])[0]
+            state = self._read(piece_BT, None, before[0])[1]
+            return state, before[1] + self._now() - began
 
-    def _batches(self, prompts: Sequence[Tokens], *, equal: bool) -> Iterator[list[int]]:
-        """Places of prompts that go through together: of one length, or of similar ones."""
-        batch: list[int] = []
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            longest = len(prompts[i]) + self._sampling.max_new_tokens
-            shortest = len(prompts[batch[0]]) if batch else 0
-            apart = len(prompts[i]) > (shortest if equal else PADDED_SHARE * shortest + SHARED_TOKENS)
-            if batch and (apart or (len(batch) + 1) * longest > BATCH_TOKENS):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+        for fork, (state, seconds) in walk(tree, (self._model.initial_state(), 0.0), go_on):
+            for batch in batches(prompts, fork, self._sampling.max_new_tokens, 0 if fork.end else BATCH_TOKENS):
+                rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
+                self._continue(rows, [prompts[i][fork.end :] for i in batch], state, fork.end, seconds)
+                answers |= rows.generations()
+            del state
+        return noted(self._engine, tree, [answers[i] for i in range(len(prompts))])
 
-    def _continue(self, rows: _Rows, prompts: Sequence[Tokens], prefix: ModelState | None, seconds: float) -> None:
+    def _continue(self, rows: Rows, prompts: Sequence[Tokens], state: ModelState, length: int, seconds: float) -> None:
         began = self._now() - seconds
         tokens_BT, doc_BT = _padded(prompts)
-        state = self._model.initial_state() if prefix is None else prefix.expand(len(prompts))
+        if length and len(prompts) > 1:
+            state = state.expand(len(prompts))
         rows.padded = doc_BT is not None
         logits_BV, state = self._read(tokens_BT, doc_BT, state)
         while True:
             written = rows.pick(logits_BV)
             elapsed = self._now() - began
-            kept = rows.take(written, elapsed, state)
+            kept = rows.take(written, elapsed, state.bytes())
             if not len(kept):
                 return
             if len(kept) < len(written):
@@ -112,7 +103,7 @@ class BatchedGeneration:
         return time.perf_counter()
 
 
-class _Rows:
+class Rows:
     """The rows that are still being written, in the order of the state's rows."""
 
     def __init__(
@@ -153,9 +144,9 @@ class _Rows:
             for row, values in zip(self._active, logits, strict=True)
         ]
 
-    def take(self, written: Sequence[int], seconds: float, state: ModelState) -> np.ndarray:
+    def take(self, written: Sequence[int], seconds: float, state_bytes: int | None) -> np.ndarray:
         """Note what was written; the places of the rows that go on, int64."""
-        size = None if self.padded else state.bytes() // len(written)
+        size = None if self.padded or state_bytes is None else state_bytes // len(written)
         for row, token in zip(self._active, written, strict=True):
             row.take(token, seconds, self._limit, size)
         kept = np.array([place for place, row in enumerate(self._active) if row.reason is None], np.int64)
@@ -230,16 +221,35 @@ _UNFINISHED: FinishReason | None = None
 _NO_DRAWS = torch.Generator()
 
 
-def _shared_beginning(prompts: Sequence[Tokens]) -> int:
-    """Tokens with which all prompts begin, where they are worth sharing; at least one of each is left over."""
-    shortest = min(map(len, prompts)) - 1
-    if len(prompts) < 2 or shortest < SHARED_TOKENS:
-        return 0
-    same = np.ones(shortest, bool)
-    for prompt in prompts[1:]:
-        same &= np.asarray(prompt[:shortest]) == np.asarray(prompts[0][:shortest])
-    shared = shortest if same.all() else int(np.argmin(same))
-    return shared if shared >= max(SHARED_TOKENS, sum(map(len, prompts)) // len(prompts) // 2) else 0
+def batches(prompts: Sequence[Tokens], fork: Fork, new_tokens: int, padded_tokens: int) -> Iterator[list[int]]:
+    """The prompts that go on from a fork, in batches of one length, or of similar ones where they may be padded.
+
+    Args:
+        prompts: all of the call.
+        fork: where these prompts part from others.
+        new_tokens: that each may write.
+        padded_tokens: most positions of a batch with padding.
+    """
+    batch: list[int] = []
+    for i in sorted(fork.leaves, key=lambda i: len(prompts[i])):
+        rows, length = len(batch) + 1, len(prompts[i])
+        shortest = len(prompts[batch[0]]) if batch else 0
+        pads = rows * length <= padded_tokens
+        apart = length > (PADDED_SHARE * shortest + PADDED_TOKENS if pads else shortest)
+        if batch and (apart or rows * (length + new_tokens) > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def noted(engine: Engine, tree: Fork, written: Sequence[Generation]) -> list[Generation]:
+    """What was written, each with its share of the work that was saved; the engine counts it too."""
+    shared = shared_tokens(tree, len(written))
+    engine.asked_tokens += sum(each.prompt_tokens for each in written)
+    engine.shared_tokens += sum(shared)
+    return [replace(each, shared_tokens=saved) for each, saved in zip(written, shared, strict=True)]
 
 
 def _padded(prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:

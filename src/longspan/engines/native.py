@@ -18,6 +18,7 @@ from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Capability, Engine, Generation, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
 from longspan.engines.generation import Continuation
+from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, prefix_tree, shared_tokens, walk
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel
 from longspan.models.segments import Isolation
@@ -188,6 +189,7 @@ class NativeEngine(Engine):
     ) -> list[Generation]:
         """See `Engine.generate`. Several prompts go through together, beside others of similar length."""
         if len(prompts) == 1 and given is None:
+            self.asked_tokens += len(prompts[0])
             continuation = self.continue_text(prompts[0], sampling)
             for _ in continuation:
                 pass
@@ -235,24 +237,39 @@ class NativeEngine(Engine):
     def _after_prefixes(
         self, chosen: Sequence[int], prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> Iterator[tuple[int, list[Scored]]]:
-        """The chosen requests with their answers; each prefix goes through once, beside others of its length."""
-        lengths: dict[int, list[int]] = defaultdict(list)
-        for i in chosen:
-            lengths[len(prefixes[i])].append(i)
-        for length, same in lengths.items():
-            rows = max(1, self.batch_tokens // length)
-            for start in range(0, len(same), rows):
-                batch = same[start : start + rows]
-                state = self._prefill([prefixes[i] for i in batch])
-                yield from self._continued(batch, state, prefixes, continuations)
+        """The chosen requests with their answers; what prefixes share goes through once, equal lengths together."""
+        asked = [prefixes[i] for i in chosen]
+        tree = prefix_tree(asked, SHARED_TOKENS[self.device.type])
+        self.asked_tokens += sum(map(len, asked))
+        self.shared_tokens += sum(shared_tokens(tree, len(asked)))
 
-    def _prefill(self, prefixes: Sequence[Tokens]) -> ModelState:
-        # The last token of the prefix goes through with every continuation, so that its hidden state, from which the
-        # first token is predicted, need not be kept beside the state.
-        state = self._model.initial_state()
-        prefix_BT = _stack([prefix[:-1] for prefix in prefixes], 0)
-        for start in range(0, prefix_BT.shape[1], self.batch_tokens):
-            _, after = self._model(prefix_BT[:, start : start + self.batch_tokens].to(self.device), None, state)
+        def go_on(state: ModelState, fork: Fork, needed: bool) -> ModelState:
+            del needed
+            return self._prefill([asked[fork.sequence][fork.start : fork.end]], state)
+
+        for fork, state in walk(tree, self._model.initial_state(), go_on):
+            lengths: dict[int, list[int]] = defaultdict(list)
+            for place in fork.leaves:
+                lengths[len(asked[place])].append(place)
+            for length, same in lengths.items():
+                rows = max(1, self.batch_tokens // (length - fork.end))
+                if fork.end:
+                    rows = max(1, min(rows, COPIED_TOKENS // length))
+                for start in range(0, len(same), rows):
+                    places = same[start : start + rows]
+                    here = state.expand(len(places)) if fork.end and len(places) > 1 else state
+                    # The last token of a prefix goes through with every continuation, so that its hidden state, from
+                    # which the first token is predicted, need not be kept beside the state.
+                    here = self._prefill([asked[place][fork.end : -1] for place in places], here)
+                    yield from self._continued([chosen[place] for place in places], here, prefixes, continuations)
+                    del here
+            del state
+
+    def _prefill(self, pieces: Sequence[Tokens], state: ModelState) -> ModelState:
+        """The state after pieces of one length."""
+        pieces_BT = _stack(pieces, 0)
+        for start in range(0, pieces_BT.shape[1], self.batch_tokens):
+            _, after = self._model(pieces_BT[:, start : start + self.batch_tokens].to(self.device), None, state)
             assert after is not None
             state = after
         return state
