@@ -167,6 +167,26 @@ def test_likelihoods_are_what_they_are_without_sharing(engine: Engine) -> None:
     assert engine.shared_tokens == saved
 
 
+def test_writing_and_scoring_in_one_call_is_both_and_shares_the_prompts(engine: Engine) -> None:
+    prompts = nested()[:6]
+    prefixes = [np.append(prompt, draw(4, 70 + i)) for i, prompt in enumerate(prompts)]
+    choices = [[draw(1, 50 + i), draw(2, 60 + i)] for i in range(len(prefixes))]
+    written, scores = engine.generate_and_score(prompts, GREEDY, prefixes, choices)
+    saved, asked = engine.shared_tokens, engine.asked_tokens
+    assert asked == sum(map(len, [*prompts, *prefixes]))
+    for found, expected in zip(written, engine.generate(prompts, GREEDY), strict=True):
+        assert found.tokens.tolist() == expected.tokens.tolist()
+    for some, others in zip(scores, engine.score_many(prefixes, choices), strict=True):
+        for one, other in zip(some, others, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+    if saved:
+        assert asked - saved < sum(map(len, prefixes)) < 0.6 * asked
+    assert engine.generate_and_score(prompts[:1], GREEDY, [], [])[0][0].tokens.tolist() == written[0].tokens.tolist()
+    assert engine.generate_and_score([], GREEDY, prefixes[:1], choices[:1])[1][0][0] == pytest.approx(
+        scores[0][0], abs=1e-4
+    )
+
+
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_shared_tokens_do_not_go_through_again(
     kind: str, tiny_model: Callable[..., LanguageModel], tiny_engine: Any, tokenizer: Tokenizer

@@ -254,6 +254,17 @@ class Engine(ABC):
                 -1 where it reads its own. It writes one token more than are given, `max_new_tokens` at most.
         """
 
+    def generate_and_score(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """`generate` and `score_many` in one call; what prompts and prefixes share need be computed only once."""
+        written = self.generate(prompts, sampling) if prompts else []
+        return written, self.score_many(prefixes, continuations) if prefixes else []
+
     @abstractmethod
     def state_bytes(self, context: int) -> int | None:
         """Bytes that one sequence's state takes after `context` tokens, computed from the configuration.

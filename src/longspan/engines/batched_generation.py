@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from longspan.engines.base import OWN, Engine, FinishReason, Generation, Sampling, Tokens, UnusableAnswer
 from longspan.engines.generation import pick, synchronise
-from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, prefix_tree, shared_tokens, walk
 from longspan.engines.text_stream import TextStream
 from longspan.foundation.randomness import torch_generator
 from longspan.models.language_model import LanguageModel
@@ -47,32 +45,35 @@ class BatchedGeneration:
         self._engine, self._model, self._device = engine, model, device
         self._sampling, self._chunk = sampling, chunk
 
-    @torch.inference_mode()
-    def run(self, prompts: Sequence[Tokens], given: Sequence[Tokens] | None) -> list[Generation]:
-        """See `Engine.generate`."""
+    def continue_from(
+        self,
+        read: int,
+        places: Sequence[int],
+        prompts: Sequence[Tokens],
+        given: Sequence[Tokens] | None,
+        state: ModelState,
+        seconds: float,
+    ) -> dict[int, Generation]:
+        """Continue some of a call's prompts.
+
+        Args:
+            read: tokens that all of them share, and after which the state is.
+            places: which of the prompts.
+            prompts, given: see `Engine.generate`.
+            state: of one row, before anything for any number of rows.
+            seconds: that it took to get there, which every prompt would have waited for.
+        """
         answers: dict[int, Generation] = {}
-        tree = prefix_tree(prompts, SHARED_TOKENS[self._device.type])
+        for batch in batches(prompts, places, self._sampling.max_new_tokens, 0 if read else BATCH_TOKENS):
+            rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
+            here = state.expand(len(batch)) if read and len(batch) > 1 else state
+            self._continue(rows, [prompts[i][read:] for i in batch], here, seconds)
+            answers |= rows.generations()
+        return answers
 
-        def go_on(before: tuple[ModelState, float], fork: Fork, needed: bool) -> tuple[ModelState, float]:
-            del needed
-            began = self._now()
-            piece_BT = _padded([prompts[fork.sequence][fork.start : fork.end]])[0]
-            state = self._read(piece_BT, None, before[0])[1]
-            return state, before[1] + self._now() - began
-
-        for fork, (state, seconds) in walk(tree, (self._model.initial_state(), 0.0), go_on):
-            for batch in batches(prompts, fork, self._sampling.max_new_tokens, 0 if fork.end else BATCH_TOKENS):
-                rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
-                self._continue(rows, [prompts[i][fork.end :] for i in batch], state, fork.end, seconds)
-                answers |= rows.generations()
-            del state
-        return noted(self._engine, tree, [answers[i] for i in range(len(prompts))])
-
-    def _continue(self, rows: Rows, prompts: Sequence[Tokens], state: ModelState, length: int, seconds: float) -> None:
+    def _continue(self, rows: Rows, prompts: Sequence[Tokens], state: ModelState, seconds: float) -> None:
         began = self._now() - seconds
         tokens_BT, doc_BT = _padded(prompts)
-        if length and len(prompts) > 1:
-            state = state.expand(len(prompts))
         rows.padded = doc_BT is not None
         logits_BV, state = self._read(tokens_BT, doc_BT, state)
         while True:
@@ -221,17 +222,19 @@ _UNFINISHED: FinishReason | None = None
 _NO_DRAWS = torch.Generator()
 
 
-def batches(prompts: Sequence[Tokens], fork: Fork, new_tokens: int, padded_tokens: int) -> Iterator[list[int]]:
-    """The prompts that go on from a fork, in batches of one length, or of similar ones where they may be padded.
+def batches(
+    prompts: Sequence[Tokens], places: Sequence[int], new_tokens: int, padded_tokens: int
+) -> Iterator[list[int]]:
+    """Some of a call's prompts in batches of one length, or of similar ones where they may be padded.
 
     Args:
         prompts: all of the call.
-        fork: where these prompts part from others.
+        places: which of them.
         new_tokens: that each may write.
         padded_tokens: most positions of a batch with padding.
     """
     batch: list[int] = []
-    for i in sorted(fork.leaves, key=lambda i: len(prompts[i])):
+    for i in sorted(places, key=lambda i: len(prompts[i])):
         rows, length = len(batch) + 1, len(prompts[i])
         shortest = len(prompts[batch[0]]) if batch else 0
         pads = rows * length <= padded_tokens
@@ -242,14 +245,6 @@ def batches(prompts: Sequence[Tokens], fork: Fork, new_tokens: int, padded_token
         batch.append(i)
     if batch:
         yield batch
-
-
-def noted(engine: Engine, tree: Fork, written: Sequence[Generation]) -> list[Generation]:
-    """What was written, each with its share of the work that was saved; the engine counts it too."""
-    shared = shared_tokens(tree, len(written))
-    engine.asked_tokens += sum(each.prompt_tokens for each in written)
-    engine.shared_tokens += sum(shared)
-    return [replace(each, shared_tokens=saved) for each, saved in zip(written, shared, strict=True)]
 
 
 def _padded(prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:

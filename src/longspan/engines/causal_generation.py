@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from longspan.engines.base import Engine, Generation, Sampling, Tokens
-from longspan.engines.batched_generation import Rows, batches, noted
+from longspan.engines.batched_generation import Rows, batches
 from longspan.engines.causal_model import CausalModel, select, state_size
 from longspan.engines.generation import synchronise
-from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, prefix_tree, walk
 
 
 class CausalGeneration:
@@ -36,30 +35,29 @@ class CausalGeneration:
     def __init__(self, engine: Engine, model: CausalModel, sampling: Sampling, *, chunk: int) -> None:
         self._engine, self._model, self._sampling, self._chunk = engine, model, sampling, chunk
 
-    def run(self, prompts: Sequence[Tokens], given: Sequence[Tokens] | None) -> list[Generation]:
-        """See `Engine.generate`."""
+    def continue_from(
+        self,
+        read: int,
+        places: Sequence[int],
+        prompts: Sequence[Tokens],
+        given: Sequence[Tokens] | None,
+        state: Any,
+        seconds: float,
+    ) -> dict[int, Generation]:
+        """Continue some of a call's prompts; see `BatchedGeneration.continue_from`.
+
+        Args:
+            state: of one row, which is copied; None before anything.
+        """
         answers: dict[int, Generation] = {}
-        least = SHARED_TOKENS[self._model.device.type] if self._model.takes_parts else None
-        tree = prefix_tree(prompts, least)
-
-        def go_on(before: tuple[Any, float], fork: Fork, needed: bool) -> tuple[Any, float]:
-            began = self._now()
-            state = select(before[0], torch.zeros(1, dtype=torch.int64)) if needed else before[0]
-            tokens_BT = torch.from_numpy(_rows([prompts[fork.sequence][fork.start : fork.end]]))
-            _, state = self._read(tokens_BT, None, state)
-            return state, before[1] + self._now() - began
-
-        nothing: tuple[Any, float] = (None, 0.0)
-        for fork, (state, seconds) in walk(tree, nothing, go_on):
-            padded_tokens = self._chunk if self._model.takes_padding and not fork.end else 0
-            for batch in batches(prompts, fork, self._sampling.max_new_tokens, padded_tokens):
-                rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
-                began = self._now() - seconds
-                here = None if state is None else select(state, torch.zeros(len(batch), dtype=torch.int64))
-                self._continue(rows, [prompts[i][fork.end :] for i in batch], here, began)
-                answers |= rows.generations()
-            del state
-        return noted(self._engine, tree, [answers[i] for i in range(len(prompts))])
+        padded_tokens = self._chunk if self._model.takes_padding and not read else 0
+        for batch in batches(prompts, places, self._sampling.max_new_tokens, padded_tokens):
+            rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
+            began = self._now() - seconds
+            here = None if state is None else select(state, torch.zeros(len(batch), dtype=torch.int64))
+            self._continue(rows, [prompts[i][read:] for i in batch], here, began)
+            answers |= rows.generations()
+        return answers
 
     def _continue(self, rows: Rows, prompts: Sequence[Tokens], state: Any, began: float) -> None:
         tokens_BT = torch.from_numpy(_rows(prompts))

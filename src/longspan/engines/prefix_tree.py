@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.engines.base import Tokens
+from longspan.engines.base import Engine, Tokens
 
 SHARED_TOKENS = {"cpu": 32, "cuda": 512}
 """A shorter common beginning is not worth a pass of its own: on a GPU a short pass costs as much as a longer one."""
@@ -125,6 +125,19 @@ def shared_tokens(root: Fork, count: int) -> list[int]:
 
     visit(root, 0)
     return shared
+
+
+def count_tokens(engine: Engine, root: Fork, sequences: Sequence[Tokens]) -> list[int]:
+    """`shared_tokens` of what an engine was asked, which it remembers."""
+    shared = shared_tokens(root, len(sequences))
+    engine.asked_tokens += sum(map(len, sequences))
+    engine.shared_tokens += sum(shared)
+    return shared
+
+
+def parted(leaves: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+    """The leaves below `count`, and the others counted from it."""
+    return [leaf for leaf in leaves if leaf < count], [leaf - count for leaf in leaves if leaf >= count]
 
 
 def _runs(together: NDArray[np.bool_], low: int) -> Iterator[tuple[int, int]]:

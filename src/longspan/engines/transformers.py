@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from longspan.engines.base import (
 from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
 from longspan.engines.causal_generation import CausalGeneration
 from longspan.engines.causal_model import CausalModel, mark, restore, select
-from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, prefix_tree, shared_tokens, walk
+from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.state_shapes import StateShape
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
@@ -148,29 +149,8 @@ class TransformersEngine(Engine):
         self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> list[list[NDArray[np.float64]]]:
         """See `Engine.score_many`. Where no state can be kept, each continuation is computed with its prefix."""
-        check_requests(prefixes, continuations)
-        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
-            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
-        tree = prefix_tree(prefixes, SHARED_TOKENS[self.model.device.type] if self.model.takes_parts else None)
-        self.asked_tokens += sum(map(len, prefixes))
-        self.shared_tokens += sum(shared_tokens(tree, len(prefixes)))
-
-        def go_on(state: Any, fork: Fork, needed: bool) -> Any:
-            state = select(state, ONE_ROW) if needed else state
-            return self._prefill(stack([prefixes[fork.sequence][fork.start : fork.end]], 0), state)[1]
-
-        answers: list[list[NDArray[np.float64]]] = [[] for _ in prefixes]
-        for fork, state in walk(tree, None, go_on):
-            for i in fork.leaves:
-                prefix, choices = prefixes[i], continuations[i]
-                if self.model.keeps_state and len(prefix) > 1:
-                    scored = self._after(prefix, choices, state, fork.end)
-                else:
-                    whole = self._nll_of([np.concatenate([prefix, choice]) for choice in choices])
-                    scored = [nll[len(prefix) - 1 :] for nll in whole]
-                answers[i] = [require_finite(nll, self.name, f"a continuation of request {i}") for nll in scored]
-            del state
-        return answers
+        self._check_requests(prefixes, continuations)
+        return self._ask([], Sampling(), None, prefixes, continuations)[1]
 
     @torch.inference_mode()
     def generate(
@@ -179,7 +159,21 @@ class TransformersEngine(Engine):
         """See `Engine.generate`. Several prompts go through together where that gives what each gives alone."""
         for i, prompt in enumerate(prompts):
             self._check_length(len(prompt), f"prompt {i}")
-        return CausalGeneration(self, self.model, sampling, chunk=self.batch_tokens).run(prompts, given)
+        return self._ask(prompts, sampling, given, [], [])[0]
+
+    @torch.inference_mode()
+    def generate_and_score(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """See `Engine.generate_and_score`."""
+        for i, prompt in enumerate(prompts):
+            self._check_length(len(prompt), f"prompt {i}")
+        self._check_requests(prefixes, continuations)
+        return self._ask(prompts, sampling, None, prefixes, continuations)
 
     @torch.inference_mode()
     def seconds_per_step(self, context: int, rows: int, new_tokens: int) -> float:
@@ -226,6 +220,48 @@ class TransformersEngine(Engine):
         if self.shape is None or not self.model.keeps_state:
             return None
         return self.shape.bytes(context, self.model.dtype.itemsize)
+
+    # --- shared beginnings --------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        given: Sequence[Tokens] | None,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """What is written after prompts, and the likelihoods after prefixes; what they share goes through once."""
+        sequences = [*prompts, *prefixes]
+        tree = prefix_tree(sequences, SHARED_TOKENS[self.model.device.type] if self.model.takes_parts else None)
+        shared = count_tokens(self, tree, sequences)
+
+        def go_on(before: tuple[Any, float], fork: Fork, needed: bool) -> tuple[Any, float]:
+            self._synchronise()
+            began = time.perf_counter()
+            state = select(before[0], ONE_ROW) if needed and before[0] is not None else before[0]
+            _, state = self._prefill(stack([sequences[fork.sequence][fork.start : fork.end]], 0), state)
+            self._synchronise()
+            return state, before[1] + time.perf_counter() - began
+
+        causal = CausalGeneration(self, self.model, sampling, chunk=self.batch_tokens)
+        written: dict[int, Generation] = {}
+        scores: list[list[NDArray[np.float64]]] = [[] for _ in prefixes]
+        nothing: tuple[Any, float] = (None, 0.0)
+        for fork, (state, seconds) in walk(tree, nothing, go_on):
+            first, then = parted(fork.leaves, len(prompts))
+            written |= causal.continue_from(fork.end, first, prompts, given, state, seconds)
+            for i in then:
+                scored = self._scored(prefixes[i], continuations[i], state, fork.end)
+                scores[i] = [require_finite(nll, self.name, f"a continuation of request {i}") for nll in scored]
+            del state
+        return [replace(written[i], shared_tokens=shared[i]) for i in range(len(prompts))], scores
+
+    def _scored(self, prefix: Tokens, choices: Sequence[Tokens], state: Any, read: int) -> list[NDArray[np.float64]]:
+        if self.model.keeps_state and len(prefix) > 1:
+            return self._after(prefix, choices, state, read)
+        whole = self._nll_of([np.concatenate([prefix, choice]) for choice in choices])
+        return [nll[len(prefix) - 1 :] for nll in whole]
 
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
@@ -309,6 +345,11 @@ class TransformersEngine(Engine):
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
+
+    def _check_requests(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> None:
+        check_requests(prefixes, continuations)
+        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
+            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
 
     def _check_length(self, num_inputs: int, what: str) -> None:
         check_length(num_inputs, self.context_limit, what, self.name)
