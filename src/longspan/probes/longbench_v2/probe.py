@@ -340,8 +340,9 @@ class LongBenchV2(Probe):
             if prompt is None:
                 continue
             row, room = content["row"], content["context"] - 1
-            prefix: Tokens | None = engine.encode_prompt(prompt.text, ANSWER_PREFIX)
-            if len(prefix) > room:
+            begun = engine.encode_prompt(prompt.text, ANSWER_PREFIX)
+            prefix: Tokens | None = begun
+            if len(begun) > room:
                 # A reply shorter than the beginning of an answer leaves no room for it.
                 template = "direct" if self.variant == "cot" else self.variant
                 rendered = render(template, row, document=self._document(row, template))
