@@ -127,6 +127,38 @@ def test_an_answer_that_contradicts_an_imported_one_is_refused(
     assert longspan(*command, "--subject", "another") == 0
 
 
+def test_both_protocols_are_scored_where_items_were_asked_again(
+    tmp_path: Path, longspan: Longspan, capsys: pytest.CaptureFixture[str], asked: Callable[..., dict[str, Any]]
+) -> None:
+    def record(number: int, gold: str, first: str, second: str | None = None) -> Record:
+        answer: dict[str, Any] = {"id": f"item-{number}", "gold": gold, "context": 8192, "response": first}
+        if second is not None:
+            answer["re_asked"] = {"response": second, "finish_reason": "stop"}
+        return Record.make(
+            probe="longbench_v2",
+            protocol={"kind": "longbench_v2", "variant": "direct", "re_ask": True, "re_asked_under": "official"},
+            item=f"item-{number}@8192",
+            subject="model",
+            seed=0,
+            fingerprint="f",
+            answer=answer,
+        )
+
+    run = tmp_path / "records.jsonl"
+    with RecordStore(run) as store:
+        store.append([record(1, "A", said("A")), record(2, "B", "B?", "B"), record(3, "C", "", "(D)")])
+        store.append([record(4, "D", "Hm.", "I cannot say."), record(5, "A", said("C"))])
+    found = asked("rescore", str(run))
+    assert only(found) == (1, 5, 3)
+    (result,) = found["results"]
+    assert result["asked_again"] == 3
+    assert [(each["correct"], each["n"], each["null"]) for each in result["re_asked"]] == [(2, 5, 1)]
+    assert longspan("rescore", str(run)) == 0
+    assert "3 without an answer asked again (another protocol)" in capsys.readouterr().out
+    (plain,) = asked("rescore", str(run), "--scorer", "robust")["results"]
+    assert plain["groups"][0]["null"] == 3
+
+
 def test_longbench_names_say_the_variant(tmp_path: Path) -> None:
     rows = [row(1, "A", said("A"), response_cot="First, …", context="a document", pred="A", judge=True)]
     file = write(tmp_path / "Llama-3.1-8B-Instruct_cot.jsonl", rows)

@@ -142,7 +142,7 @@ def test_equal_contexts_are_computed_once(lm: Lm, monkeypatch: pytest.MonkeyPatc
     prefilled: list[int] = []
     original = model.engine._prefill
     monkeypatch.setattr(
-        model.engine, "_prefill", lambda prefixes: [prefilled.extend(map(len, prefixes)), original(prefixes)][1]
+        model.engine, "_prefill", lambda pieces, state: [prefilled.extend(map(len, pieces)), original(pieces, state)][1]
     )
     contexts = [f"The senate asks {name}" for name in ("one", "two", "three")]
     choices = [" yes", " no", " perhaps", " never"]

@@ -100,6 +100,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 IN_PARTS = {"llama", "sliding", "mamba2", "granite", "nemotron", "zamba2"}
 """Those that take a text in parts; what `mamba` and `jamba` of transformers 5.23 give in parts is wrong."""
+PADDED = IN_PARTS | {"jamba"}
+"""Those that give the same after padding in front."""
 WITH_STATE = set(CONFIGS) - {"granite all mamba"}
 """Those that keep a state; transformers 5.23 cannot for hybrids without a layer of attention."""
 
@@ -115,6 +117,8 @@ def build(name: str) -> Any:
     return model
 
 
+GREEDY = Sampling(max_new_tokens=8, stop_at_boundary=False)
+DRAWN = Sampling(max_new_tokens=8, temperature=1.5, top_p=0.9, seed=3, stop_at_boundary=False)
 Make = Callable[..., TransformersEngine]
 
 
@@ -212,6 +216,7 @@ def test_only_ways_that_are_right_are_used(name: str, engine: Make) -> None:
     subject = engine(name)
     assert subject.model.keeps_state == (name in WITH_STATE)
     assert subject.model.takes_parts == (name in IN_PARTS)
+    assert subject.model.takes_padding == (name in PADDED)
     assert bool(subject.notes) == (name not in IN_PARTS)
     assert subject.model.head_found
 
@@ -297,6 +302,66 @@ def test_decoding_steps_of_a_batch_are_timed(engine: Make) -> None:
     assert engine("granite").seconds_per_step(30, rows=3, new_tokens=2) > 0
     with pytest.raises(UserError, match="keeps no state"):
         engine("granite all mamba").seconds_per_step(30, rows=3, new_tokens=2)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_together_are_continued_as_each_alone(name: str, sampling: Sampling, engine: Make) -> None:
+    subject = engine(name)
+    prompts = [tokens(length, length + seed) for seed, length in enumerate((20, 9, 20, 13, 20))]
+    together = subject.generate(prompts, sampling)
+    if sampling is GREEDY:
+        alone = [subject.generate([prompt], sampling)[0] for prompt in prompts]
+        assert {each.together for each in alone} == {1}
+    else:
+        # Every prompt draws from the stream of its place.
+        fillers = [tokens(70 + 90 * n, n) for n in range(4)]
+        alone = [subject.generate([*fillers[:n], prompt], sampling)[n] for n, prompt in enumerate(prompts)]
+    for found, expected, prompt in zip(together, alone, prompts, strict=True):
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+        assert found.prompt_tokens == len(prompt)
+        assert found.state_bytes in (None, expected.state_bytes)
+    assert [each.together for each in together] == ([5] * 5 if name in PADDED else [3, 1, 3, 1, 3])
+
+
+def test_rows_of_a_batch_end_each_for_themselves(engine: Make) -> None:
+    subject = engine("granite", context_limit=24)
+    prompts = [tokens(20, 1), tokens(23, 2), tokens(12, 3)]
+    free = subject.generate(prompts, GREEDY)
+    assert [each.finish_reason for each in free] == ["context", "context", "length"]
+    assert [len(each.tokens) for each in free] == [5, 2, 8]
+    stop = Sampling(max_new_tokens=8, stop=(subject.tokenizer.decode(free[2].tokens[1:2]),), stop_at_boundary=False)
+    stopped = subject.generate(prompts, stop)
+    assert [each.finish_reason for each in stopped][2] == "stop"
+    for found, prompt in zip(stopped, prompts, strict=True):
+        assert found.tokens.tolist() == subject.generate([prompt], stop)[0].tokens.tolist()
+
+
+def test_what_is_given_is_read_in_place_of_what_was_written(engine: Make) -> None:
+    subject, rows, starts = engine("granite"), [tokens(30, 1), tokens(26, 2)], (10, 7)
+    given = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+    found = subject.generate(prompts, Sampling(max_new_tokens=30, stop_at_boundary=False), given)
+    for row, start, each in zip(rows, starts, found, strict=True):
+        logits = model("granite")(input_ids=torch.from_numpy(row)[None]).logits[0, start - 1 :]
+        assert each.tokens.tolist() == logits.argmax(-1).tolist()
+
+
+def test_padding_that_changes_a_text_is_seen_and_not_used(engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longspan.engines.causal_model import CausalModel
+
+    blind = CausalModel.padded
+    monkeypatch.setattr(CausalModel, "padded", lambda self, t, m, s=None, **k: blind(self, t, m * 0 + 1, s, **k))
+    subject = engine("llama")
+    assert not subject.model.takes_padding
+    assert "padding before a text changes its logits" in subject.notes[-1]
+    assert {each.together for each in subject.generate([tokens(9), tokens(13)], GREEDY)} == {1}
+    found = {check.name: check for check in check_equivalence(subject, tokens(60))}
+    assert found["left-padded = unpadded"].verdict == "not used"
+    subject.model.takes_padding = True
+    found = {check.name: check for check in check_equivalence(subject, tokens(60))}
+    assert found["left-padded = unpadded"].verdict == "differs"
 
 
 def test_sampling_draws_from_a_stream_of_its_own_for_each_prompt(engine: Make) -> None:

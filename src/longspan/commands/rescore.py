@@ -80,16 +80,17 @@ class _LongBench:
 
     def __init__(self, records: Sequence[Record], scorer: str | None) -> None:
         self.scorer: Scorer = LongBenchV2.model_fields["scorer"].default if scorer is None else scorer  # type: ignore[assignment]
-        groups: dict[tuple[str, Any, str], list[Mapping[str, Any]]] = defaultdict(list)
+        groups: dict[tuple[str, Any, str, bool], list[Mapping[str, Any]]] = defaultdict(list)
         self.not_evaluable = 0
         for record in records:
             if "response" not in record.answer:
                 self.not_evaluable += 1
                 continue
             variant = str(record.protocol.get("variant", "direct"))
-            groups[record.subject, record.answer.get("context"), variant].append(record.answer)
-        self.scores: dict[tuple[str, Any, str], Scores] = {
-            key: score(answers, self.scorer) for key, answers in groups.items()
+            again = bool(record.protocol.get("re_ask"))
+            groups[record.subject, record.answer.get("context"), variant, again].append(record.answer)
+        self.scores: dict[tuple[str, Any, str, bool], Scores] = {
+            key: score(answers, self.scorer, re_ask=key[3]) for key, answers in groups.items()
         }
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -103,13 +104,13 @@ class _LongBench:
                 "variant": v,
                 **found.to_json(),
             }
-            for (s, c, v), found in self.scores.items()
+            for (s, c, v, _), found in self.scores.items()
         ]
 
     def show(self) -> None:
         """Two tables a subject and context, and the two baselines."""
         columns = ("<group", "n", "right", "strict", "no answer", "on answered", "compensated")
-        for (subject, context, variant), found in self.scores.items():
+        for (subject, context, variant, _), found in self.scores.items():
             at = "" if context is None else f", context {context:,}"
             how = "" if variant == "direct" else f", {variant}"
             print(f"{subject}{at}{how}, scorer {self.scorer}")
@@ -121,6 +122,10 @@ class _LongBench:
             print(f"letters said: {letters}; right: {gold}")
             print(f"no answer because: {causes or 'every reply had one'}")
             print(f"baselines: chance 25.0 %, always {letter} {100 * share:.1f} %\n")
+            if found.asked_again is not None:
+                print(f"{subject}{at}{how}, {found.asked_again:,} without an answer asked again (another protocol)")
+                print_table(columns, [self._row(each) for each in found.re_asked])
+                print()
         if self.not_evaluable:
             print(f"note: {self.not_evaluable:,} items could not be asked and count nowhere")
 

@@ -87,6 +87,8 @@ class Generation:
         cached_tokens: tokens of the prompt that a server took from its cache, None where it does not say.
         timed: whether the seconds say what they should; not where a server sends its whole answer at once.
         together: requests that were served at once; timings of several are no timings of one alone.
+        shared_tokens: of the prompt, computed once for this and an earlier prompt of the same call; the timings are
+            those of a prompt that is computed from its beginning.
     """
 
     tokens: NDArray[np.int64]
@@ -102,6 +104,7 @@ class Generation:
     cached_tokens: int | None = None
     timed: bool = True
     together: int = 1
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Engine(ABC):
             the end of the question, because the engine cannot begin an answer (`in prompt`).
         weight_bytes: of all that a decoding step reads of the weights, None where that is not known.
         notes: what a reader of the numbers must know about how they were made, one sentence each.
+        asked_tokens: of all prompts and prefixes so far; `shared_tokens` of them were computed once for several.
     """
 
     name: str
@@ -161,6 +165,8 @@ class Engine(ABC):
     answer_prefix_mode: AnswerPrefixMode = "prefill"
     weight_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    asked_tokens: int = 0
+    shared_tokens: int = 0
 
     def encode_prompt(self, text: str, answer_prefix: str = "") -> NDArray[np.int64]:
         """The ids to generate from for a question given as text, in the form that the subject was told to be asked in.
@@ -247,6 +253,17 @@ class Engine(ABC):
             given: per prompt ids that the subject reads in place of what it wrote, the first after its first new token;
                 -1 where it reads its own. It writes one token more than are given, `max_new_tokens` at most.
         """
+
+    def generate_and_score(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """`generate` and `score_many` in one call; what prompts and prefixes share need be computed only once."""
+        written = self.generate(prompts, sampling) if prompts else []
+        return written, self.score_many(prefixes, continuations) if prefixes else []
 
     @abstractmethod
     def state_bytes(self, context: int) -> int | None:

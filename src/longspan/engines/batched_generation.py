@@ -1,4 +1,4 @@
-"""Many prompts continued at once with one state cache: equal or different lengths, a shared beginning computed once.
+"""Many prompts continued at once with one state cache: equal or different lengths, shared beginnings computed once.
 
 Prompts of different lengths are padded in front. The padding is a document of its own, so that what keeps documents
 apart in training keeps it from the prompts: each row is what it would be alone.
@@ -24,10 +24,8 @@ from longspan.models.state import ModelState
 
 BATCH_TOKENS = 65_536
 """Most positions, padding and new tokens included, whose state is held at a time."""
-SHARED_TOKENS = 32
-"""A common beginning shorter than this is not worth a pass of its own."""
-PADDED_SHARE = 2
-"""Prompts more than so many times as long as the shortest of a batch go into the next one."""
+PADDED_SHARE, PADDED_TOKENS = 2, 32
+"""Prompts more than so many times as long as the shortest of a batch, and so much more, go into the next one."""
 
 
 class BatchedGeneration:
@@ -47,47 +45,41 @@ class BatchedGeneration:
         self._engine, self._model, self._device = engine, model, device
         self._sampling, self._chunk = sampling, chunk
 
-    @torch.inference_mode()
-    def run(self, prompts: Sequence[Tokens], given: Sequence[Tokens] | None) -> list[Generation]:
-        """See `Engine.generate`."""
+    def continue_from(
+        self,
+        read: int,
+        places: Sequence[int],
+        prompts: Sequence[Tokens],
+        given: Sequence[Tokens] | None,
+        state: ModelState,
+        seconds: float,
+    ) -> dict[int, Generation]:
+        """Continue some of a call's prompts.
+
+        Args:
+            read: tokens that all of them share, and after which the state is.
+            places: which of the prompts.
+            prompts, given: see `Engine.generate`.
+            state: of one row, before anything for any number of rows.
+            seconds: that it took to get there, which every prompt would have waited for.
+        """
         answers: dict[int, Generation] = {}
-        shared = _shared_beginning(prompts)
-        prefix: ModelState | None = None
-        seconds = 0.0
-        if shared:
-            began = self._now()
-            prefix = self._read(_padded([prompts[0][:shared]])[0], None, self._model.initial_state())[1]
-            seconds = self._now() - began
-        for batch in self._batches(prompts, equal=bool(shared)):
-            rows = _Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
-            self._continue(rows, [prompts[i][shared:] for i in batch], prefix, seconds)
+        for batch in batches(prompts, places, self._sampling.max_new_tokens, 0 if read else BATCH_TOKENS):
+            rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
+            here = state.expand(len(batch)) if read and len(batch) > 1 else state
+            self._continue(rows, [prompts[i][read:] for i in batch], here, seconds)
             answers |= rows.generations()
-        return [answers[i] for i in range(len(prompts))]
+        return answers
 
-    def _batches(self, prompts: Sequence[Tokens], *, equal: bool) -> Iterator[list[int]]:
-        """Places of prompts that go through together: of one length, or of similar ones."""
-        batch: list[int] = []
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            longest = len(prompts[i]) + self._sampling.max_new_tokens
-            shortest = len(prompts[batch[0]]) if batch else 0
-            apart = len(prompts[i]) > (shortest if equal else PADDED_SHARE * shortest + SHARED_TOKENS)
-            if batch and (apart or (len(batch) + 1) * longest > BATCH_TOKENS):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _continue(self, rows: _Rows, prompts: Sequence[Tokens], prefix: ModelState | None, seconds: float) -> None:
+    def _continue(self, rows: Rows, prompts: Sequence[Tokens], state: ModelState, seconds: float) -> None:
         began = self._now() - seconds
         tokens_BT, doc_BT = _padded(prompts)
-        state = self._model.initial_state() if prefix is None else prefix.expand(len(prompts))
         rows.padded = doc_BT is not None
         logits_BV, state = self._read(tokens_BT, doc_BT, state)
         while True:
             written = rows.pick(logits_BV)
             elapsed = self._now() - began
-            kept = rows.take(written, elapsed, state)
+            kept = rows.take(written, elapsed, state.bytes())
             if not len(kept):
                 return
             if len(kept) < len(written):
@@ -112,7 +104,7 @@ class BatchedGeneration:
         return time.perf_counter()
 
 
-class _Rows:
+class Rows:
     """The rows that are still being written, in the order of the state's rows."""
 
     def __init__(
@@ -153,9 +145,9 @@ class _Rows:
             for row, values in zip(self._active, logits, strict=True)
         ]
 
-    def take(self, written: Sequence[int], seconds: float, state: ModelState) -> np.ndarray:
+    def take(self, written: Sequence[int], seconds: float, state_bytes: int | None) -> np.ndarray:
         """Note what was written; the places of the rows that go on, int64."""
-        size = None if self.padded else state.bytes() // len(written)
+        size = None if self.padded or state_bytes is None else state_bytes // len(written)
         for row, token in zip(self._active, written, strict=True):
             row.take(token, seconds, self._limit, size)
         kept = np.array([place for place, row in enumerate(self._active) if row.reason is None], np.int64)
@@ -230,16 +222,29 @@ _UNFINISHED: FinishReason | None = None
 _NO_DRAWS = torch.Generator()
 
 
-def _shared_beginning(prompts: Sequence[Tokens]) -> int:
-    """Tokens with which all prompts begin, where they are worth sharing; at least one of each is left over."""
-    shortest = min(map(len, prompts)) - 1
-    if len(prompts) < 2 or shortest < SHARED_TOKENS:
-        return 0
-    same = np.ones(shortest, bool)
-    for prompt in prompts[1:]:
-        same &= np.asarray(prompt[:shortest]) == np.asarray(prompts[0][:shortest])
-    shared = shortest if same.all() else int(np.argmin(same))
-    return shared if shared >= max(SHARED_TOKENS, sum(map(len, prompts)) // len(prompts) // 2) else 0
+def batches(
+    prompts: Sequence[Tokens], places: Sequence[int], new_tokens: int, padded_tokens: int
+) -> Iterator[list[int]]:
+    """Some of a call's prompts in batches of one length, or of similar ones where they may be padded.
+
+    Args:
+        prompts: all of the call.
+        places: which of them.
+        new_tokens: that each may write.
+        padded_tokens: most positions of a batch with padding.
+    """
+    batch: list[int] = []
+    for i in sorted(places, key=lambda i: len(prompts[i])):
+        rows, length = len(batch) + 1, len(prompts[i])
+        shortest = len(prompts[batch[0]]) if batch else 0
+        pads = rows * length <= padded_tokens
+        apart = length > (PADDED_SHARE * shortest + PADDED_TOKENS if pads else shortest)
+        if batch and (apart or rows * (length + new_tokens) > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _padded(prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:

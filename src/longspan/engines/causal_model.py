@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longspan.foundation.randomness import torch_generator
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
-TRIED_TOKENS, TRIED_CUT = 24, 11
+TRIED_TOKENS, TRIED_CUT, TRIED_PADDING = 24, 11, 4
 SAME = {torch.float32: 1e-4, torch.float64: 1e-4}
 SAME_ROUNDED = 0.05
 """Largest relative difference of logits (root mean square) between ways that are the same but for rounding."""
@@ -43,6 +43,8 @@ class CausalModel:
         device, dtype: of its parameters.
         keeps_state: whether a text can go on from the state after its beginning, one token at a time.
         takes_parts: whether it can go on by several tokens at a time.
+        takes_padding: whether a text is the same after masked tokens before it, so that texts of unlike lengths can
+            be continued together.
         head_found: whether its logits are a known function of its hidden states.
         notes: what of this a reader must know.
     """
@@ -54,6 +56,7 @@ class CausalModel:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.notes: list[str] = []
         names = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in names
         self._state_name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
         self._same = SAME.get(self.dtype, SAME_ROUNDED)
         self._body: Callable[..., Any] = self.model
@@ -62,6 +65,7 @@ class CausalModel:
         with torch.inference_mode():
             self.head_found = self._find_head()
             self.keeps_state, self.takes_parts = self._find_ways()
+            self.takes_padding = self.keeps_state and self._find_padding()
 
     def hidden(self, tokens_BT: Tensor, state: Any = None, *, keep: bool = False, **more: Any) -> tuple[Tensor, Any]:
         """Last hidden states (B, T, D), which `logits` and `nll` take, and the state after the tokens.
@@ -77,6 +81,21 @@ class CausalModel:
         output = self._body(input_ids=tokens_BT.to(self.device), use_cache=keep, **more)
         hidden_BTD = output.last_hidden_state if self._head is not None else output.logits
         return hidden_BTD, getattr(output, self._state_name or "", None) if keep else None
+
+    def padded(self, tokens_BT: Tensor, mask_BS: Tensor, state: Any = None, *, keep: bool = True) -> tuple[Tensor, Any]:
+        """`hidden` of texts with masked tokens before them.
+
+        Args:
+            tokens_BT: int64, what comes now.
+            mask_BS: int64, of all tokens up to the last of these; 0 on masked ones.
+            state: of what came before; it may be changed.
+            keep: whether the state is wanted.
+        """
+        mask_BS = mask_BS.to(self.device)
+        more = {"attention_mask": mask_BS}
+        if self._takes_positions:
+            more["position_ids"] = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
+        return self.hidden(tokens_BT, state, keep=keep, **more)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., V) of hidden states (..., D)."""
@@ -162,6 +181,29 @@ class CausalModel:
                 "goes through at once and continuations token by token"
             )
         return True, parted <= bound
+
+    def _find_padding(self) -> bool:
+        tokens_BT, mask_BT = self._tried(), torch.ones((2, TRIED_TOKENS), dtype=torch.int64)
+        wanted = [self.logits(self.hidden(row_BT)[0]) for row_BT in (tokens_BT[:1, TRIED_PADDING:], tokens_BT[1:])]
+        tokens_BT[0, :TRIED_PADDING], mask_BT[0, :TRIED_PADDING] = 0, 0
+        try:
+            hidden_BTD, state = self.padded(tokens_BT[:, :TRIED_CUT], mask_BT[:, :TRIED_CUT])
+            found = [self.logits(hidden_BTD[:, -1:])]
+            for end in range(TRIED_CUT + 1, TRIED_TOKENS + 1):
+                hidden_BTD, state = self.padded(tokens_BT[:, end - 1 : end], mask_BT[:, :end], state)
+                found.append(self.logits(hidden_BTD))
+        except Exception as error:  # whatever a model's code raises: this way is closed
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.notes.append(f"texts cannot be padded ({reason}), so those of unlike lengths are continued one by one")
+            return False
+        apart = _relative(torch.cat(found, 1), torch.cat([each[:, -len(found) :] for each in wanted]))
+        if apart > (self._same if self.dtype in SAME else SAME_ROUNDED / 2):
+            self.notes.append(
+                f"padding before a text changes its logits (relative difference {apart:.1g}), so texts of unlike "
+                "lengths are continued one by one"
+            )
+            return False
+        return True
 
     def _tried(self) -> Tensor:
         generator = torch_generator(0, "causal_model", self.vocab_size)

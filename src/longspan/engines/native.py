@@ -5,8 +5,10 @@ Legend: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch import Tensor
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Capability, Engine, Generation, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
-from longspan.engines.generation import Continuation
+from longspan.engines.generation import Continuation, synchronise
+from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel
 from longspan.models.segments import Isolation
@@ -129,10 +132,21 @@ class NativeEngine(Engine):
     ) -> list[list[NDArray[np.float64]]]:
         """See `Engine.score_many`. Prefixes of one length go through together."""
         self._check_requests(prefixes, continuations)
-        answers: list[list[NDArray[np.float64]]] = [[] for _ in prefixes]
-        for i, scored in self._after_prefixes(range(len(prefixes)), prefixes, continuations):
-            answers[i] = [each.nll for each in scored]
-        return answers
+        return self._ask([], Sampling(), None, prefixes, continuations)[1]
+
+    @torch.inference_mode()
+    def generate_and_score(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """See `Engine.generate_and_score`."""
+        for i, prompt in enumerate(prompts):
+            self._check_length(len(prompt), f"prompt {i}")
+        self._check_requests(prefixes, continuations)
+        return self._ask(prompts, sampling, None, prefixes, continuations)
 
     @torch.inference_mode()
     def score_greedy(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> list[list[Scored]]:
@@ -188,14 +202,14 @@ class NativeEngine(Engine):
     ) -> list[Generation]:
         """See `Engine.generate`. Several prompts go through together, beside others of similar length."""
         if len(prompts) == 1 and given is None:
+            self.asked_tokens += len(prompts[0])
             continuation = self.continue_text(prompts[0], sampling)
             for _ in continuation:
                 pass
             return [continuation.result()]
         for i, prompt in enumerate(prompts):
             self._check_length(len(prompt), f"prompt {i}")
-        batched = BatchedGeneration(self, self._model, self.device, sampling, chunk=self.batch_tokens)
-        return batched.run(prompts, given) if prompts else []
+        return self._ask(prompts, sampling, given, [], [])[0]
 
     def continue_text(self, prompt: Tokens, sampling: Sampling, *, index: int = 0) -> Continuation:
         """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
@@ -235,24 +249,86 @@ class NativeEngine(Engine):
     def _after_prefixes(
         self, chosen: Sequence[int], prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> Iterator[tuple[int, list[Scored]]]:
-        """The chosen requests with their answers; each prefix goes through once, beside others of its length."""
+        """The chosen requests with their answers; what prefixes share goes through once, equal lengths together."""
+        asked, choices = [prefixes[i] for i in chosen], [continuations[i] for i in chosen]
+        tree, forks = self._forks(asked)
+        count_tokens(self, tree, asked)
+        for fork, (state, _) in forks:
+            for place, scored in self._scored_from(fork.end, fork.leaves, asked, choices, state):
+                yield chosen[place], scored
+            del state
+
+    @torch.inference_mode()
+    def _ask(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        given: Sequence[Tokens] | None,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """What is written after prompts, and the likelihoods after prefixes; what they share goes through once."""
+        sequences = [*prompts, *prefixes]
+        tree, forks = self._forks(sequences)
+        shared = count_tokens(self, tree, sequences)
+        batched = BatchedGeneration(self, self._model, self.device, sampling, chunk=self.batch_tokens)
+        written: dict[int, Generation] = {}
+        scores: dict[int, list[Scored]] = {}
+        for fork, (state, seconds) in forks:
+            first, then = parted(fork.leaves, len(prompts))
+            written |= batched.continue_from(fork.end, first, prompts, given, state, seconds)
+            scores |= dict(self._scored_from(fork.end, then, prefixes, continuations, state))
+            del state
+        return (
+            [replace(written[i], shared_tokens=shared[i]) for i in range(len(prompts))],
+            [[each.nll for each in scores[i]] for i in range(len(prefixes))],
+        )
+
+    def _forks(self, sequences: Sequence[Tokens]) -> tuple[Fork, Iterator[tuple[Fork, tuple[ModelState, float]]]]:
+        """The common beginnings of sequences, and the state after each with the seconds that a cold one takes."""
+        tree = prefix_tree(sequences, SHARED_TOKENS[self.device.type])
+
+        def go_on(before: tuple[ModelState, float], fork: Fork, needed: bool) -> tuple[ModelState, float]:
+            del needed
+            synchronise(self.device)
+            began = time.perf_counter()
+            state = self._prefill([sequences[fork.sequence][fork.start : fork.end]], before[0])
+            synchronise(self.device)
+            return state, before[1] + time.perf_counter() - began
+
+        return tree, walk(tree, (self._model.initial_state(), 0.0), go_on)
+
+    def _scored_from(
+        self,
+        read: int,
+        places: Sequence[int],
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+        state: ModelState,
+    ) -> Iterator[tuple[int, list[Scored]]]:
+        """Some of the requests with their answers, on from the state after `read` tokens of their prefixes."""
         lengths: dict[int, list[int]] = defaultdict(list)
-        for i in chosen:
+        for i in places:
             lengths[len(prefixes[i])].append(i)
         for length, same in lengths.items():
-            rows = max(1, self.batch_tokens // length)
+            rows = max(1, self.batch_tokens // (length - read))
+            if read:
+                # Every row needs a copy of the state.
+                rows = max(1, min(rows, COPIED_TOKENS // length))
             for start in range(0, len(same), rows):
                 batch = same[start : start + rows]
-                state = self._prefill([prefixes[i] for i in batch])
-                yield from self._continued(batch, state, prefixes, continuations)
+                here = state.expand(len(batch)) if read and len(batch) > 1 else state
+                # The last token of a prefix goes through with every continuation, so that its hidden state, from which
+                # the first token is predicted, need not be kept beside the state.
+                here = self._prefill([prefixes[i][read:-1] for i in batch], here)
+                yield from self._continued(batch, here, prefixes, continuations)
+                del here
 
-    def _prefill(self, prefixes: Sequence[Tokens]) -> ModelState:
-        # The last token of the prefix goes through with every continuation, so that its hidden state, from which the
-        # first token is predicted, need not be kept beside the state.
-        state = self._model.initial_state()
-        prefix_BT = _stack([prefix[:-1] for prefix in prefixes], 0)
-        for start in range(0, prefix_BT.shape[1], self.batch_tokens):
-            _, after = self._model(prefix_BT[:, start : start + self.batch_tokens].to(self.device), None, state)
+    def _prefill(self, pieces: Sequence[Tokens], state: ModelState) -> ModelState:
+        """The state after pieces of one length."""
+        pieces_BT = _stack(pieces, 0)
+        for start in range(0, pieces_BT.shape[1], self.batch_tokens):
+            _, after = self._model(pieces_BT[:, start : start + self.batch_tokens].to(self.device), None, state)
             assert after is not None
             state = after
         return state

@@ -136,6 +136,8 @@ def _in_parts(engine: Engine, text: NDArray[np.int64], part: int) -> Pair | str:
 def _padded(engine: Engine, text: NDArray[np.int64]) -> Pair | str:
     if not isinstance(engine, TransformersEngine):
         return "nothing is ever put before a text"
+    if not engine.model.takes_padding:
+        return "this architecture does not give the same after padding, so nothing is put before a text"
     return engine.nll_padded(text, 7), engine.nll_by(text, len(text))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,6 @@ from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import (
     Capability,
     Engine,
-    FinishReason,
     Generation,
     LargestBatch,
     Prompting,
@@ -27,10 +27,10 @@ from longspan.engines.base import (
     require_finite,
 )
 from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
-from longspan.engines.causal_model import CausalModel, mark, restore, select, state_size
-from longspan.engines.generation import pick
+from longspan.engines.causal_generation import CausalGeneration
+from longspan.engines.causal_model import CausalModel, mark, restore, select
+from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.state_shapes import StateShape
-from longspan.engines.text_stream import TextStream
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
 
@@ -41,6 +41,7 @@ PART_TOKENS = 4_096
 """Positions of a forward pass: the mask of a part over 131,072 tokens takes half a gigabyte at this."""
 COPIED_TOKENS = 65_536
 """Most positions whose state is copied at a time for continuations of a shared prefix."""
+ONE_ROW = torch.zeros(1, dtype=torch.int64)
 
 
 class TransformersEngine(Engine):
@@ -137,8 +138,8 @@ class TransformersEngine(Engine):
         """`nll` of one sequence with masked tokens before it, as a batch of unlike prompts would have them."""
         front = torch.zeros((1, padding), dtype=torch.int64)
         tokens_BT = torch.cat([front, stack([tokens[:-1]], 0)], 1)
-        mask_BT = torch.cat([front, torch.ones((1, len(tokens) - 1), dtype=torch.int64)], 1).to(self.model.device)
-        hidden_BTD, _ = self.model.hidden(tokens_BT, attention_mask=mask_BT)
+        mask_BT = torch.cat([front, torch.ones((1, len(tokens) - 1), dtype=torch.int64)], 1)
+        hidden_BTD, _ = self.model.padded(tokens_BT, mask_BT, keep=False)
         nll_N = self.model.nll(hidden_BTD[0, padding:], torch.from_numpy(np.asarray(tokens[1:], np.int64)))
         values: NDArray[np.float64] = nll_N.double().cpu().numpy()
         return values
@@ -148,27 +149,31 @@ class TransformersEngine(Engine):
         self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> list[list[NDArray[np.float64]]]:
         """See `Engine.score_many`. Where no state can be kept, each continuation is computed with its prefix."""
-        check_requests(prefixes, continuations)
-        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
-            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
-        answers = []
-        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
-            if self.model.keeps_state and len(prefix) > 1:
-                scored = self._after(prefix, choices)
-            else:
-                whole = self._nll_of([np.concatenate([prefix, choice]) for choice in choices])
-                scored = [nll[len(prefix) - 1 :] for nll in whole]
-            answers.append([require_finite(nll, self.name, f"a continuation of request {i}") for nll in scored])
-        return answers
+        self._check_requests(prefixes, continuations)
+        return self._ask([], Sampling(), None, prefixes, continuations)[1]
 
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
     ) -> list[Generation]:
-        """See `Engine.generate`. One prompt at a time, so that the timings are those of one request."""
-        if given is not None:
-            raise self.refuse_given()
-        return [self._write(prompt, sampling, index) for index, prompt in enumerate(prompts)]
+        """See `Engine.generate`. Several prompts go through together where that gives what each gives alone."""
+        for i, prompt in enumerate(prompts):
+            self._check_length(len(prompt), f"prompt {i}")
+        return self._ask(prompts, sampling, given, [], [])[0]
+
+    @torch.inference_mode()
+    def generate_and_score(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """See `Engine.generate_and_score`."""
+        for i, prompt in enumerate(prompts):
+            self._check_length(len(prompt), f"prompt {i}")
+        self._check_requests(prefixes, continuations)
+        return self._ask(prompts, sampling, None, prefixes, continuations)
 
     @torch.inference_mode()
     def seconds_per_step(self, context: int, rows: int, new_tokens: int) -> float:
@@ -216,6 +221,48 @@ class TransformersEngine(Engine):
             return None
         return self.shape.bytes(context, self.model.dtype.itemsize)
 
+    # --- shared beginnings --------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        prompts: Sequence[Tokens],
+        sampling: Sampling,
+        given: Sequence[Tokens] | None,
+        prefixes: Sequence[Tokens],
+        continuations: Sequence[Sequence[Tokens]],
+    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
+        """What is written after prompts, and the likelihoods after prefixes; what they share goes through once."""
+        sequences = [*prompts, *prefixes]
+        tree = prefix_tree(sequences, SHARED_TOKENS[self.model.device.type] if self.model.takes_parts else None)
+        shared = count_tokens(self, tree, sequences)
+
+        def go_on(before: tuple[Any, float], fork: Fork, needed: bool) -> tuple[Any, float]:
+            self._synchronise()
+            began = time.perf_counter()
+            state = select(before[0], ONE_ROW) if needed and before[0] is not None else before[0]
+            _, state = self._prefill(stack([sequences[fork.sequence][fork.start : fork.end]], 0), state)
+            self._synchronise()
+            return state, before[1] + time.perf_counter() - began
+
+        causal = CausalGeneration(self, self.model, sampling, chunk=self.batch_tokens)
+        written: dict[int, Generation] = {}
+        scores: list[list[NDArray[np.float64]]] = [[] for _ in prefixes]
+        nothing: tuple[Any, float] = (None, 0.0)
+        for fork, (state, seconds) in walk(tree, nothing, go_on):
+            first, then = parted(fork.leaves, len(prompts))
+            written |= causal.continue_from(fork.end, first, prompts, given, state, seconds)
+            for i in then:
+                scored = self._scored(prefixes[i], continuations[i], state, fork.end)
+                scores[i] = [require_finite(nll, self.name, f"a continuation of request {i}") for nll in scored]
+            del state
+        return [replace(written[i], shared_tokens=shared[i]) for i in range(len(prompts))], scores
+
+    def _scored(self, prefix: Tokens, choices: Sequence[Tokens], state: Any, read: int) -> list[NDArray[np.float64]]:
+        if self.model.keeps_state and len(prefix) > 1:
+            return self._after(prefix, choices, state, read)
+        whole = self._nll_of([np.concatenate([prefix, choice]) for choice in choices])
+        return [nll[len(prefix) - 1 :] for nll in whole]
+
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def _nll_of(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float64]]:
@@ -241,28 +288,32 @@ class TransformersEngine(Engine):
                 nll_BT[:, span][counted_BT.numpy()] = nll_N.double().cpu().numpy()
         return nll_BT
 
-    def _parts(self, tokens_BT: Tensor, part: int, *, keep: bool = False) -> Iterator[tuple[int, Tensor, Any]]:
-        """(start, hidden states, state) of each part."""
-        state = None
+    def _parts(
+        self, tokens_BT: Tensor, part: int, state: Any = None, *, keep: bool = False
+    ) -> Iterator[tuple[int, Tensor, Any]]:
+        """(start, hidden states, state) of each part; the state given may be changed."""
         length = tokens_BT.shape[1]
         for start in range(0, length, part):
             more = keep or start + part < length
             hidden_BTD, state = self.model.hidden(tokens_BT[:, start : start + part], state, keep=more)
             yield start, hidden_BTD, state
 
-    def _prefill(self, tokens_BT: Tensor) -> tuple[Tensor, Any]:
-        """The last hidden state (B, 1, D) and the state after the tokens."""
-        hidden_B1D, state = None, None
+    def _prefill(self, tokens_BT: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The last hidden state (B, 1, D) and the state after the tokens; the state given may be changed."""
+        hidden_B1D = None
         part = self.batch_tokens if self.model.takes_parts else tokens_BT.shape[1]
-        for _, hidden_BTD, after in self._parts(tokens_BT, part, keep=self.model.keeps_state):
+        for _, hidden_BTD, after in self._parts(tokens_BT, part, state, keep=self.model.keeps_state):
             hidden_B1D, state = hidden_BTD[:, -1:], after
         assert hidden_B1D is not None
         return hidden_B1D, state
 
-    def _after(self, prefix: Tokens, choices: Sequence[Tokens]) -> list[NDArray[np.float64]]:
+    def _after(self, prefix: Tokens, choices: Sequence[Tokens], state: Any, read: int) -> list[NDArray[np.float64]]:
+        """Nats of every token of the choices, on from a copy of the state after the first `read` tokens."""
+        state = None if state is None else select(state, ONE_ROW)
         # The last token of the prefix goes through with every continuation, so that its hidden state, from which the
         # first token is predicted, need not be kept beside the state.
-        _, state = self._prefill(stack([prefix[:-1]], 0))
+        if read < len(prefix) - 1:
+            _, state = self._prefill(stack([prefix[read:-1]], 0), state)
         order = sorted(range(len(choices)), key=lambda i: len(choices[i]))
         longest = len(choices[order[-1]])
         most = max(1, COPIED_TOKENS // (len(prefix) + longest))
@@ -291,52 +342,14 @@ class TransformersEngine(Engine):
             nll_BT[:, span][counted_BT.numpy()] = nll_N.double().cpu().numpy()
         return nll_BT
 
-    # --- generation ---------------------------------------------------------------------------------------------------
-
-    def _write(self, prompt: Tokens, sampling: Sampling, index: int) -> Generation:
-        self._check_length(len(prompt), f"prompt {index}")
-        generator = torch_generator(sampling.seed, "generate", index)
-        stream = TextStream(self.tokenizer, sampling.stop)
-        written: list[int] = []
-        reason: FinishReason | None = None
-        state: Any = None
-        seconds = [0.0, 0.0]
-        while reason is None:
-            self._synchronise()
-            began = time.perf_counter()
-            if state is None:
-                hidden_B1D, state = self._prefill(stack([np.append(prompt, np.array(written, np.int64))], 0))
-            else:
-                hidden_B1D, state = self.model.hidden(torch.tensor([written[-1:]]), state, keep=True)
-            # Picking waits for the device, so the token is really there when the clock is read.
-            token = pick(self, self.model.logits(hidden_B1D[:, -1])[0], sampling, generator)
-            seconds[bool(written)] += time.perf_counter() - began
-            ends = token == self.tokenizer.special.boundary or token in self.end_tokens
-            if ends and sampling.stop_at_boundary:
-                reason = "stop"
-                break
-            written.append(token)
-            stream.push(token)
-            if stream.stopped:
-                reason = "stop"
-            elif len(written) == sampling.max_new_tokens:
-                reason = "length"
-            elif self.context_limit is not None and len(prompt) + len(written) > self.context_limit:
-                reason = "context"
-        stream.flush()
-        return Generation(
-            tokens=np.array(written, dtype=np.int64),
-            text=stream.text,
-            finish_reason=reason,
-            prompt_tokens=len(prompt),
-            first_token_seconds=seconds[0],
-            decode_seconds=seconds[1],
-            state_bytes=state_size(state) if state is not None else None,
-        )
-
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
+
+    def _check_requests(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> None:
+        check_requests(prefixes, continuations)
+        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
+            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
 
     def _check_length(self, num_inputs: int, what: str) -> None:
         check_length(num_inputs, self.context_limit, what, self.name)

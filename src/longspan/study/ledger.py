@@ -21,6 +21,7 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
     entries += _oracle(plan, runs)
     entries += _packing(plan, runs)
     entries += _training(plan, runs)
+    entries += _shared(plan, runs)
     return entries
 
 
@@ -103,6 +104,20 @@ def _training(plan: Plan, runs: Path) -> list[LedgerEntry]:
             text = f"{who}: the best weights are of step {training['best']['step']} of {training['steps']}"
             entries.append(LedgerEntry("info", "training", text))
     return entries
+
+
+def _shared(plan: Plan, runs: Path) -> list[LedgerEntry]:
+    """What was saved by computing common beginnings of prompts once, as far as engines in this process know."""
+    rows: list[Row] = []
+    for planned in plan.subjects:
+        for name, job in planned.probes.items():
+            result = job.result(runs)
+            if shared := result.get("shared_tokens"):
+                who: Row = {"subject": planned.subject.label, "seed": planned.subject.seed, "probe": name}
+                asked = result["asked_tokens"]
+                rows.append({**who, "prompt tokens": asked, "computed once": shared, "share": round(shared / asked, 3)})
+    text = "Prompt tokens that were computed once for several prompts which begin alike."
+    return [LedgerEntry("info", "probes", text, rows)] if rows else []
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from longspan.report.numbers import duration, relative, scaled
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job, Kind
+from longspan.study.pinned import pinned
 from longspan.study.plugin_laws import check_own_mixers
 from longspan.study.schema import DEFAULT_PRIMARY, ExaminedConfig, Study, SubjectConfig
 from longspan.training.config import TrainingConfig
@@ -248,6 +249,8 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], contex
 def _plan_examined(
     subject: Subject, config: ExaminedConfig, runs: Path, plugins: tuple[str, ...], context: int
 ) -> PlannedSubject:
+    config = config.model_copy(update={"source": pinned(config.source, runs / DOWNLOADS)})
+    subject = replace(subject, config=config)
     found = examine(config.source)
     prepare = _prepare_job(config.corpus, found.tokenizer, runs, plugins)
     # How it was trained is how it is asked.

@@ -33,6 +33,8 @@ from longspan.training.loop import train
 from longspan.training.trackers import TrackingConfig, make_trackers
 
 CORPUS = "corpus"
+WORTH_SAYING = 0.1
+"""Share of the prompt tokens that must have been saved for a line on the screen; the report has them all."""
 ITEMS_SEED = 0
 """Items are the same for every subject and every training seed."""
 
@@ -182,6 +184,7 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     data = probe_data(job, open_corpus(runs / "jobs" / job.details["prepare"]))
     items = probe.items(data)
     protocol = probe.protocol()
+    before = engine.asked_tokens, engine.shared_tokens
     with RecordStore(folder / RECORDS) as store:
         missing = [item for item in items if Record.make_key(name, protocol, item.id, engine.fingerprint) not in store]
         done = len(items) - len(missing)
@@ -204,7 +207,17 @@ def probe_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
             )
             done += len(answers)
             report(Progress(name, done, len(items), "items"))
-    return {"items": len(items), "fingerprint": engine.fingerprint, "weights": weights}
+    asked, shared = engine.asked_tokens - before[0], engine.shared_tokens - before[1]
+    if shared > WORTH_SAYING * asked:
+        text = f"{shared:,} of {asked:,} prompt tokens were computed once for several prompts"
+        report(Progress(name, done, len(items), "items", message=text))
+    return {
+        "items": len(items),
+        "fingerprint": engine.fingerprint,
+        "weights": weights,
+        "asked_tokens": asked,
+        "shared_tokens": shared,
+    }
 
 
 STAGES: dict[str, Callable[[Job, Path, Path, Report, str], dict[str, Any]]] = {

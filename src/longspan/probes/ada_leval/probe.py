@@ -125,10 +125,19 @@ class AdaLEval(Probe):
         """Replies and likelihoods; what does not fit is not asked."""
         asked = [self._read(item.details["length"])[item.details["number"]] for item in items]
         contents = [_about(each, item.details["length"]) for each, item in zip(asked, items, strict=True)]
-        if self.generate and "generate" in engine.capabilities:
-            self._reply(engine, asked, contents)
-        if self.likelihood and "score" in engine.capabilities:
-            self._score(engine, asked, contents)
+        replies = self._prompts(engine, asked, contents) if self.generate and "generate" in engine.capabilities else []
+        scored = self._choices(engine, asked, contents) if self.likelihood and "score" in engine.capabilities else []
+        written, scores = engine.generate_and_score(
+            [prompt for _, prompt in replies],
+            Sampling(max_new_tokens=self.max_new_tokens),
+            [prefix for _, prefix, _ in scored],
+            [choices for _, _, choices in scored],
+        )
+        for (content, _), each in zip(replies, written, strict=True):
+            content |= {"response": each.text, "finish_reason": each.finish_reason, **failure_of(each)}
+        for (content, _, _), nll in zip(scored, scores, strict=True):
+            sums = np.array([float(values.sum()) for values in nll])
+            content["nll"] = require_finite(sums, engine.name, f"the answers to {content['id']}").tolist()
         return contents
 
     def observe(self, record: Record) -> Iterable[Observation]:
@@ -175,41 +184,32 @@ class AdaLEval(Probe):
         most = self.max_items or (1000 if length < 32_000 else 200)
         return read_items(Path(self.files[length]), self.task)[:most]
 
-    def _reply(self, engine: Engine, asked: Sequence[AdaItem], contents: Sequence[dict[str, Any]]) -> None:
-        prompts: list[Tokens] = []
+    def _prompts(
+        self, engine: Engine, asked: Sequence[AdaItem], contents: Sequence[dict[str, Any]]
+    ) -> list[tuple[dict[str, Any], Tokens]]:
+        """The contents that fit with a reply, and their prompts."""
         fitting = []
         for each, content in zip(asked, contents, strict=True):
             ids = engine.encode_prompt(each.prompt)
             content["prompt_tokens"] = len(ids)
             if engine.context_limit is None or len(ids) + self.max_new_tokens <= engine.context_limit:
-                prompts.append(ids)
-                fitting.append(content)
-        if prompts:
-            written = engine.generate(prompts, Sampling(max_new_tokens=self.max_new_tokens))
-            for content, each_written in zip(fitting, written, strict=True):
-                content["response"] = each_written.text
-                content |= {"finish_reason": each_written.finish_reason, **failure_of(each_written)}
+                fitting.append((content, ids))
+        return fitting
 
-    def _score(self, engine: Engine, asked: Sequence[AdaItem], contents: Sequence[dict[str, Any]]) -> None:
-        prefixes: list[Tokens] = []
-        choices: list[list[Tokens]] = []
+    def _choices(
+        self, engine: Engine, asked: Sequence[AdaItem], contents: Sequence[dict[str, Any]]
+    ) -> list[tuple[dict[str, Any], Tokens, list[Tokens]]]:
+        """The contents that fit with every answer, their prompts with its beginning, and the answers."""
         fitting = []
         for each, content in zip(asked, contents, strict=True):
             beginning = CANDIDATE_PREFIX if each.candidates else ORDER_PREFIX
             ids = engine.encode_prompt(each.prompt, beginning)
-            names = _names(each)
-            continuations = [engine.tokenizer.encode(name) for name in names]
-            longest = max(map(len, continuations))
+            continuations: list[Tokens] = [engine.tokenizer.encode(name) for name in _names(each)]
             content.setdefault("prompt_tokens", len(ids))
+            longest = max(map(len, continuations))
             if engine.context_limit is None or len(ids) + longest - 1 <= engine.context_limit:
-                prefixes.append(ids)
-                choices.append(continuations)
-                fitting.append(content)
-        if not prefixes:
-            return
-        for content, scores in zip(fitting, engine.score_many(prefixes, choices), strict=True):
-            sums = np.array([float(nll.sum()) for nll in scores])
-            content["nll"] = require_finite(sums, engine.name, f"the answers to {content['id']}").tolist()
+                fitting.append((content, ids, continuations))
+        return fitting
 
 
 def _about(each: AdaItem, length: int) -> dict[str, Any]:

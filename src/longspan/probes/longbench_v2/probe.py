@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,9 +17,9 @@ from longspan.foundation.files import digest
 from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, share_of_best
 from longspan.probes.benchmark_files import Rows, file_digest, hub_file, read_rows
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
-from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, Variant, render, retrieved_document
-from longspan.probes.longbench_v2.scores import COMPENSATION, groups_of, read_answer
-from longspan.probes.longbench_v2.truncation import fit
+from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, RE_ASKED, Variant, render, retrieved_document
+from longspan.probes.longbench_v2.scores import COMPENSATION, groups_of, read_answer, read_re_asked
+from longspan.probes.longbench_v2.truncation import Fitted, fit
 from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
@@ -50,6 +52,9 @@ class LongBenchV2(Probe):
         letters: measure the likelihood of the letters too.
         max_items: the first so many rows; None: all.
         scorer: which rule reads the reply: `official`, `robust`, or an earlier project's (`earlier`, `first_pass`).
+        re_ask: ask once more where the first reply holds no answer under `scorer`: the document again, what was replied
+            and a request for the letter alone. Another protocol, with numbers of its own beside those of the first
+            replies.
     """
 
     title: ClassVar[str] = "LongBench-v2"
@@ -75,6 +80,7 @@ class LongBenchV2(Probe):
     letters: bool = True
     max_items: int | None = Field(None, ge=1)
     scorer: Scorer = "official"
+    re_ask: bool = False
 
     @model_validator(mode="after")
     def _contexts_hold_a_reply(self) -> Self:
@@ -100,6 +106,14 @@ class LongBenchV2(Probe):
             main("null_rate", "No answer", better="lower"),
             detail("answered", "Accuracy on answered"),
             detail("compensated", "Compensated accuracy"),
+            *(
+                (
+                    main("accuracy_re_asked", "Accuracy (strict), asked again", chance=chance),
+                    main("null_rate_re_asked", "No answer, asked again", better="lower"),
+                )
+                if self.re_ask
+                else ()
+            ),
             main("letter_accuracy", "Accuracy by likelihood", chance=chance),
             main("letter_accuracy_calibrated", "Accuracy by likelihood over the prior", chance=chance),
             detail("fully_visible", "Whole document seen"),
@@ -112,7 +126,15 @@ class LongBenchV2(Probe):
 
     def protocol(self) -> dict[str, Any]:
         """The settings, with the data set's content in place of where it lies."""
-        return {**super().protocol(), "data": self._identity()}
+        protocol = {**super().protocol(), "data": self._identity()}
+        if self.letters:
+            protocol["letters_after"] = "the prompt of the reply"
+        if self.re_ask:
+            # Here the rule decides what is asked.
+            return {**protocol, "re_asked_under": self.scorer}
+        # Records of runs that knew of no second question stay valid.
+        del protocol["re_ask"]
+        return protocol
 
     def items(self, data: ProbeData) -> list[Item]:
         """Each row at each context, the contexts of a row one after the other."""
@@ -123,12 +145,24 @@ class LongBenchV2(Probe):
             for context in contexts
         ]
 
+    def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Whole rows: the contexts of a row begin alike, and engines compute a common beginning once."""
+        batch: list[Item] = []
+        for _, of_row in groupby(items, key=lambda item: item.details["row"]):
+            row = list(of_row)
+            if batch and sum(each.tokens for each in (*batch, *row)) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch += row
+        if batch:
+            yield batch
+
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """Replies, the likelihood of the letters, and what was seen; what cannot be asked says why."""
         contents = [self._about(item) for item in items]
         self._reply(engine, contents)
-        if self.letters and "score" in engine.capabilities:
-            self._letters(engine, contents)
+        if self.re_ask:
+            self._ask_again(engine, contents)
         return [{key: value for key, value in content.items() if key != "row"} for content in contents]
 
     def observe(self, record: Record) -> Iterable[Observation]:
@@ -149,6 +183,10 @@ class LongBenchV2(Probe):
         yield seen("accuracy", right)
         yield seen("null_rate", null)
         yield seen("compensated", right + COMPENSATION * null)
+        if self.re_ask:
+            again = read_re_asked(answer, read)
+            yield seen("accuracy_re_asked", float(again.right))
+            yield seen("null_rate_re_asked", float(again.letter is None))
         if not null:
             yield seen("answered", right)
         for group in groups_of(answer):
@@ -198,85 +236,162 @@ class LongBenchV2(Probe):
         return {**about, "document": digest(context)[:16]} if context else about
 
     def _reply(self, engine: Engine, contents: Sequence[dict[str, Any]]) -> None:
-        first = self.reasoning_tokens if self.variant == "cot" else self.max_new_tokens
-        said = self._generate(engine, contents, self.variant, first)
-        if self.variant == "cot":
-            for content, written in zip(contents, said, strict=True):
-                if written is not None:
-                    content["reasoning"], content["reasoning_finish"] = written.text, written.finish_reason
-            said = self._generate(engine, contents, "cot_answer", self.max_new_tokens)
-        for content, written in zip(contents, said, strict=True):
-            if written is not None:
-                content |= {
-                    "response": written.text,
-                    "finish_reason": written.finish_reason,
-                    "prompt_tokens": written.prompt_tokens,
-                    "new_tokens": len(written.tokens),
-                    "max_new_tokens": self.max_new_tokens,
-                    **failure_of(written),
-                }
+        """Replies, and the likelihood of the letters after the same prompts.
 
-    def _generate(
-        self, engine: Engine, contents: Sequence[dict[str, Any]], template: str, new_tokens: int
-    ) -> list[Generation | None]:
-        """What the subject writes, None where the item cannot be asked; its content then says why."""
-        prompts: list[Tokens | None] = []
-        for content in contents:
-            if "not_evaluable" in content:
-                prompts.append(None)
-                continue
-            context, limit = content["context"], engine.context_limit
-            if limit is not None and context > limit:
-                content["not_evaluable"] = f"the subject takes {limit} tokens"
-                prompts.append(None)
-                continue
-            row = content["row"]
-            document = retrieved_document(row, self.retrieved) if template == "rag" else None
-            rendered = render(template, row, document=document, reasoning=content.get("reasoning", ""))
-            least = len(engine.encode_prompt(render(template, row, document="", reasoning="").text))
-            fitted = fit(engine, rendered, context - new_tokens) if least <= context - new_tokens else None
-            if fitted is None:
-                content["not_evaluable"] = f"the question alone has {least} tokens"
-                prompts.append(None)
-                continue
-            if template != "cot_answer":
-                content["truncation"] = fitted.ledger
-            if rendered.differs:
-                content["substitution_differs"] = True
-            prompts.append(fitted.ids)
-        sampling = Sampling(max_new_tokens=new_tokens, temperature=self.temperature, seed=self.sampling_seed)
-        asked = [prompt for prompt in prompts if prompt is not None]
-        written = iter(engine.generate(asked, sampling) if asked else [])
+        Of `cot` the letters stand after the direct question, since reasoning is no prompt.
+        """
+        scores = self.letters and "score" in engine.capabilities
+        if self.variant != "cot":
+            prompts = self._prompts(engine, contents, self.variant, self.max_new_tokens)
+            self._written(engine, contents, prompts, self._letters(engine, contents, prompts) if scores else [])
+            return
+        reasoned = self._prompts(engine, contents, "cot", self.reasoning_tokens)
+        for content, written in zip(contents, self._generate(engine, reasoned, self.reasoning_tokens), strict=True):
+            if written is not None:
+                content["reasoning"], content["reasoning_finish"] = written.text, written.finish_reason
+        direct = self._prompts(engine, contents, "direct", self.max_new_tokens) if scores else []
+        prompts = self._prompts(engine, contents, "cot_answer", self.max_new_tokens)
+        self._written(engine, contents, prompts, self._letters(engine, contents, direct) if scores else [])
+
+    def _written(
+        self,
+        engine: Engine,
+        contents: Sequence[dict[str, Any]],
+        prompts: Sequence[Fitted | None],
+        letters: Sequence[_Letters],
+    ) -> None:
+        asked = [prompt.ids for prompt in prompts if prompt is not None]
+        choices = [engine.tokenizer.encode(letter) for letter in LETTERS]
+        written, scores = engine.generate_and_score(
+            asked, self._sampling(self.max_new_tokens), [each.prefix for each in letters], [choices] * len(letters)
+        )
+        replies = iter(written)
+        for content, prompt in zip(contents, prompts, strict=True):
+            if prompt is not None:
+                content |= self._said(next(replies))
+        for each, scored in zip(letters, scores, strict=True):
+            sums = np.array([float(nll.sum()) for nll in scored])
+            require_finite(sums, engine.name, f"the letters of {each.content['id']}")
+            each.content[each.name] = sums.tolist()
+
+    def _said(self, written: Generation) -> dict[str, Any]:
+        """What a record keeps of a reply."""
+        return {
+            "response": written.text,
+            "finish_reason": written.finish_reason,
+            "prompt_tokens": written.prompt_tokens,
+            **({"shared_tokens": written.shared_tokens} if written.shared_tokens else {}),
+            "new_tokens": len(written.tokens),
+            "max_new_tokens": self.max_new_tokens,
+            **failure_of(written),
+        }
+
+    def _generate(self, engine: Engine, prompts: Sequence[Fitted | None], new_tokens: int) -> list[Generation | None]:
+        asked = [prompt.ids for prompt in prompts if prompt is not None]
+        written = iter(engine.generate(asked, self._sampling(new_tokens)) if asked else [])
         return [None if prompt is None else next(written) for prompt in prompts]
 
-    def _letters(self, engine: Engine, contents: Sequence[dict[str, Any]]) -> None:
-        """Nats of each letter after the same prompt (of `cot`, the direct one) and the beginning of an answer.
+    def _sampling(self, new_tokens: int) -> Sampling:
+        return Sampling(max_new_tokens=new_tokens, temperature=self.temperature, seed=self.sampling_seed)
+
+    def _prompts(
+        self, engine: Engine, contents: Sequence[dict[str, Any]], template: str, new_tokens: int
+    ) -> list[Fitted | None]:
+        """The prompts, None where an item cannot be asked; its content then says why."""
+        prompts: list[Fitted | None] = []
+        for content in contents:
+            fitted = None
+            if "not_evaluable" not in content:
+                limit = engine.context_limit
+                if limit is not None and content["context"] > limit:
+                    content["not_evaluable"] = f"the subject takes {limit} tokens"
+                else:
+                    fitted = self._fit(engine, content, template, new_tokens)
+            prompts.append(fitted)
+        return prompts
+
+    def _fit(self, engine: Engine, content: dict[str, Any], template: str, new_tokens: int) -> Fitted | None:
+        row, room = content["row"], content["context"] - new_tokens
+        reasoning = content.get("reasoning", "")
+        rendered = render(template, row, document=self._document(row, template), reasoning=reasoning)
+        least = len(engine.encode_prompt(render(template, row, document="", reasoning="").text))
+        fitted = fit(engine, rendered, room) if least <= room else None
+        if fitted is None:
+            content["not_evaluable"] = f"the question alone has {least} tokens"
+            return None
+        if template == self.variant:
+            content["truncation"] = fitted.ledger
+        if rendered.differs:
+            content["substitution_differs"] = True
+        return fitted
+
+    def _document(self, row: dict[str, Any], template: str) -> str | None:
+        return retrieved_document(row, self.retrieved) if template in ("rag", RE_ASKED["rag"]) else None
+
+    def _letters(
+        self, engine: Engine, contents: Sequence[dict[str, Any]], prompts: Sequence[Fitted | None]
+    ) -> list[_Letters]:
+        """Where the likelihood of the letters is asked: after each prompt with the beginning of an answer.
 
         `letters_prior` is the same without the document: what the subject expects of the question alone.
         """
-        template = "direct" if self.variant == "cot" else self.variant
-        wanted = (
-            {"letters": template} if template == "no_context" else {"letters": template, "letters_prior": "no_context"}
-        )
-        asked, names, prefixes = [], [], []
-        for content in contents:
-            if "response" not in content:
+        asked = []
+        for content, prompt in zip(contents, prompts, strict=True):
+            if prompt is None:
                 continue
-            row = content["row"]
-            for name, kind in wanted.items():
-                document = retrieved_document(row, self.retrieved) if kind == "rag" else None
-                fitted = fit(engine, render(kind, row, document=document), content["context"] - 1, ANSWER_PREFIX)
-                if fitted is not None:
-                    asked.append(content)
-                    names.append(name)
-                    prefixes.append(fitted.ids)
-        letters = [engine.tokenizer.encode(letter) for letter in LETTERS]
-        if not asked:
-            return
-        scores = engine.score_many(prefixes, [letters] * len(asked))
-        for content, name, scored in zip(asked, names, scores, strict=True):
-            sums = np.array([float(nll.sum()) for nll in scored])
-            content[name] = require_finite(sums, engine.name, f"the letters of {content['id']}").tolist()
+            row, room = content["row"], content["context"] - 1
+            begun = engine.encode_prompt(prompt.text, ANSWER_PREFIX)
+            prefix: Tokens | None = begun
+            if len(begun) > room:
+                # A reply shorter than the beginning of an answer leaves no room for it.
+                template = "direct" if self.variant == "cot" else self.variant
+                rendered = render(template, row, document=self._document(row, template))
+                refitted = fit(engine, rendered, room, ANSWER_PREFIX)
+                prefix = None if refitted is None else refitted.ids
+            if prefix is not None:
+                asked.append(_Letters(content, "letters", prefix))
+            prior = fit(engine, render("no_context", row), room, ANSWER_PREFIX)
+            if self.variant != "no_context" and prior is not None:
+                asked.append(_Letters(content, "letters_prior", prior.ids))
+        return asked
+
+    def _ask_again(self, engine: Engine, contents: Sequence[dict[str, Any]]) -> None:
+        """Once more, with the document and the first reply in one message, where that holds no answer."""
+        template = RE_ASKED[self.variant]
+        asked: list[tuple[dict[str, Any], Fitted]] = []
+        for content in contents:
+            if not self._unanswered(content):
+                continue
+            row, room = content["row"], content["context"] - self.max_new_tokens
+            replied = "\n\n".join(part for part in (content.get("reasoning"), content["response"]) if part)
+            again = {"document": "", "reasoning": replied or "(nothing)"}
+            least = len(engine.encode_prompt(render(template, row, **again).text))
+            again["document"] = self._document(row, template) or str(row.get("context", ""))
+            fitted = fit(engine, render(template, row, **again), room) if least <= room else None
+            if fitted is None:
+                content["re_asked"] = {"not_evaluable": f"question and first reply have {least} tokens"}
+            else:
+                content["re_asked"] = {"truncation": fitted.ledger}
+                asked.append((content["re_asked"], fitted))
+        written = self._generate(engine, [fitted for _, fitted in asked], self.max_new_tokens)
+        for (kept, _), each in zip(asked, written, strict=True):
+            assert each is not None
+            kept |= self._said(each)
+
+    def _unanswered(self, content: dict[str, Any]) -> bool:
+        """Whether there is a first reply that holds no answer; a request that failed is no reply."""
+        if "response" not in content or content.get("failure") not in (None, "empty reply"):
+            return False
+        return read_answer(content, self.scorer).letter is None
+
+
+@dataclass(frozen=True)
+class _Letters:
+    """A request for the likelihood of the letters: after `prefix`, for `name` of a content."""
+
+    content: dict[str, Any]
+    name: str
+    prefix: Tokens
 
 
 def _short(text: str, limit: int) -> str:

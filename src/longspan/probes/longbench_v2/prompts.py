@@ -27,6 +27,23 @@ TEMPLATES: Mapping[str, str] = {
         f"Please read the following retrieved text chunks and answer the question below.\n\n{_TEXT}{_QUESTION}{_FORMAT}"
     ),
 }
+_REPLIED = (
+    "You were asked this before, and your reply was:\n\n<reply>\n$COT$\n</reply>\n\nIt does not say which choice is "
+    "right. Reply with nothing but the letter of the single, most likely choice: A, B, C or D."
+)
+RE_ASKED: Mapping[Variant, str] = {
+    "direct": "re_ask",
+    "cot": "re_ask",
+    "rag": "re_ask_rag",
+    "no_context": "re_ask_no_context",
+}
+"""Templates that ask again, showing what the variant showed; their wording is Longspan's, upstream asks once."""
+_HEADS = {
+    "re_ask": TEMPLATES["direct"].removesuffix(_FORMAT),
+    "re_ask_rag": TEMPLATES["rag"].removesuffix(_FORMAT),
+    "re_ask_no_context": _QUESTION,
+}
+_ALL = {**TEMPLATES, **{name: head + _REPLIED for name, head in _HEADS.items()}}
 ANSWER_PREFIX = " The correct answer is ("
 """Before the letters whose likelihood is measured."""
 _PLACES = ("$DOC$", "$Q$", "$C_A$", "$C_B$", "$C_C$", "$C_D$", "$COT$")
@@ -53,10 +70,10 @@ def render(template: str, row: Mapping[str, Any], *, document: str | None = None
     """Fill a template in one pass; everything put in is stripped of white space at its ends, as upstream has it.
 
     Args:
-        template: a key of `TEMPLATES`.
+        template: a key of `TEMPLATES`, or one of `RE_ASKED`.
         row: of the data set.
         document: instead of the row's `context`.
-        reasoning: the first reply, for `cot_answer`.
+        reasoning: the first reply, for `cot_answer` and to ask again.
     """
     values = {
         "$DOC$": (str(row.get("context", "")) if document is None else document).strip(),
@@ -67,7 +84,7 @@ def render(template: str, row: Mapping[str, Any], *, document: str | None = None
         "$C_D$": str(row["choice_D"]).strip(),
         "$COT$": reasoning.strip(),
     }
-    body = TEMPLATES[template]
+    body = _ALL[template]
     pieces = re.split(r"(\$(?:DOC|Q|C_[A-D]|COT)\$)", body)
     text, place = "", None
     for piece in pieces:

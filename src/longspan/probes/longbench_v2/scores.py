@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longspan.probes.longbench_v2.extraction import LETTERS, SCORERS, Scorer
+from longspan.probes.longbench_v2.extraction import LETTERS, SCORERS, Scorer, robust
 from longspan.probes.longbench_v2.nulls import CAUSES, NullCause, null_cause
 from longspan.records import statistics
 
@@ -31,6 +31,20 @@ def read_answer(answer: Mapping[str, Any], scorer: Scorer) -> Read:
     """A record's answer under a scorer; a null has its cause."""
     letter = SCORERS[scorer](str(answer.get("response", "")))
     return Read(letter, letter == answer["gold"], null_cause(answer) if letter is None else None)
+
+
+def read_re_asked(answer: Mapping[str, Any], first: Read) -> Read:
+    """What a record's answer is after asking again: the first reply where it holds one, else the second.
+
+    Args:
+        answer: of a record whose protocol asks again; `re_asked` is there where that was done.
+        first: the first reply as a scorer reads it. The second was to be a letter alone, of which no official rule
+            knows, and is read by the robust one.
+    """
+    if first.letter is not None or "response" not in (again := answer.get("re_asked", {})):
+        return first
+    letter = robust(str(again["response"]))
+    return Read(letter, letter == answer["gold"], null_cause(again) if letter is None else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +111,16 @@ class Scores:
         letters: how often each letter was said; `null` for none.
         gold: how often each letter is right.
         causes: how often each cause of a null occurred.
+        asked_again: items of which a second reply is stored, None where the protocol asks once.
+        re_asked: the groups with the second reply in place of a first one that held no answer: another protocol.
     """
 
     groups: tuple[Score, ...]
     letters: Mapping[str, int]
     gold: Mapping[str, int]
     causes: Mapping[str, int]
+    asked_again: int | None = None
+    re_asked: tuple[Score, ...] = ()
 
     @property
     def constant(self) -> tuple[str, float]:
@@ -120,37 +138,58 @@ class Scores:
             "causes": dict(self.causes),
             "constant_letter": {"letter": letter, "accuracy": share},
             "chance": 1 / len(LETTERS),
+            **({} if self.asked_again is None else self._again()),
         }
 
+    def _again(self) -> dict[str, Any]:
+        return {"asked_again": self.asked_again, "re_asked": [score.to_json() for score in self.re_asked]}
 
-def score(answers: Iterable[Mapping[str, Any]], scorer: Scorer) -> Scores:
+
+def score(answers: Iterable[Mapping[str, Any]], scorer: Scorer, *, re_ask: bool = False) -> Scores:
     """Score answers.
 
     Difficulties other than `easy` count as `hard`, lengths other than `short` and `medium` as `long`, as upstream has
     it; an answer without them counts in no such group.
+
+    Args:
+        answers: of records.
+        scorer: the rule that reads the first replies.
+        re_ask: whether their protocol asks again, which is then scored beside it.
     """
     counts: dict[str, list[int]] = {}
+    counts_again: dict[str, list[int]] = {}
     letters: Counter[str] = Counter()
     gold: Counter[str] = Counter()
     causes: Counter[str] = Counter()
+    asked_again = 0
     for answer in answers:
         read = read_answer(answer, scorer)
         letters[read.letter or "null"] += 1
         gold[answer["gold"]] += 1
         if read.cause is not None:
             causes[read.cause] += 1
-        for group in groups_of(answer):
-            row = counts.setdefault(group, [0, 0, 0])
-            row[0] += read.right
-            row[1] += 1
-            row[2] += read.letter is None
+        groups = groups_of(answer)
+        _count(counts, groups, read)
+        if re_ask:
+            asked_again += "response" in answer.get("re_asked", {})
+            _count(counts_again, groups, read_re_asked(answer, read))
     order = [*GROUPS, *sorted(name for name in counts if name not in GROUPS)]
     return Scores(
         tuple(Score(group, *counts[group]) for group in order if group in counts),
         {name: letters[name] for name in (*LETTERS, "null")},
         {name: gold[name] for name in LETTERS},
         {cause: causes[cause] for cause in CAUSES if causes[cause]},
+        asked_again if re_ask else None,
+        tuple(Score(group, *counts_again[group]) for group in order if group in counts_again),
     )
+
+
+def _count(counts: dict[str, list[int]], groups: Iterable[str], read: Read) -> None:
+    for group in groups:
+        row = counts.setdefault(group, [0, 0, 0])
+        row[0] += read.right
+        row[1] += 1
+        row[2] += read.letter is None
 
 
 def groups_of(answer: Mapping[str, Any]) -> list[str]:
