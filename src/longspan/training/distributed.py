@@ -68,7 +68,6 @@ class Spread:
             self._ddp = DistributedDataParallel(
                 self.objective,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 
