@@ -299,6 +299,13 @@ def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, unt
     # A misspelt name is answered before anything heavy is imported.
     find_study(study)
     _tune_allocator()
+    from longspan.foundation.machine import follows
+
+    if follows():
+        from longspan.study.executors.torchrun import follow
+
+        follow()
+        return
     from longspan.study.run import run_study
     from longspan.terminal import Terminal
 
