@@ -1,7 +1,7 @@
 """Training with several GPUs of one host against one of them: tokens/s, efficiency, exposed communication, losses.
 
     python benchmarks/scaling_gpu.py                                   # 1 and 2 GPUs, about two minutes
-    python benchmarks/scaling_gpu.py --compile --processes 4
+    python benchmarks/scaling_gpu.py --processes 4 --compile no
     python benchmarks/scaling_gpu.py --device cpu --width 64 --layers 2 --rows 2 --context 64 --vocab 500 --steps 12
 
 The real training loop (`longspan.training.loop.train`) trains a hybrid of about 130 M parameters on random tokens, one
@@ -110,10 +110,12 @@ def communication(profiler: Any) -> dict[str, float]:
     """Milliseconds per step of NCCL kernels, and of those moments in which nothing else ran."""
     nccl, others = [], []
     for event in profiler.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith(("ProfilerStep", "Optimizer")):
+        # Annotations span whole phases and would hide what stands idle inside.
+        annotation = getattr(event, "is_user_annotation", False) or event.name.startswith(("nccl:", "FSDP::"))
+        if annotation or event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         span = (event.time_range.start, event.time_range.end)
-        (nccl if "nccl" in event.name.lower() else others).append(span)
+        (nccl if event.name.startswith("nccl") else others).append(span)
     busy = union(others)
     total = length(union(nccl))
     both = length(union(nccl)) + length(busy) - length(union(nccl + others))
@@ -148,12 +150,13 @@ def run(
             "log_every": 5,
             "context": options.context,
             "steps": options.steps,
-            "compile": options.compile,
+            "compile": {"auto": "auto", "yes": True, "no": False}[options.compile],
             **settings,
         }
     )
     began = time.perf_counter()
-    folder = ranks.on_first(lambda: tempfile.mkdtemp(prefix="scaling-"))
+    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    folder = ranks.on_first(lambda: tempfile.mkdtemp(prefix="scaling-", dir=place))
     model = LanguageModel(config, options.vocab, 0)
     report = Profiled(device.type == "cuda" and ranks.size > 1 and ranks.is_first and training.log_every == 5)
     result = train(
@@ -193,17 +196,17 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
     size, config = options.processes, model_config(options)
     per_gpu = options.rows * options.context
 
-    def part(name: str, ranks: Ranks, measure: Callable[[], dict[str, Any]]) -> None:
-        if ranks.is_first and rank == 0:
+    def part(name: str, ranks: Ranks, measure: Callable[[], dict[str, Any]], everybody: bool = False) -> None:
+        # Alone is rank 0, while the others wait below; `everybody` is each for itself.
+        if rank == 0 or ranks.size > 1 or everybody:
             try:
-                results.put((name, measure()))
+                found = measure()
             except Exception:
-                results.put((name, {"error": traceback.format_exc().splitlines()[-12:]}))
-        elif ranks.size > 1:
-            try:
-                measure()
-            except Exception:
-                traceback.print_exc()
+                found = {"error": traceback.format_exc().splitlines()[-12:]}
+            if rank == 0:
+                results.put((name, found))
+            elif "error" in found:
+                print(f"rank {rank}: {name}:", *found["error"], sep="\n  ", flush=True)
         group.on_first(lambda: None)
 
     with joined(rank, size, device, meeting=f"file://{meeting}") as group:
@@ -216,9 +219,14 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
             """The same rows in the same steps; one process accumulates what several share."""
             tokens = CHECKED_ROWS * CHECKED_CONTEXT * size
             settings = {"batch_tokens": tokens, "context": CHECKED_CONTEXT, "accumulation": size // ranks.size}
-            settings |= {"dtype": "fp32", "steps": CHECKED_STEPS, "log_every": 1, "compile": False}
+            settings |= {"dtype": "fp32", "steps": CHECKED_STEPS, "log_every": 1, "compile": False, "warmup": 2}
             return run(config, options, device, ranks, **settings)
 
+        def warmed_up() -> dict[str, Any]:
+            """Every rank by itself, at once: kernels and layers are compiled before anybody waits for another."""
+            return run(config, options, device, ALONE, batch_tokens=per_gpu, steps=3, warmup=1)
+
+        part("every process for itself, 3 steps", ALONE, warmed_up, everybody=True)
         part("1 process", ALONE, lambda: timed(ALONE))
         for kind, ranks in sharing.items():
             part(f"{size} processes, {kind}", ranks, lambda ranks=ranks: timed(ranks))
@@ -241,7 +249,10 @@ def show(name: str, found: dict[str, Any], whole: dict[str, dict[str, Any]], opt
             found["largest_difference"] = max(abs(a - b) for a, b in zip(found["losses"], alone["losses"], strict=True))
             words.insert(0, f"largest difference {found['largest_difference']:.2e}")
     else:
-        rate = found["tokens_per_second"] or 0.0
+        if not found["tokens_per_second"]:
+            print(f"{name}: {found['seconds']:.0f} s", flush=True)
+            return
+        rate = found["tokens_per_second"]
         words.insert(0, f"{rate:,.0f} tok/s, peak {found['peak_memory_gib']:.2f} GiB per process")
         if "tokens_per_second" in alone and alone is not found and alone["tokens_per_second"]:
             found["efficiency"] = rate / (options.processes * alone["tokens_per_second"])
@@ -260,9 +271,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--steps", type=int, default=43)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--seconds", type=float, default=115, help="stop then, whatever is missing")
+    parser.add_argument("--steps", type=int, default=63)
+    parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on GPUs")
+    parser.add_argument("--seconds", type=float, default=160, help="stop then, whatever is missing")
     options = parser.parse_args()
     began = time.monotonic()
     config = model_config(options)
@@ -272,7 +283,7 @@ def main() -> None:
     print(
         f"{hardware}, torch {torch.__version__}, {config.pattern} of width {options.width}, {parameters / 1e6:.1f} M "
         f"parameters, {flops / 1e9:.2f} GFLOP a token, {options.rows} × {options.context} positions per process and "
-        f"step, {'compiled' if options.compile else 'eager'}",
+        f"step, layers compiled: {options.compile}",
         flush=True,
     )
     context = multiprocessing.get_context("spawn")
