@@ -80,7 +80,7 @@ def test_a_way_of_sharing_for_one_process_is_refused(tmp_path: Path) -> None:
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "LONGSPAN_NO_REEXEC": "1"}
 LONGSPAN = ("-m", "longspan")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *LONGSPAN)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *LONGSPAN)
 
 
 def command(folder: Path, launcher: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
