@@ -310,6 +310,12 @@ def write_no_page(report: ReportInput, folder: Path) -> Path:
 
 # --- trained runs, for the commands that use one ----------------------------------------------------------------------
 
+TINY_BENCH = (
+    "--patterns=AM", "--contexts=32", "--parameters=130k", "--vocab-size=258", "--batch-tokens=64", "--new-tokens=2",
+    "--seconds=1", "--no-peers",
+)  # fmt: skip
+"""Of an option that is given twice the last counts."""
+
 WITH_A_RUN = ("generate", "lm-eval", "export")
 WITH_RECORDS = ("rescore", "compare")
 BENCHMARKS = Path("docs/examples/benchmarks")
@@ -403,6 +409,8 @@ def test_documented_command_works(
     if command.words != WITH_PAGE:
         monkeypatch.setattr("longspan.report.page.write_report", write_no_page)
     words = shrunk(command) if command.is_study else list(command.words[1:])
+    if command.words[1] == "bench":
+        words += TINY_BENCH
     if command.words[1] in WITH_A_RUN:
         words = with_a_run(command, monkeypatch)
     if command.words[1] in WITH_RECORDS:

@@ -201,6 +201,44 @@ def budget(
 
 
 @app.command()
+def bench(
+    patterns: Annotated[
+        str | None, typer.Option("--patterns", help="layers, with commas: AAAA,MMMM,AMAM; default by device")
+    ] = None,
+    contexts: Annotated[str | None, typer.Option("--contexts", help="tokens, with commas: 256,1k")] = None,
+    parameters: Annotated[
+        str | None, typer.Option("--parameters", help="of each model, about, e.g. 1e6 or 130M")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default cuda where there is one")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16; default what is fast here")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=1, help="for all of it, about")] = None,
+    vocab_size: Annotated[int | None, typer.Option("--vocab-size", min=258, help="rows of the embedding")] = None,
+    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="of a training step")] = None,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="decoded after each prompt")] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="measure other packages too, if installed")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure training, prefill, decoding and memory on this machine; the last line is one JSON object."""
+    _tune_allocator()
+    from longspan.commands.bench.run import bench as measure
+    from longspan.commands.bench.setting import read_setting
+
+    setting = read_setting(
+        patterns=patterns,
+        contexts=contexts,
+        parameters=parameters,
+        device=device,
+        dtype=dtype,
+        seconds=seconds,
+        vocab_size=vocab_size,
+        batch_tokens=batch_tokens,
+        new_tokens=new_tokens,
+    )
+    measure(setting, peers=peers, json_only=json)
+
+
+@app.command()
 def rescore(
     run: RecordedRun,
     scorer: Annotated[str | None, typer.Option("--scorer", help="official, robust, earlier, first_pass, …")] = None,
@@ -299,6 +337,13 @@ def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, unt
     # A misspelt name is answered before anything heavy is imported.
     find_study(study)
     _tune_allocator()
+    from longspan.foundation.machine import follows
+
+    if follows():
+        from longspan.study.executors.torchrun import follow
+
+        follow()
+        return
     from longspan.study.run import run_study
     from longspan.terminal import Terminal
 

@@ -6,6 +6,7 @@ and again, and one that is left alone.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 
 from longspan.corpus.packing import Batch
+from longspan.foundation.progress import silent
 from longspan.foundation.randomness import numpy_generator
 from longspan.models.language_model import IGNORE, LanguageModel, ModelConfig
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
+from longspan.training.ranks import joined
 from longspan.training.result import TrainingResult
 
 VOCAB = 32
@@ -97,6 +100,41 @@ def run(
         "directory": directory,
     }
     return train(net or model(dropout=0.1), training, **{**arguments, **more})
+
+
+def together(directory: Path, size: int, training: TrainingConfig | None = None, **more: Any) -> list[Any]:
+    """`run` by `size` processes that train one model; what each returned or raised, or how it was killed, by rank.
+
+    `more` goes to `run`; `report_of` is asked by rank.
+    """
+    training = training or settings()
+    report_of = more.pop("report_of", lambda rank: silent)
+    directory.mkdir(parents=True, exist_ok=True)
+    meeting = directory / f".meeting-{time.monotonic_ns()}"
+    pipes = []
+    for rank in range(size):
+        mine, theirs = multiprocessing.Pipe(duplex=False)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            try:
+                device = torch.device("cpu")
+                with joined(rank, size, device, training.parallel, meeting=f"file://{meeting}") as ranks:
+                    outcome: Any = run(directory, training, ranks=ranks, report=report_of(rank), **more)
+            except Exception as error:
+                outcome = error
+            theirs.send(outcome)
+            os._exit(0)
+        theirs.close()
+        pipes.append((child, mine))
+    outcomes = []
+    for child, pipe in pipes:
+        try:
+            outcomes.append(pipe.recv())
+        except EOFError:
+            outcomes.append(None)
+        os.waitpid(child, 0)
+    return outcomes
 
 
 def kill_until_done(directory: Path, training: TrainingConfig, kills: int, chance: random.Random) -> int:

@@ -124,7 +124,7 @@ def test_dying_at_any_rename_of_a_checkpoint_loses_nothing(
 def test_a_full_disk_leaves_the_previous_checkpoint_usable(
     small: ModuleType, tmp_path: Path, whole: dict[str, Any], write: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = checkpoint._save_tensors, iter(range(1000))
+    real, calls = checkpoint.save_tensors, iter(range(1000))
 
     def save(tensors: Any, path: Path) -> None:
         if next(calls) == write:
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(
         real(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_save_tensors", save)
+        patch.setattr(checkpoint, "save_tensors", save)
         with pytest.raises(DataError, match="no disk space left"):
             small.run(tmp_path)
     small.run(tmp_path)

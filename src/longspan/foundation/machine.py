@@ -11,3 +11,13 @@ ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:gli
 def available_cores() -> int:
     """Cores this process may use (affinity respected)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_launched() -> int:
+    """Processes that torchrun started for one command, this one included; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def follows() -> bool:
+    """Whether torchrun started this process to help another one."""
+    return num_launched() > 1 and os.environ["RANK"] != "0"

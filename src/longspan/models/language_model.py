@@ -159,7 +159,8 @@ class LanguageModel(nn.Module):
     def prepare(self, segments: Segments, tokens_BT: Tensor) -> None:
         """Make ahead of `forward` what layers share and keep in `segments`: angles and masks of a training batch."""
         weight = self.embedding.weight
-        x_BTD = weight.new_empty(()).expand(*tokens_BT.shape, weight.shape[1])
+        # Made anew, since a weight that several processes hold in parts gives birth to others like it.
+        x_BTD = torch.empty((), dtype=weight.dtype, device=weight.device).expand(*tokens_BT.shape, weight.shape[1])
         for mixer in {block.letter: block.mixer for block in self.blocks}.values():
             mixer.prepare(segments, x_BTD)
 

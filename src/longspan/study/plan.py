@@ -239,7 +239,12 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], contex
             **code,
         },
         needs=(prepare.key,),
-        details={**places, "tracking": config.tracking.model_dump(mode="json")},
+        details={
+            **places,
+            "tracking": config.tracking.model_dump(mode="json"),
+            "processes": config.training.processes,
+            "parallel": config.training.parallel,
+        },
     )
     shared = {"model": train.specification["model"], "packing": packing, **code}
     probes = _probe_jobs(subject, train, runs, places, shared, context, config.training.context)

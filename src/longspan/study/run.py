@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,11 +14,13 @@ from longspan.corpus.prepare import PreparedCorpus
 from longspan.engines.run_index import ListedRun, list_runs
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
+from longspan.foundation.machine import num_launched
 from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
 from longspan.records.store import RecordStore
 from longspan.study.asked import letting_go
 from longspan.study.environment import devices
+from longspan.study.executors.base import Executor
 from longspan.study.executors.local import LocalExecutor
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan as Plan
@@ -78,7 +81,6 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     if moved := claim_study_folder(study, folder):
         terminal.line(f"note: {moved}")
     list_runs(folder, (listed(planned, runs) for planned in plan.subjects))
-    executor = LocalExecutor(devices())
     jobs = plan.jobs_until(until)
     done_before = [job for job in jobs if job.is_done(runs)]
     if done_before:
@@ -87,7 +89,7 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     def finished(job: Job, result: dict[str, Any]) -> None:
         terminal.finished(job, headline(job, result))
 
-    with letting_go():
+    with letting_go(), _executor() as executor:
         executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
         if until in ("probe", "report"):
             check_items(plan, runs)
@@ -99,6 +101,18 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     if until != "report":
         return _stage_outcome(jobs, runs, seconds)
     return _write_report(plan, runs, folder, name, seconds)
+
+
+@contextmanager
+def _executor() -> Iterator[Executor]:
+    """All devices of this machine, or the processes that torchrun started."""
+    if num_launched() > 1:
+        from longspan.study.executors.torchrun import leading
+
+        with leading() as executor:
+            yield executor
+    else:
+        yield LocalExecutor(devices())
 
 
 def listed(planned: PlannedSubject, runs: Path) -> ListedRun:

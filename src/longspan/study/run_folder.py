@@ -12,7 +12,7 @@ import yaml
 
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import atomic_write, digest
-from longspan.study.schema import Study
+from longspan.study.schema import HOW_TO_RUN, Study
 
 RESOLVED, REPORT = "study.yaml", "report.html"
 
@@ -20,7 +20,8 @@ RESOLVED, REPORT = "study.yaml", "report.html"
 def study_folder(study: Study, runs: Path) -> Path:
     """Where a study's report goes: `runs/NAME`, with the variant and a hash where overrides changed it."""
     parts = [study.name, *re.findall(r"[\w.-]+", study.variant)]
-    changes = [text for text in study.overrides if not text.startswith("variant=")]
+    unnamed = {"variant", *HOW_TO_RUN, *(f"training.{name}" for name in HOW_TO_RUN)}
+    changes = [text for text in study.overrides if text.partition("=")[0] not in unnamed]
     if changes:
         parts.append(digest(changes)[:8])
     return runs / "-".join(parts)

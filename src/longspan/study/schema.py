@@ -154,6 +154,8 @@ OF_THE_WHOLE = ("subjects", "probe_context", "primary")
 """What a variant that is chosen for the whole study may replace beside sections."""
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 SEED = ("training", "seed")
+HOW_TO_RUN = ("processes", "parallel")
+"""Settings of training that change no result but by rounding."""
 PATTERN = ("model", "pattern")
 FOLDERS = {"jobs", "downloads"}
 """What else lies beside the studies' folders."""
@@ -195,7 +197,13 @@ class Study:
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def resolved(self) -> dict[str, Any]:
-        """The whole study as plain data: what is written beside every result."""
+        """The whole study as plain data: what is written beside every result.
+
+        How many processes train is no part of it; each result says that itself.
+        """
+        base = copy.deepcopy(dict(self.base))
+        if isinstance(base.get("training"), Mapping):
+            base["training"] = {key: value for key, value in base["training"].items() if key not in HOW_TO_RUN}
         return {
             "study": self.name,
             "question": self.question,
@@ -204,7 +212,7 @@ class Study:
             **({"plugins": list(self.plugins)} if self.plugins else {}),
             **({"subjects": [each.model_dump(exclude_defaults=True) for each in self.sources]} if self.sources else {}),
             **({"probe_context": self.context} if self.context else {}),
-            **copy.deepcopy(dict(self.base)),
+            **base,
             **({"vary": copy.deepcopy(dict(self.vary))} if self.vary else {}),
             **({"also": copy.deepcopy(dict(self.also))} if self.also else {}),
         }

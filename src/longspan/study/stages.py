@@ -30,6 +30,7 @@ from longspan.study.jobs import DOWNLOADS, Job, finished_job
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
+from longspan.training.ranks import ALONE, Ranks
 from longspan.training.trackers import TrackingConfig, make_trackers
 
 CORPUS = "corpus"
@@ -39,8 +40,17 @@ ITEMS_SEED = 0
 """Items are the same for every subject and every training seed."""
 
 
-def execute(job: Job, runs: Path, report: Report, device: str) -> dict[str, Any]:
-    """Do one job in its directory, unless it is done, and return its result."""
+Train = Callable[[Job, Path, Path, Report], dict[str, Any]]
+"""How a training job is done in its folder, under the folder of all runs."""
+
+
+def execute(job: Job, runs: Path, report: Report, device: str, train_with: Train | None = None) -> dict[str, Any]:
+    """Do one job in its directory, unless it is done, and return its result.
+
+    Args:
+        device: what it runs on.
+        train_with: trains in place of this process alone.
+    """
     if job.is_done(runs):
         return job.result(runs)
     for plugin in job.details.get("plugins", ()):
@@ -48,7 +58,10 @@ def execute(job: Job, runs: Path, report: Report, device: str) -> dict[str, Any]
     with job.claim(runs) as folder:
         if job.is_done(runs):
             return job.result(runs)
-        result = STAGES[job.kind](job, folder, runs, report, device)
+        if job.kind == "train" and train_with is not None:
+            result = train_with(job, folder, runs, report)
+        else:
+            result = STAGES[job.kind](job, folder, runs, report, device)
         job.finish(folder, result)
         return result
 
@@ -79,8 +92,17 @@ def open_corpus(folder: Path, *, verify: bool = True) -> PreparedCorpus:
         return PreparedCorpus.open(folder / CORPUS, verify=verify)
 
 
-def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str) -> dict[str, Any]:
-    """Shards → weights, metrics and the cost of getting them."""
+def train_stage(
+    job: Job, folder: Path, runs: Path, report: Report, device: str, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Shards → weights, metrics and the cost of getting them.
+
+    Args:
+        ranks: this process among those that do this together, each on a device of its own.
+
+    Returns:
+        the job's result on rank 0; nothing on the others.
+    """
     specification = job.specification
     prepared = open_corpus(runs / "jobs" / job.details["prepare"])
     vocab_size = prepared.tokenizer.vocab_size
@@ -91,20 +113,22 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
     training = TrainingConfig.parse(specification["training"], "training")
     packing = PackingConfig.parse(specification["packing"], "packing")
     model = LanguageModel(ModelConfig.parse(specification["model"], "model"), vocab_size, seed=training.seed)
+    tracking = TrackingConfig.parse(job.details["tracking"], "tracking")
     shape = {"context": training.context, "rows": training.rows}
     # Whether there is something to validate on is found out before training.
     prepared.validation_batches(packing, **shape)
     batches: list[TrainingBatches] = []
-    describe_run(
-        folder,
-        name=job.title.removeprefix("train "),
-        model=specification["model"],
-        tokenizer=prepared.tokenizer,
-        markers=packing.markers if prepared.task is None else prepared.task.marked,
-        isolation=packing.isolation,
-        context=training.context,
-        plugins=job.details.get("plugins", ()),
-    )
+    if ranks.is_first:
+        describe_run(
+            folder,
+            name=job.title.removeprefix("train "),
+            model=specification["model"],
+            tokenizer=prepared.tokenizer,
+            markers=packing.markers if prepared.task is None else prepared.task.marked,
+            isolation=packing.isolation,
+            context=training.context,
+            plugins=job.details.get("plugins", ()),
+        )
 
     def make_batches() -> TrainingBatches:
         batches.append(prepared.training_batches(packing, **shape, seed=training.seed))
@@ -121,8 +145,11 @@ def train_stage(job: Job, folder: Path, runs: Path, report: Report, device: str)
         configuration={"job": job.key},
         device=device,
         report=report,
-        trackers=make_trackers(TrackingConfig.parse(job.details["tracking"], "tracking"), job.title),
+        trackers=make_trackers(tracking, job.title) if ranks.is_first else (),
+        ranks=ranks,
     )
+    if not ranks.is_first:
+        return {}
     if not batches:
         # A process before this one wrote everything but the completion marker.
         make_batches().load_state_dict(read_state(folder / TRAINING / "checkpoints" / "last")["state"]["data"])

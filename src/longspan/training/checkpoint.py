@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,10 @@ def save_checkpoint(
         "state": dataclasses.asdict(state),
     }
     with atomic_directory(folder) as partial:
-        _save_tensors(_tensors_of(model), partial / WEIGHTS)
+        save_tensors(_tensors_of(model), partial / WEIGHTS)
         if optimizer is not None:
-            _save_tensors(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
-            written["random"] = _random_state(next(model.parameters()).device)
+            save_tensors(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+            written["random"] = random_state(next(model.parameters()).device)
         write_json(partial / STATE, written)
 
 
@@ -118,8 +118,8 @@ def load_checkpoint(
     written = read_state(folder)
     check_configuration(folder, written["configuration"], configuration)
     load_weights(folder, model)
-    _load_optimizer(folder / OPTIMIZER, model, optimizer)
-    _restore_random_state(written["random"], next(model.parameters()).device)
+    load_optimizer(folder / OPTIMIZER, model, optimizer)
+    restore_random_state(written["random"], next(model.parameters()).device)
     return TrainingState.from_json(written["state"])
 
 
@@ -221,7 +221,25 @@ def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
     }
 
 
-def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    # Cloned, since tensors mapped from a file are not aligned as torch's own, and that can change last bits.
+    return tensor.to(like.device).clone()
+
+
+def load_optimizer(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _placed,
+) -> None:
+    """Fill AdamW's state from one file.
+
+    Args:
+        place: makes of a whole tensor what is held beside a parameter (the second argument).
+
+    Raises:
+        DataError: the file is damaged or belongs to another model.
+    """
     found = _load_tensors(path)
     for name, parameter in model.named_parameters():
         # AdamW keeps its step count as fp32 on the parameter's device when fused, like its moments.
@@ -230,15 +248,15 @@ def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
             if all(value is None for value in entries.values()):
                 continue
             raise DataError(f"{path}: the state of `{name}` is incomplete", "all of it", f"remove {path.parent}")
-        # Cloned, since tensors mapped from a file are not aligned as torch's own, and that can change last bits.
         optimizer.state[parameter] = {
-            key: value.to(parameter.device).clone() for key, value in entries.items() if value is not None
+            key: place(value, parameter) for key, value in entries.items() if value is not None
         }
     if found:
         raise DataError(f"{path}: unknown entry `{next(iter(found))}`", "AdamW's state", f"remove {path.parent}")
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file."""
     try:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
@@ -259,14 +277,16 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def _random_state(device: torch.device) -> dict[str, str]:
+def random_state(device: torch.device) -> dict[str, str]:
+    """What torch's global generators would draw next, as text."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return {key: base64.b64encode(value.numpy().tobytes()).decode() for key, value in states.items()}
 
 
-def _restore_random_state(states: Mapping[str, str], device: torch.device) -> None:
+def restore_random_state(states: Mapping[str, str], device: torch.device) -> None:
+    """Let torch's global generators go on from there."""
     decoded = {
         key: torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.uint8) for key, value in states.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 
+Parallel = Literal["ddp", "fsdp"]
 DEFAULT_MIN_LR_RATIO = 0.1
 DEFAULT_DECAY = 0.1
 
@@ -37,6 +39,11 @@ class TrainingConfig(Config):
         log_every: steps between lines in `metrics.jsonl`; loss is the mean over them.
         compile: `torch.compile` the layers; `auto` does on CUDA with Triton, and not on a CPU, where it hardly pays for
             its start.
+        processes: processes that train one model together, each on a device of its own and with an equal share of every
+            batch's rows. The update is that of one process, so this is no part of what identifies a run: it may be
+            resumed with another number.
+        parallel: `ddp` keeps the whole model on each device; `fsdp` keeps a part of every layer there, for models that
+            do not fit. As little part of a run's identity.
     """
 
     context: PositiveInt
@@ -63,6 +70,8 @@ class TrainingConfig(Config):
     log_every: PositiveInt = 10
     seed: NonNegativeInt = 0
     compile: bool | Literal["auto"] = "auto"
+    processes: PositiveInt = Field(default=1, exclude=True)
+    parallel: Parallel = Field(default="ddp", exclude=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -71,14 +80,7 @@ class TrainingConfig(Config):
             raise UserError(
                 given, "exactly one of the two", "say how long to train in one of them; `null` takes the other away"
             )
-        unit = self.context * self.accumulation
-        if self.batch_tokens % unit:
-            near = max(1, round(self.batch_tokens / unit)) * unit
-            raise UserError(
-                f"batch_tokens = {self.batch_tokens}",
-                f"a multiple of context × accumulation = {self.context} × {self.accumulation} = {unit}",
-                f"set batch_tokens to {near}",
-            )
+        self.check_shares(self.processes)
         _check_share("warmup", self.warmup)
         _check_share("decay", self.decay)
         if self.warmup_steps + self.decay_steps > self.num_steps:
@@ -89,6 +91,23 @@ class TrainingConfig(Config):
             )
         self._check_unused()
         return self
+
+    def check_shares(self, processes: int) -> None:
+        """Refuse a batch that is not a whole number of rows for each of so many processes.
+
+        Raises:
+            UserError: with the nearest batch that is.
+        """
+        factors = {"context": self.context, "accumulation": self.accumulation}
+        factors |= {"processes": processes} if processes > 1 else {}
+        unit = math.prod(factors.values())
+        if self.batch_tokens % unit:
+            near = max(1, round(self.batch_tokens / unit)) * unit
+            raise UserError(
+                f"batch_tokens = {self.batch_tokens}",
+                f"a multiple of {' × '.join(factors)} = {' × '.join(map(str, factors.values()))} = {unit}",
+                f"set batch_tokens to {near}",
+            )
 
     def _check_unused(self) -> None:
         for name, value, needed, used in (

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from longspan.models.language_model import LanguageModel
 from longspan.training.batches import to_device
 
 if TYPE_CHECKING:
     from longspan.corpus.packing import Batch
-    from longspan.models.language_model import LanguageModel
     from longspan.models.segments import Isolation
+    from longspan.training.distributed import Spread
 
 
 def locate(
@@ -44,6 +46,31 @@ def locate(
         return _largest_gradient(model)
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def locate_in_spread(
+    spread: Spread,
+    batches: Sequence[Batch],
+    *,
+    isolation: Isolation,
+    device: torch.device,
+    autocast: Callable[[], torch.autocast],
+) -> str:
+    """`locate` for a model over several ranks, all of which must call it and learn the same.
+
+    Rank 0 repeats the whole step on a whole copy, rows in the portions that the ranks had.
+    """
+    weights, ranks = spread.whole(), spread.ranks
+
+    def alone() -> str:
+        model = LanguageModel(spread.model.config, spread.model.vocab_size, device=device)
+        model.load_state_dict(weights)
+        model.train(spread.model.training)
+        every = (dataclasses.replace(ranks, rank=rank) for rank in range(ranks.size))
+        portions = [rank.part(batch) for rank in every for batch in batches]
+        return locate(model, portions, isolation=isolation, device=device, autocast=autocast)
+
+    return ranks.on_first(alone)
 
 
 def _locate_in(

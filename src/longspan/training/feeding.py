@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longspan.training.batches import ResumableBatches, num_targets, to_device
+from longspan.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from longspan.corpus.packing import Batch
@@ -27,7 +28,7 @@ AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """A batch as it came, and what the model reads of it."""
+    """A batch as it came, what the model reads of this rank's rows of it, and the targets of all rows."""
 
     batch: Batch
     tokens: torch.Tensor
@@ -46,7 +47,15 @@ class Feed:
         isolation: Isolation,
         device: torch.device,
         autocast: Callable[[], torch.autocast],
+        ranks: Ranks = ALONE,
     ) -> None:
+        """Nothing is made before it is asked for.
+
+        Args:
+            batches: of all ranks together.
+            ranks: those that share each batch; this one's rows go to its device.
+        """
+        self._ranks = ranks
         self._batches, self._model, self._isolation, self._device = batches, model, isolation, device
         self._autocast = autocast
         self._state = batches.state_dict()
@@ -89,7 +98,7 @@ class Feed:
 
     def _make(self) -> Fed:
         batch = next(self._batches)
-        tokens, targets, doc = to_device(batch, self._device)
+        tokens, targets, doc = to_device(self._ranks.part(batch), self._device)
         # A compiled layer is one for ids and one without: where layers are compiled, every batch keeps its ids.
         segments = self._model.segments(tokens, doc, isolation=self._isolation, keep_ids=self._device.type != "cpu")
         with self._autocast():

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 
 from longspan.foundation.errors import DivergenceError, Stopped, UserError
+from longspan.foundation.files import digest
 from longspan.foundation.progress import Progress, Report, silent
 from longspan.foundation.randomness import stream_seed
 from longspan.ops import kernels
 from longspan.training.batches import ResumableBatches
 from longspan.training.checkpoint import (
     TrainingState,
-    load_checkpoint,
     load_weights,
     read_state,
     recover_checkpoint,
@@ -27,16 +28,19 @@ from longspan.training.checkpoint import (
 )
 from longspan.training.compilation import compile_layers, resolve_compile
 from longspan.training.config import TrainingConfig
-from longspan.training.divergence import locate
+from longspan.training.distributed import Loss, Spread
+from longspan.training.divergence import locate, locate_in_spread
 from longspan.training.evaluation import evaluate
 from longspan.training.feeding import Fed, Feed
 from longspan.training.identity import claim, run_configuration
 from longspan.training.interruption import Interruption
 from longspan.training.measurement import PeakMemory, Throughput, device_name, synchronizer
-from longspan.training.metrics import MetricsFile, read_metrics
+from longspan.training.metrics import MetricsFile, NoMetrics, read_metrics
 from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from longspan.training.precision import autocast_for, resolve_dtype
+from longspan.training.ranks import ALONE, Ranks
 from longspan.training.result import TrainingResult, Validation
+from longspan.training.sharded_checkpoint import load_sharded_weights, load_state, save_sharded
 from longspan.training.trackers import Tracker
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ def train(
     report: Report = silent,
     trackers: Sequence[Tracker] = (),
     configuration: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingResult:
     """Train `model` in place, or go on where an interrupted run in `directory` stopped.
@@ -70,6 +75,10 @@ def train(
     A run that was killed at any instant and is started again ends as an uninterrupted one: on CPU bit for bit, in
     weights and in `metrics.jsonl` (but for its timings). Afterwards the model holds the last weights; the best are in
     `checkpoints/best` (`load_weights`).
+
+    Several processes train one model when each calls this with equal arguments and its own `ranks` and `device`: every
+    batch is that of one process, each rank computes its rows of it, and the update is the same but for rounding. They
+    may go on from a checkpoint of any number of processes.
 
     Args:
         model: freshly built from its own seed, fp32; it is moved to `device`.
@@ -80,6 +89,7 @@ def train(
         directory: gets `metrics.jsonl`, `checkpoints/{last,best}/`, `configuration.json` and, last, `result.json`.
         report: called after every step; it may raise `Stopped`.
         configuration: what else determines the run (corpus, packing, …); JSON values, kept in every checkpoint.
+        ranks: this process among those that train together; rank 0 alone reports, tracks and writes.
         clock: seconds, for tests.
 
     Raises:
@@ -87,26 +97,45 @@ def train(
         DivergenceError: a loss or gradient is not finite; the weights from before that step are untouched.
         Stopped: the user asked to stop; a checkpoint was written and the same call goes on from it.
         DataError: a file is damaged or the disk is full; the last checkpoint is still there.
+        LostRank: another process of the run has ended.
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device = {device}", "cpu or cuda", "train on one of these")
     model.to(device)
     whole = run_configuration(model, training, isolation=isolation, device=device, more=configuration)
-    directory.mkdir(parents=True, exist_ok=True)
-    claim(directory, whole)
-    last = recover_checkpoint(directory / "checkpoints" / "last")
-    # Without its last weights a run is trained again, as it is where somebody removed them.
-    if (directory / "result.json").exists() and last.exists():
+    training.check_shares(ranks.size)
+    ranks.check_equal(digest(whole), "configurations")
+    last = directory / "checkpoints" / "last"
+
+    def is_done() -> bool:
+        directory.mkdir(parents=True, exist_ok=True)
+        claim(directory, whole)
+        for name in ("last", "best"):
+            recover_checkpoint(directory / "checkpoints" / name)
+        # Without its last weights a run is trained again, as it is where somebody removed them.
+        return (directory / "result.json").exists() and last.exists()
+
+    if ranks.on_first(is_done):
         load_weights(last, model)
         return TrainingResult.read(directory / "result.json")
     # Dropout draws from torch's global generators; the caller's stay as they were.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), Interruption() as interruption:
-        torch.manual_seed(stream_seed(training.seed, "training"))
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        Interruption() as interruption,
+        ranks.noticing_loss(),
+    ):
+        # Each rank drops other activations.
+        torch.manual_seed(stream_seed(training.seed, "training", *([ranks.rank] if ranks.rank else [])))
 
         def listen(progress: Progress, /) -> None:
-            report(progress)
-            if interruption.requested:
+            requested = False
+            try:
+                if ranks.is_first:
+                    report(progress)
+            except (KeyboardInterrupt, Stopped):
+                requested = True
+            if ranks.agreed(requested or interruption.requested):
                 raise Stopped("asked to stop")
 
         run = _Run(
@@ -119,8 +148,9 @@ def train(
             directory=directory,
             device=device,
             report=listen,
-            trackers=trackers,
+            trackers=trackers if ranks.is_first else (),
             configuration=whole,
+            ranks=ranks,
             clock=clock,
         )
         return run.to_end()
@@ -143,15 +173,22 @@ class _Run:
         report: Report,
         trackers: Sequence[Tracker],
         configuration: Mapping[str, Any],
+        ranks: Ranks,
         clock: Callable[[], float],
     ) -> None:
         self.model, self.training, self.batches, self.validation = model, training, batches, validation
         self.isolation, self.token_bytes, self.device, self.report = isolation, token_bytes, device, report
         self.directory, self.last, self.best = directory, directory / "checkpoints/last", directory / "checkpoints/best"
-        self.trackers, self.configuration, self.clock = trackers, configuration, clock
+        self.trackers, self.configuration, self.clock, self.ranks = trackers, configuration, clock, ranks
         model.train()
         self.dtype = resolve_dtype(training.dtype, device)
         self.autocast = autocast_for(self.dtype, device)
+        self.loss: Loss = model.loss
+        self.spread: Spread | None = None
+        if ranks.size > 1:
+            load_sharded_weights(self.last, configuration, model)
+            self.spread = Spread(model, ranks, device)
+            self.loss = self.spread.loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, training, device)
         self.cache = compile_layers(model) if resolve_compile(training.compile, device) else None
@@ -162,9 +199,11 @@ class _Run:
         # (step, evaluated step) of the checkpoint in `last`.
         self.saved = (0, 0)
         self.state = self._resume()
-        self.feed = Feed(batches, model, isolation, device, self.autocast)
+        self.feed = Feed(batches, model, isolation, device, self.autocast, ranks)
         self.started = clock() - self.state.seconds
-        self.metrics = MetricsFile(directory / "metrics.jsonl", self.state.metrics_bytes)
+        self.metrics: MetricsFile | NoMetrics = NoMetrics()
+        if ranks.is_first:
+            self.metrics = MetricsFile(directory / "metrics.jsonl", self.state.metrics_bytes)
         self.memory = PeakMemory(device)
         self.throughput = Throughput(
             clock,
@@ -180,7 +219,9 @@ class _Run:
         self._fresh_sums()
 
     def _resume(self) -> TrainingState:
-        state = load_checkpoint(self.last, self.configuration, self.model, self.optimizer)
+        state = load_state(
+            self.last, self.configuration, self.model, self.optimizer, self.device, self.ranks, self.training.seed
+        )
         if state is None:
             return TrainingState(sessions=1)
         self.batches.load_state_dict(state.data)
@@ -188,12 +229,11 @@ class _Run:
         state.sessions += 1
         if state.best is not None and state.best.step == state.step and not self._has_best(state):
             # Killed after `last` and before `best` was written, and both hold the same weights.
-            save_checkpoint(self.best, self.configuration, state, self.model)
+            self._write(self.best, state)
         return state
 
     def _has_best(self, state: TrainingState) -> bool:
-        folder = recover_checkpoint(self.best)
-        return folder.exists() and bool(read_state(folder)["state"]["step"] == state.step)
+        return self.best.exists() and bool(read_state(self.best)["state"]["step"] == state.step)
 
     def to_end(self) -> TrainingResult:
         """Run until the last step, early stopping, or an interruption."""
@@ -212,7 +252,11 @@ class _Run:
                 self.consistent = False
                 self._step()
                 self.consistent = True
-        except (KeyboardInterrupt, Stopped):
+        except Stopped:
+            raise Stopped(self._stop()) from None
+        except KeyboardInterrupt:
+            # Several ranks cannot agree on a checkpoint in the middle of anything.
+            self.consistent &= self.ranks.size == 1
             raise Stopped(self._stop()) from None
         finally:
             self.feed.close()
@@ -237,10 +281,13 @@ class _Run:
         lr = learning_rate(self.training, step)
         set_learning_rate(self.optimizer, lr)
         nll = torch.zeros((), device=self.device)
+        # What comes out of several ranks is the mean of their gradients.
+        share = max(1, targets) / self.ranks.size
         for fed in micro_batches:
-            with self.autocast():
-                nll_sum, _ = self.model.loss(fed.tokens, fed.targets, fed.segments)
-            (nll_sum / max(1, targets)).backward()  # type: ignore[no-untyped-call]
+            with self._synchronising(fed is micro_batches[-1]):
+                with self.autocast():
+                    nll_sum, _ = self.loss(fed.tokens, fed.targets, fed.segments)
+                (nll_sum / share).backward()  # type: ignore[no-untyped-call]
             nll += nll_sum.detach()
         norm = clip_gradients(self.parameters, self.training.clip)
         self._guard(step, nll, norm, [fed.batch for fed in micro_batches])
@@ -256,6 +303,9 @@ class _Run:
             self._compiled(started)
         if self.state.step % self.training.log_every == 0 or self.state.step in (1, self.training.num_steps):
             self._log(lr, norm)
+
+    def _synchronising(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.spread is None else self.spread.synchronising(last)
 
     def _compiled(self, started: float) -> None:
         """Say how long the first step of this process took, nearly all of it compiling."""
@@ -280,7 +330,7 @@ class _Run:
         The fused optimizer itself skips updates while `found_inf` is set, on the device. It is never cleared, so the
         weights stay those before the first bad step until the host looks.
         """
-        self.bad |= ~(torch.isfinite(nll) & torch.isfinite(norm))
+        self.bad |= self.ranks.any(~(torch.isfinite(nll) & torch.isfinite(norm)))
         self.first_bad += (self.first_bad < 0) * self.bad * (step + 1)
         self.unchecked.append((step, micro_batches))
         if self.device.type == "cuda":
@@ -298,7 +348,7 @@ class _Run:
             return
         batches = next(batches for step, batches in self.unchecked if step == first)
         self.consistent = False
-        where = locate(self.model, batches, isolation=self.isolation, device=self.device, autocast=self.autocast)
+        where = self._locate(batches)
         raise DivergenceError(
             f"training stopped at step {first + 1} of {self.training.num_steps}: loss or gradient is not finite, "
             f"first seen in {where}\n"
@@ -307,8 +357,16 @@ class _Run:
             f"  fix: lower `training.peak_lr`, lengthen `training.warmup` or lower `training.clip`"
         )
 
+    def _locate(self, batches: list[Batch]) -> str:
+        isolation, device, autocast = self.isolation, self.device, self.autocast
+        if self.spread is None:
+            return locate(self.model, batches, isolation=isolation, device=device, autocast=autocast)
+        return locate_in_spread(self.spread, batches, isolation=isolation, device=device, autocast=autocast)
+
     def _fresh_sums(self) -> None:
-        self.nll_sum = torch.full((), self.state.window_nll, dtype=torch.float64, device=self.device)
+        # Each rank sums up its own rows from here on; what went before counts once.
+        before = self.state.window_nll if self.ranks.is_first else 0.0
+        self.nll_sum = torch.full((), before, dtype=torch.float64, device=self.device)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
 
@@ -317,7 +375,7 @@ class _Run:
     def _log(self, lr: float, norm: torch.Tensor) -> None:
         self._check()
         rate = self.throughput.window()
-        loss = float(self.nll_sum.item()) / max(1, self.state.window_targets)
+        loss = float(self.ranks.sum(self.nll_sum).item()) / max(1, self.state.window_targets)
         self.state.window_nll, self.state.window_targets = 0.0, 0
         self.nll_sum.zero_()
         self._record(
@@ -357,7 +415,7 @@ class _Run:
         self._check()
         with self.throughput.paused():
             found = evaluate(
-                self.model,
+                self.model if self.spread is None else self.spread.objective,
                 self.validation(),
                 isolation=self.isolation,
                 token_bytes=self.token_bytes,
@@ -367,8 +425,11 @@ class _Run:
                 step=self.state.step,
                 tokens=self._tokens(),
                 samples=self.state.samples,
+                ranks=self.ranks,
                 clock=self.clock,
             )
+            if self.spread is not None:
+                self.spread.settle()
         record = {"kind": "validation", **dataclasses.asdict(found)}
         if not np.isfinite(found.loss):
             raise DivergenceError(
@@ -391,7 +452,7 @@ class _Run:
             # `last` first: if the process dies in between, its weights are the best ones (`_resume`).
             self._save()
             with self.throughput.paused():
-                save_checkpoint(self.best, self.configuration, state, self.model)
+                self._write(self.best, state)
 
     def _save(self) -> None:
         if self.saved == (self.state.step, self.state.evaluated_step):
@@ -399,14 +460,20 @@ class _Run:
         self._check()
         with self.throughput.paused():
             state = self.state
-            state.window_nll = float(self.nll_sum.item())
+            state.window_nll = float(self.ranks.sum(self.nll_sum).item())
             state.metrics_bytes = self.metrics.sync()
             state.measured_seconds, state.measured_positions = self.throughput.seconds, self.throughput.positions
             state.seconds = self.clock() - self.started
-            state.peak_memory_bytes = max(state.peak_memory_bytes, self.memory.bytes())
+            state.peak_memory_bytes = max(state.peak_memory_bytes, self.ranks.largest(self.memory.bytes()))
             state.data = self.feed.state_dict()
-            save_checkpoint(self.last, self.configuration, state, self.model, self.optimizer)
+            self._write(self.last, state, self.optimizer)
             self.saved = (state.step, state.evaluated_step)
+
+    def _write(self, folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer | None = None) -> None:
+        if self.spread is None:
+            save_checkpoint(folder, self.configuration, state, self.model, optimizer)
+        else:
+            save_sharded(folder, self.configuration, state, self.spread, optimizer, self.device)
 
     # The end
 
@@ -431,10 +498,14 @@ class _Run:
 
     def _result(self) -> TrainingResult:
         self._save()
+        return self.ranks.on_first(self._write_result)
+
+    def _write_result(self) -> TrainingResult:
         state = self.state
         assert isinstance(state.final, Validation)
         assert isinstance(state.best, Validation)
-        rates = [r["tokens_per_second"] for r in read_metrics(self.metrics.path, "train") if r["tokens_per_second"]]
+        metrics = read_metrics(self.directory / "metrics.jsonl", "train")
+        rates = [record["tokens_per_second"] for record in metrics if record["tokens_per_second"]]
         result = TrainingResult(
             steps=state.step,
             tokens=self._tokens(),
@@ -449,9 +520,13 @@ class _Run:
             seconds=state.seconds,
             sessions=state.sessions,
             dtype=self.dtype,
-            device=device_name(self.device),
+            device=self._device_name(),
             samples=state.samples,
             mastered=self._mastered(),
         )
         result.write(self.directory / "result.json")
         return result
+
+    def _device_name(self) -> str:
+        name, ranks = device_name(self.device), self.ranks
+        return name if ranks.size == 1 else f"{ranks.size} × {name} ({ranks.parallel})"

@@ -53,6 +53,20 @@ class MetricsFile:
         self._file.close()
 
 
+class NoMetrics:
+    """In place of the file on ranks that write none."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        """Nothing; the size counts where it is written."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`, all or those of one `kind` (`train`, `validation`); a torn last line is left out.
 

@@ -60,6 +60,9 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):
+        # Of gradients that several processes hold in parts.
+        norm = norm.full_tensor()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -1,4 +1,7 @@
-"""This machine: one job at a time on one device, one process per device on several."""
+"""This machine: one job at a time on one device, one process per device on several.
+
+A job that several processes train takes as many devices; then as many jobs run at a time as there is room for.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from longspan.foundation.errors import Stopped
+from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.failures import killed_process
-from longspan.foundation.progress import Progress
+from longspan.foundation.progress import Progress, Report
 from longspan.study.executors.base import Finished, Observe
+from longspan.study.executors.processes import processes_of, together
 from longspan.study.jobs import Job
 from longspan.study.stages import execute
 
@@ -27,13 +31,37 @@ class LocalExecutor:
         self.devices = tuple(devices)
 
     def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished) -> None:
-        """See `Executor.run`."""
+        """See `Executor.run`.
+
+        Raises:
+            UserError: a job wants more GPUs than there are.
+        """
         pending = [job for job in jobs if not job.is_done(runs)]
-        if len(self.devices) == 1 or len(pending) < 2:
+        if not pending:
+            return
+        places = _places(self.devices, max(map(processes_of, pending)))
+        if len(places) == 1 or len(pending) < 2:
             for job in pending:
-                finished(job, execute(job, runs, _observer(job, observe), self.devices[0]))
+                finished(job, _execute(job, runs, _observer(job, observe), places[0]))
         else:
-            _run_in_processes(pending, runs, observe, finished, self.devices)
+            _run_in_processes(pending, runs, observe, finished, places)
+
+
+def _places(devices: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
+    """The devices, so many at a time; the CPU takes any number of processes."""
+    if devices[0] == "cpu" and size > 1:
+        return [("cpu",) * size]
+    if len(devices) < size:
+        raise UserError(
+            f"training.processes = {size}",
+            f"at most one for each GPU here, that is {len(devices)}",
+            f"set training.processes to {len(devices)}, or start the study with torchrun on several machines",
+        )
+    return [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
+
+
+def _execute(job: Job, runs: Path, report: Report, place: tuple[str, ...]) -> dict[str, Any]:
+    return execute(job, runs, report, place[0], train_with=together(job, place))
 
 
 def _observer(job: Job, observe: Observe) -> Callable[[Progress], None]:
@@ -48,7 +76,7 @@ def _start_worker(devices: Any, events: Any, stop: Any) -> None:
 
     # Ctrl-C reaches the whole process group; only the parent decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.update(device=devices.get(), events=events, stop=stop)
+    _worker.update(place=devices.get(), events=events, stop=stop)
 
 
 def _work(job: Job, runs: Path) -> dict[str, Any]:
@@ -57,18 +85,18 @@ def _work(job: Job, runs: Path) -> dict[str, Any]:
             raise Stopped("stopped; run the same command again to go on from here")
         _worker["events"].put((job.key, progress))
 
-    return execute(job, runs, report, _worker["device"])
+    return _execute(job, runs, report, _worker["place"])
 
 
 def _run_in_processes(
-    pending: list[Job], runs: Path, observe: Observe, finished: Finished, devices: tuple[str, ...]
+    pending: list[Job], runs: Path, observe: Observe, finished: Finished, places: list[tuple[str, ...]]
 ) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         free, events, stop = manager.Queue(), manager.Queue(), manager.Event()
-        for device in devices:
-            free.put(device)
-        with ProcessPoolExecutor(len(devices), context, _start_worker, (free, events, stop)) as pool:
+        for place in places:
+            free.put(place)
+        with ProcessPoolExecutor(len(places), context, _start_worker, (free, events, stop)) as pool:
             jobs = {job.key: job for job in pending}
             waiting = dict(jobs)
             running: dict[Future[dict[str, Any]], Job] = {}

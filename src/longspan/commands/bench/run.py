@@ -1,0 +1,222 @@
+"""All measurements, one after the other within the time, and how they are shown."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from longspan.commands.bench.ceilings import Ceilings, measure_ceilings
+from longspan.commands.bench.measured import OURS, PARTS, Measured, Part, share_of_ceiling
+from longspan.commands.bench.own import Generated, generated, native_engine, trained
+from longspan.commands.bench.peers import Peer, peer_generated, peer_trained, peers_of
+from longspan.commands.bench.setting import Setting, models_of
+from longspan.foundation.errors import LongspanError
+from longspan.models.budget import count_parameters
+from longspan.models.config import ModelConfig
+from longspan.ops import kernels
+from longspan.report.numbers import byte_size, duration, scaled, significant
+from longspan.terminal import print_table
+from longspan.training.compilation import resolve_compile
+
+BAR = 28
+"""Characters of the longest bar."""
+LEFT_OUT = "the time was over (raise --seconds)"
+TITLES = {"train": "training step", "prefill": "prefill, one prompt", "decode": "decoding, one sequence"}
+Say = Callable[[str], None]
+
+
+def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
+    """Measure, show tables and bars, and end in one JSON line.
+
+    Args:
+        setting: what.
+        peers: whether the other packages are measured too.
+        json_only: print nothing else on stdout.
+    """
+    started = time.monotonic()
+    models = models_of(setting)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    say(f"measuring what {setting.device} can do at best")
+    ceilings = measure_ceilings(setting.device, setting.torch_dtype)
+    found = list(measure(setting, models, ceilings, peers=peers, say=say))
+    outcome = {
+        "bench": {
+            **{key: value for key, value in asdict(setting).items() if key != "device"},
+            "device": str(setting.device),
+            "models": {pattern: model.model_dump(exclude_defaults=True) for pattern, model in models.items()},
+            "torch": torch.__version__,
+            "kernels": kernels.described(setting.device),
+            "layers_compiled": resolve_compile("auto", setting.device),
+            "took_seconds": round(time.monotonic() - started, 1),
+        },
+        "ceilings": asdict(ceilings),
+        "measured": [each.to_json() for each in found],
+    }
+    if not json_only:
+        show(setting, models, ceilings, found)
+    print(json.dumps(outcome, ensure_ascii=False, allow_nan=False))
+
+
+def measure(
+    setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, *, peers: bool, say: Say
+) -> list[Measured]:
+    """Everything, Longspan before its peers and short contexts before long ones.
+
+    What would begin after the time is left out, and says so.
+    """
+    cells = [(context, pattern) for context in setting.contexts for pattern in models]
+    plan: list[tuple[int, str, Peer | None]] = [(context, pattern, None) for context, pattern in cells]
+    if peers:
+        plan += [(context, pattern, peer) for context, pattern in cells for peer in peers_of(models[pattern], setting)]
+    deadline = time.monotonic() + setting.seconds
+    found: list[Measured] = []
+    for number, (context, pattern, peer) in enumerate(plan):
+        who = OURS if peer is None else peer.name
+        left = deadline - time.monotonic()
+        if left <= 0:
+            parameters = count_parameters(models[pattern], setting.vocab_size).total
+            found += [Measured(pattern, context, part, who, parameters, failure=LEFT_OUT) for part in PARTS]
+            continue
+        say(f"{number + 1} of {len(plan)}: {pattern} at {context:,} tokens, {who} ({duration(left)} left)")
+        # Half for training, half for generating; what a part's first call costs comes on top.
+        seconds = left / (len(plan) - number) / 3
+        found += _measure_one(models[pattern], pattern, context, peer, setting, ceilings, seconds)
+    return found
+
+
+def _measure_one(
+    config: ModelConfig,
+    pattern: str,
+    context: int,
+    peer: Peer | None,
+    setting: Setting,
+    ceilings: Ceilings,
+    seconds: float,
+) -> list[Measured]:
+    who = OURS if peer is None else peer.name
+    own = count_parameters(config, setting.vocab_size).total
+
+    def row(part: Part, parameters: int, rates: Sequence[float], **more: Any) -> Measured:
+        comparable = peer is None or peer.same_weights
+        share = share_of_ceiling(part, rates, config, context, setting, ceilings) if comparable else None
+        return Measured(pattern, context, part, who, parameters, tuple(rates), share, **more)
+
+    def training() -> list[Measured]:
+        if peer is None:
+            rates, memory = trained(config, context, setting, seconds)
+            return [row("train", own, rates, memory_bytes=memory)]
+        rates, memory, parameters = peer_trained(peer, context, setting, seconds)
+        return [row("train", parameters, rates, memory_bytes=memory)]
+
+    def generating() -> list[Measured]:
+        parameters, made = own, None
+        if peer is None:
+            made = generated(native_engine(config, setting), context, setting, seconds)
+        else:
+            made, parameters = peer_generated(peer, context, setting, seconds)
+        return _of_generation(made, lambda part, rates, **more: row(part, parameters, rates, **more))
+
+    found: list[Measured] = []
+    for parts, work in ((PARTS[:1], training), (PARTS[1:], generating)):
+        try:
+            found += work()
+        except LongspanError:
+            raise
+        except Exception as error:
+            # A peer that does not run here, or a context too long for the memory, must not end the whole.
+            reason = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no word'}"
+            )
+            found += [Measured(pattern, context, part, who, own, failure=reason[:160]) for part in parts]
+        gc.collect()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def _of_generation(made: Generated, row: Callable[..., Measured]) -> list[Measured]:
+    # An engine that does not know what its model keeps says 0.
+    memory = {"memory_bytes": made.memory_bytes, "state_bytes": made.state_bytes or None}
+    return [row("prefill", made.prefill, **memory), row("decode", made.decode, **memory)]
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def show(setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, found: Sequence[Measured]) -> None:
+    """The device, the models, and a table with bars for each part."""
+    print(
+        f"{ceilings.device}: matrix product {scaled(ceilings.matmul, 'FLOP/s')} in {setting.dtype}, "
+        f"copy {scaled(ceilings.copy, 'B/s')}; {kernels.described(setting.device)}, layers "
+        f"{'compiled' if resolve_compile('auto', setting.device) else 'not compiled'} in training"
+    )
+    rows = [
+        (
+            pattern,
+            config.describe_mixers(),
+            str(config.width),
+            str(config.hidden),
+            scaled(count_parameters(config, setting.vocab_size).total),
+        )
+        for pattern, config in models.items()
+    ]
+    print_table(("<pattern", "<mixers", "width", "MLP", "parameters"), rows)
+    for part in PARTS:
+        _show_part(part, [each for each in found if each.part == part and each.rates])
+    for each in found:
+        if each.failure and each.failure != LEFT_OUT:
+            print(f"note: {each.who}, {each.pattern}, {each.part} at {each.context:,} tokens: {each.failure}")
+    if late := sorted(
+        {f"{each.pattern} at {each.context:,} ({each.who})" for each in found if each.failure == LEFT_OUT}
+    ):
+        print(f"note: {LEFT_OUT} for {', '.join(late)}")
+
+
+def _show_part(part: Part, found: Sequence[Measured]) -> None:
+    longest = max((each.rate or 0.0 for each in found), default=0.0)
+    order = list(dict.fromkeys((each.context, each.pattern) for each in found))
+    found = sorted(found, key=lambda each: order.index((each.context, each.pattern)))
+    ours = {(each.context, each.pattern): each.rate for each in found if each.who == OURS}
+    rows = []
+    for each in found:
+        rate = each.rate
+        mine = ours.get((each.context, each.pattern))
+        rows.append(
+            (
+                f"{each.context:,}",
+                each.pattern,
+                each.who,
+                "–" if rate is None else scaled(rate, "tok/s"),
+                "–" if len(each.rates) < 2 else f"{scaled(min(each.rates))}…{scaled(max(each.rates))}",
+                "–" if each.ceiling is None else f"{each.ceiling:.1%}",
+                "–" if each.who == OURS or not rate or not mine else f"{significant(mine / rate)}×",
+                byte_size(each.memory_bytes),
+                byte_size(each.state_bytes),
+                "█" * max(1, round(BAR * rate / longest)) if rate and longest else "",
+            )
+        )
+    bound = "of copy rate" if part == "decode" else "of matmul rate"
+    print(TITLES[part])
+    columns = (
+        "context",
+        "<pattern",
+        "<who",
+        "median",
+        "lowest…highest",
+        bound,
+        "longspan is",
+        "peak memory",
+        "state",
+        "<",
+    )
+    print_table(columns, rows)

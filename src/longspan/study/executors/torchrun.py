@@ -1,0 +1,111 @@
+"""Processes that torchrun started, on one machine or several: rank 0 runs the study, the others train with it.
+
+All of them need the same folder of runs, on a file system that all machines share.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longspan.foundation.errors import UserError
+from longspan.foundation.plugins import load_file
+from longspan.foundation.progress import Report, silent
+from longspan.study.executors.base import Finished, Observe
+from longspan.study.executors.processes import processes_of
+from longspan.study.jobs import Job
+from longspan.study.stages import execute, train_stage
+from longspan.training.ranks import Ranks, joined
+
+
+class TorchrunExecutor:
+    """Rank 0's side: jobs one after the other, training ones with all ranks, the rest alone."""
+
+    def __init__(self, ranks: Ranks, device: str) -> None:
+        self.ranks, self.device = ranks, device
+        self.training = False
+
+    def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished) -> None:
+        """See `Executor.run`."""
+        for job in [job for job in jobs if not job.is_done(runs)]:
+            if processes_of(job) not in (1, self.ranks.size):
+                raise UserError(
+                    f"training.processes = {processes_of(job)} under torchrun with {self.ranks.size} processes",
+                    "as many as torchrun starts, or none",
+                    "leave training.processes out",
+                )
+
+            def report(progress: Any, job: Job = job) -> None:
+                observe(job, progress)
+
+            finished(job, execute(job, runs, report, self.device, train_with=self._train))
+
+    def _train(self, job: Job, folder: Path, runs: Path, report: Report) -> dict[str, Any]:
+        self.training = True
+        _tell((job, folder, runs))
+        result = train_stage(job, folder, runs, report, self.device, _sharing(self.ranks, job))
+        self.training = False
+        return result
+
+
+@contextmanager
+def leading() -> Iterator[TorchrunExecutor]:
+    """For rank 0: the executor, and an end for those that follow."""
+    device = own_device()
+    with joined(0, int(os.environ["WORLD_SIZE"]), torch.device(device)) as ranks:
+        executor = TorchrunExecutor(ranks, device)
+        try:
+            yield executor
+        finally:
+            # In the middle of training the others have ended by themselves.
+            if not executor.training:
+                _tell(None)
+
+
+def follow() -> None:
+    """For every other rank: train whatever rank 0 trains, until it is done."""
+    device = own_device()
+    with joined(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device(device)) as ranks:
+        while True:
+            with ranks.noticing_loss():
+                order: list[Any] = [None]
+                dist.broadcast_object_list(order)
+            if order[0] is None:
+                return
+            job, folder, runs = order[0]
+            for plugin in job.details.get("plugins", ()):
+                load_file(plugin)
+            train_stage(job, folder, runs, silent, device, _sharing(ranks, job))
+
+
+def own_device() -> str:
+    """This process's GPU; the CPU where there is none.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise UserError(
+            f"process {local + 1} on a machine with {found} GPUs",
+            "one process for each GPU",
+            f"start torchrun with --nproc-per-node {found}",
+        )
+    return f"cuda:{local}"
+
+
+def _sharing(ranks: Ranks, job: Job) -> Ranks:
+    return replace(ranks, parallel=job.details["parallel"])
+
+
+def _tell(order: Any) -> None:
+    dist.broadcast_object_list([order])

@@ -1,0 +1,133 @@
+"""One model over several processes: every layer on each (DDP), or a part of every layer on each (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.models.language_model import LanguageModel
+from longspan.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+Loss = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Objective(nn.Module):
+    """A model whose losses are reached through `forward`, which is where DDP and FSDP2 hook in.
+
+    Args:
+        model: what is trained; its parameters keep their own names.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, name: str, *args: Any) -> Any:
+        """The model's method `name`."""
+        return getattr(self.model, name)(*args)
+
+    def loss(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `LanguageModel.loss`."""
+        return self("loss", *args)  # type: ignore[no-any-return]
+
+    def judge(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `LanguageModel.judge`."""
+        return self("judge", *args)  # type: ignore[no-any-return]
+
+
+class Spread:
+    """A model spread over ranks: the loss to train with, and the gradients' sum over all ranks.
+
+    Gradients come out as the mean over ranks, so a rank's loss must be weighted with the number of ranks; both DDP and
+    FSDP2 communicate while the backward pass goes on.
+    """
+
+    def __init__(self, model: LanguageModel, ranks: Ranks, device: torch.device) -> None:
+        """Shares the model out in place; make its optimizer afterwards.
+
+        Args:
+            model: whole, equal on every rank, on `device`.
+            ranks: at least two.
+            device: of this rank.
+        """
+        self.model, self.ranks = model, ranks
+        self.objective = Objective(model)
+        self._ddp: DistributedDataParallel | None = None
+        if ranks.parallel == "fsdp":
+            _shard(self.objective, ranks, device)
+        else:
+            from torch.nn.parallel import DistributedDataParallel
+
+            self._ddp = DistributedDataParallel(
+                self.objective,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+
+    def loss(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `LanguageModel.loss`; its gradients are communicated as `synchronising` says."""
+        return (self._ddp or self.objective)("loss", *args)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def synchronising(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: gradients are communicated in the last one of a step only."""
+        if self._ddp is None:
+            self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+        elif last:
+            yield
+        else:
+            with self._ddp.no_sync():
+                yield
+
+    def settle(self) -> None:
+        """Give whole layers back: after a forward pass without a backward one FSDP2 still holds some."""
+        if self._ddp is None:
+            self.objective.reshard()  # type: ignore[operator]
+
+    def whole(self) -> dict[str, Tensor]:
+        """name → the whole weight, on the CPU of rank 0; empty elsewhere. Weight by weight, so that each fits."""
+        self.settle()
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            # A tied head is one tensor under its first name.
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            full = whole_tensor(tensor.detach())
+            if self.ranks.is_first:
+                found[name] = full.to("cpu", copy=True)
+        return found
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which each rank holds a part; another one as it is. Every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of `whole`, cut and placed as `like` is; nothing is communicated."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole.to(like.device).clone()
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _shard(objective: Objective, ranks: Ranks, device: torch.device) -> None:
+    """Cuts each block's parameters, and those outside the blocks, over the ranks; they stay fp32, as do gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
