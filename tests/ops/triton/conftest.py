@@ -13,6 +13,8 @@ from torch import Tensor
 
 from longspan.ops import kernels
 
+from . import bounds
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
@@ -40,6 +42,16 @@ def counted_by_numpy() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+
+
+@pytest.fixture(autouse=True)
+def within_bounds() -> Iterator[None]:
+    """No kernel in the interpreter touches memory that is not an element of its arguments."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with bounds.checked():
+        yield
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -245,7 +245,7 @@ def run_backward(
     )  # fmt: skip
     sums_KD = sums_JKD.sum(0)
     bias_dtype = weight_DK.dtype if bias_D is None else bias_D.dtype
-    dweight_DK = sums_KD[:taps].flip(0).T.to(weight_DK.dtype, memory_format=torch.contiguous_format)
+    dweight_DK = sums_KD[:taps].flip(0).T.to(weight_DK.dtype).contiguous()
     return dweight_DK, sums_KD[4].to(bias_dtype)
 
 
