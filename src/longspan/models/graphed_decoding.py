@@ -106,22 +106,26 @@ class GraphedDecoding:
         """The steps to come go on from `state`; it is copied where it does not lie here already.
 
         Args:
-            state: of as many rows, after at least one token; the next tokens go on with the documents that are open.
+            state: of as many rows, or of one that all rows go on from, after at least one token; the next tokens go on
+                with the documents that are open.
 
         Raises:
             UserError: other rows, nothing seen, or more tokens than there is room for.
         """
         past = state.past
         rows = _num_rows(state)
-        if state.length == 0 or rows != self.rows:
+        if state.length == 0 or rows not in (1, self.rows):
             given = f"a state of {rows} rows after {state.length} tokens for decoding {self.rows} rows"
             raise UserError(given, f"{self.rows} rows, at least one token", "prefill the prompts first")
+        if rows != self.rows:
+            past = past.select(torch.zeros(self.rows, dtype=torch.long))
         if past.num_keys > self.slots:
             given = f"a state with {past.num_keys} tokens in room for {self.slots}"
             raise UserError(given, "as much room as tokens", "raise `slots`")
         isolation = past.isolation if past.last_doc is not None else None
         if past.last_doc is not None and isolation in ("full", "state"):
-            layers = tuple(layer.undocumented(past.last_doc) for layer in state.layers)
+            last_doc = past.last_doc[:rows]
+            layers = tuple(layer.undocumented(last_doc) for layer in state.layers)
             state = dataclasses.replace(state, layers=layers)
         for mixer, layer, fixed in zip(self._mixers, state.layers, self._fixed, strict=True):
             mixer.fix(layer, fixed, past.num_keys)

@@ -349,7 +349,7 @@ class Attention(Mixer):
                 held[:, : state.length] = given
             else:
                 places = torch.arange(num_keys - state.length, num_keys, device=held.device)
-                held.index_copy_(1, places % slots, given)
+                held.index_copy_(1, places % slots, given.expand(held.shape[0], -1, -1, -1))
 
     def unfix(self, fixed: MixerState, num_keys: int) -> AttentionState:
         """See `Mixer.unfix`."""
