@@ -8,8 +8,9 @@ Models of 110 to 130 M parameters in bf16 with random weights. A prompt of each 
 among the rows of a batch; then steps are timed with events on the device (median; `graph` replays one CUDA graph,
 `eager` calls the model, where both states fit). `rounding` compares both with the same model in fp32: the graph must
 not be further from it than the model called as usual. The largest batch is the most rows, a power of two, whose
-states fit in 80 % of the memory that is free by their predicted bytes. `of_copy` is the bytes of weights and states that a
-step reads and writes over the rate of a large copy on the same device, measured at the start. Ends in one JSON line.
+states fit in 80 % of the memory that is free by their predicted bytes. `of_copy` is the bytes of weights and states
+that a step reads and writes over the rate of a large copy on the same device, measured at the start. Ends in one JSON
+line.
 """
 
 from __future__ import annotations
@@ -228,12 +229,13 @@ class Decoding(Parts):
         """Whether on the tensor cores; block, warps and stages; and shares where they are not the usual ones."""
         from longspan.ops.triton.decode_attention import Cut
 
-        more = (None, 16, 32) if rows == 1 else (None,)
-        blocks = [(64, 4, 3), (64, 4, 2), (128, 4, 3), (32, 4, 3), (128, 8, 2)]
-        yield from ((True, Cut(*cut), shares) for cut in blocks for shares in more)
+        blocks = [(64, 4, 3), (64, 4, 2), (128, 4, 3)]
+        yield from ((True, Cut(*cut), None) for cut in blocks)
+        if rows == 1:
+            yield True, Cut(64, 4, 3), 32
         if each <= 2:
-            alone = [(32, 4, 1), (32, 4, 3), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 3), (32, 2, 3), (16, 2, 3)]
-            yield from ((False, Cut(*cut), shares) for cut in alone for shares in (None, 32)[: len(more)])
+            alone = [(64, 4, 3), (64, 4, 1), (32, 4, 1), (32, 2, 3), (64, 8, 3)]
+            yield from ((False, Cut(*cut), None) for cut in alone)
 
     @torch.no_grad()
     def mamba2_alone(self) -> None:
@@ -417,13 +419,14 @@ def main() -> int:
     print(f"{name}; torch {torch.__version__}; {kernels.described(run.device)}", flush=True)
     run.ceiling()
     parts: dict[str, Callable[[], None]] = {f"decode {letter}": partial(run.decode, letter) for letter in ("A", "M")}
+    parts |= {"decode AM": partial(run.decode, "AM")}
+    parts |= {f"rounding {letter}": partial(run.rounding, letter, 64 if arguments.tiny else 1024) for letter in "AM"}
     if on_gpu:
         parts["llama 8k"] = partial(run.llama, 8192, 8192)
         parts["llama 131k"] = partial(run.llama, 131_072, 8192)
         parts["attention alone"] = run.attention_alone
         parts["prefill attention"] = run.prefill_attention
         parts["mamba2 alone"] = run.mamba2_alone
-    parts["decode AM"] = partial(run.decode, "AM")
     parts["transformers"] = run.peers
     parts |= {f"decode {letter}": partial(run.decode, letter) for letter in SHAPES if f"decode {letter}" not in parts}
     run.run(parts, arguments.only)

@@ -163,6 +163,17 @@ class GraphedDecoding:
         """Tokens seen, 0 before a state is loaded."""
         return 0 if self._loaded is None else self._loaded.length + self._steps
 
+    def bytes(self) -> int:
+        """Of what the states hold after the steps so far, all rows together; room that is not used yet is not counted.
+
+        Raises:
+            UserError: no state is loaded.
+        """
+        if self._loaded is None:
+            raise UserError("the size of a decoding without a state", "a state", "`load` it first")
+        num_keys = self._loaded.past.num_keys + self._steps
+        return sum(mixer.fixed_bytes(fixed, num_keys) for mixer, fixed in zip(self._mixers, self._fixed, strict=True))
+
     @torch.no_grad()
     def state(self) -> ModelState:
         """A copy of the state after the steps so far, for any other call of the model.

@@ -358,6 +358,11 @@ class Attention(Mixer):
         slots = places % fixed.keys.shape[1]
         return AttentionState._of(fixed.keys.index_select(1, slots), fixed.values.index_select(1, slots))
 
+    def fixed_bytes(self, fixed: MixerState, num_keys: int) -> int:
+        """See `Mixer.fixed_bytes`."""
+        assert isinstance(fixed, FixedAttentionState)
+        return fixed.bytes() // fixed.keys.shape[1] * self._cached(num_keys)
+
     def _has_flex(self, q_BTHP: Tensor, segments: Segments) -> bool:
         """One document to a row needs no mask, and no kernel that takes one."""
         dropout = self.settings.attention_dropout if self.training else 0.0

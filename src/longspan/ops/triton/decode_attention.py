@@ -239,7 +239,7 @@ def run_attention(
     shares: int | None = None,
     dot: bool | None = None,
 ) -> Tensor:
-    """See `ops.decode_attention.decode_attention`; `cut`, `shares` and `dot` for measuring others than the usual ones."""
+    """See `ops.decode_attention.decode_attention`; `cut`, `shares`, `dot` for measuring others than usual."""
     rows, heads, head_dim = q_BHP.shape
     slots, groups = k_BCGP.shape[1:3]
     q_BHP = q_BHP.contiguous()
