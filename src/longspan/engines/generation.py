@@ -70,11 +70,15 @@ class Continuation(Iterator[str]):
             raise StopIteration
         token = self._step()
         text = self._took(token)
+        self._give_back()
+        return text
+
+    def _give_back(self) -> None:
+        """Lets others have the steps when the end is reached."""
         if self._reason is not None and self._graphs is not None:
             self._state_bytes = self._held()
             self._graphed = None
             self._graphs.give_back(self)
-        return text
 
     def _took(self, token: int) -> str:
         """The text that a token makes certain."""
