@@ -97,8 +97,8 @@ def test_what_has_no_room_or_no_beginning_is_refused(tiny, tokens):
     with pytest.raises(UserError, match="prefill"):
         graphed.load(model.initial_state())
     _, state = model.next_logits(tokens(1, 3), model.initial_state())
-    with pytest.raises(UserError, match="1 rows after 3 tokens for decoding 2 rows"):
-        GraphedDecoding(model, rows=2, slots=4).load(state)
+    with pytest.raises(UserError, match="2 rows after 3 tokens for decoding 3 rows"):
+        GraphedDecoding(model, rows=3, slots=4).load(state.expand(2))
     graphed.load(state)
     graphed.step(tokens(1, 1))
     with pytest.raises(UserError, match="room for 4"):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from longspan.engines.base import Engine, FinishReason, Generation, Sampling, require_finite
+from longspan.engines.graphs import Graphs
 from longspan.engines.text_stream import TextStream
 from longspan.foundation.randomness import torch_generator
+from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel
 
 
@@ -25,7 +27,15 @@ class Continuation(Iterator[str]):
     """
 
     def __init__(
-        self, engine: Engine, model: LanguageModel, prompt_BT: Tensor, sampling: Sampling, *, index: int, chunk: int
+        self,
+        engine: Engine,
+        model: LanguageModel,
+        prompt_BT: Tensor,
+        sampling: Sampling,
+        *,
+        index: int,
+        chunk: int,
+        graphs: Graphs | None = None,
     ) -> None:
         """Nothing runs before the first `next`.
 
@@ -36,13 +46,17 @@ class Continuation(Iterator[str]):
             sampling: how.
             index: of the prompt among its fellows: each draws from a stream of its own.
             chunk: prompt tokens per forward pass.
+            graphs: of the model; None: every step runs by itself.
         """
         self._engine, self._model, self._sampling = engine, model, sampling
         self._prompt_BT, self._chunk = prompt_BT, chunk
         self._generator = torch_generator(sampling.seed, "generate", index)
         self._stream = TextStream(engine.tokenizer, sampling.stop)
         self._state = model.initial_state()
+        self._graphs, self._graphed = graphs, _NO_GRAPH
         self._written: list[int] = []
+        self._read = 0
+        self._state_bytes: int | None = None
         self._reason: FinishReason | None = None
         self._first_token_seconds = self._decode_seconds = 0.0
 
@@ -55,6 +69,19 @@ class Continuation(Iterator[str]):
         if self._reason is not None:
             raise StopIteration
         token = self._step()
+        text = self._took(token)
+        self._give_back()
+        return text
+
+    def _give_back(self) -> None:
+        """Lets others have the steps when the end is reached."""
+        if self._reason is not None and self._graphs is not None:
+            self._state_bytes = self._held()
+            self._graphed = None
+            self._graphs.give_back(self)
+
+    def _took(self, token: int) -> str:
+        """The text that a token makes certain."""
         ends = token == self._engine.tokenizer.special.boundary or token in self._engine.end_tokens
         if ends and self._sampling.stop_at_boundary:
             self._reason = "stop"
@@ -66,7 +93,7 @@ class Continuation(Iterator[str]):
             self._reason = "stop"
         elif len(self._written) == self._sampling.max_new_tokens:
             self._reason = "length"
-        elif limit is not None and self._state.length >= limit:
+        elif limit is not None and self._read >= limit:
             self._reason = "context"
         return text if self._reason is None else text + self._stream.flush()
 
@@ -79,21 +106,37 @@ class Continuation(Iterator[str]):
             prompt_tokens=self._prompt_BT.shape[1],
             first_token_seconds=self._first_token_seconds,
             decode_seconds=self._decode_seconds,
-            state_bytes=self._state.bytes(),
+            state_bytes=self._held() if self._state_bytes is None else self._state_bytes,
         )
+
+    def _held(self) -> int:
+        """Bytes of the state."""
+        return self._state.bytes() if self._graphed is None or not self._graphed.length else self._graphed.bytes()
 
     @torch.inference_mode()
     def _step(self) -> int:
-        first = self._state.length == 0
+        first = self._read == 0
+        device = self._prompt_BT.device
         if first:
-            synchronise(self._prompt_BT.device)
+            synchronise(device)
         began = time.perf_counter()
         if first:
+            self._read = self._prompt_BT.shape[1]
+            if self._graphs is not None:
+                self._graphed = self._graphs.borrow(self, 1, self._read, self._sampling.max_new_tokens)
+            if self._graphed is not None:
+                self._state = self._graphed.initial_state()
             for part_BT in torch.split(self._prompt_BT, self._chunk, dim=1):
                 logits_BV, self._state = self._model.next_logits(part_BT, self._state)
         else:
-            last_BT = torch.tensor([self._written[-1:]], device=self._prompt_BT.device)
-            logits_BV, self._state = self._model.next_logits(last_BT, self._state)
+            last_BT = torch.tensor([self._written[-1:]], device=device)
+            if self._graphed is None:
+                logits_BV, self._state = self._model.next_logits(last_BT, self._state)
+            else:
+                if self._read == self._prompt_BT.shape[1]:
+                    self._graphed.load(self._state)
+                logits_BV = self._graphed.step(last_BT)
+            self._read += 1
         # Picking waits for the device, so the token is really there when the clock is read.
         token = pick(self._engine, logits_BV[0], self._sampling, self._generator)
         seconds = time.perf_counter() - began
@@ -102,6 +145,9 @@ class Continuation(Iterator[str]):
         else:
             self._decode_seconds += seconds
         return token
+
+
+_NO_GRAPH: GraphedDecoding | None = None
 
 
 def pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -117,7 +163,13 @@ def pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch.
         UnusableAnswer: NaN or infinite logits.
     """
     # Rows beyond the tokenizer's vocabulary stand for nothing.
-    logits = logits_V[: engine.tokenizer.vocab_size].float().cpu()
+    logits = logits_V[: engine.tokenizer.vocab_size]
+    if logits.is_cuda and sampling.temperature == 0:
+        # One number to wait for: likelihoods of a large vocabulary take longer to fetch than to compute.
+        finite, likeliest = torch.stack([logits.isfinite().all().long(), logits.argmax()]).tolist()
+        if finite:
+            return int(likeliest)
+    logits = logits.float().cpu()
     require_finite(logits.double().numpy(), engine.name, "the vocabulary, while generating")
     if sampling.temperature == 0:
         return int(logits.argmax())

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines.base import Capability, Engine, Generation, Sampling, Scored, Tokens, require_finite
+from longspan.engines.base import Capability, Engine, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
 from longspan.engines.generation import Continuation, synchronise
+from longspan.engines.graphs import Graphs
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
+from longspan.engines.room import largest_native_batch
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel
 from longspan.models.segments import Isolation
@@ -106,6 +108,7 @@ class NativeEngine(Engine):
         if self._dtype != torch.float32:
             self._model.cast(self._dtype)
         self.batch_tokens = batch_tokens
+        self._graphs = Graphs(self._model)
 
     @torch.inference_mode()
     def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:
@@ -215,12 +218,18 @@ class NativeEngine(Engine):
         """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
         self._check_length(len(prompt), f"prompt {index}")
         prompt_BT = _stack([prompt], 0).to(self.device)
-        return Continuation(self, self._model, prompt_BT, sampling, index=index, chunk=self.batch_tokens)
+        return Continuation(
+            self, self._model, prompt_BT, sampling, index=index, chunk=self.batch_tokens, graphs=self._graphs
+        )
 
     def state_bytes(self, context: int) -> int:
         """See `Engine.state_bytes`."""
         size = torch.empty(0, dtype=self._dtype).element_size()
         return sum(block.mixer.state_bytes(context, size) for block in self._model.blocks)
+
+    def largest_batch(self, context: int) -> LargestBatch | None:
+        """See `Engine.largest_batch`; found on CUDA by trying."""
+        return largest_native_batch(self._model, self._graphs, context) if self.device.type == "cuda" else None
 
     def _token_nll(self, inputs_BT: Tensor, targets_BT: Tensor, doc_BT: Tensor | None) -> NDArray[np.float64]:
         length = inputs_BT.shape[1]

@@ -106,22 +106,26 @@ class GraphedDecoding:
         """The steps to come go on from `state`; it is copied where it does not lie here already.
 
         Args:
-            state: of as many rows, after at least one token; the next tokens go on with the documents that are open.
+            state: of as many rows, or of one that all rows go on from, after at least one token; the next tokens go on
+                with the documents that are open.
 
         Raises:
             UserError: other rows, nothing seen, or more tokens than there is room for.
         """
         past = state.past
         rows = _num_rows(state)
-        if state.length == 0 or rows != self.rows:
+        if state.length == 0 or rows not in (1, self.rows):
             given = f"a state of {rows} rows after {state.length} tokens for decoding {self.rows} rows"
             raise UserError(given, f"{self.rows} rows, at least one token", "prefill the prompts first")
+        if rows != self.rows:
+            past = past.select(torch.zeros(self.rows, dtype=torch.long))
         if past.num_keys > self.slots:
             given = f"a state with {past.num_keys} tokens in room for {self.slots}"
             raise UserError(given, "as much room as tokens", "raise `slots`")
         isolation = past.isolation if past.last_doc is not None else None
         if past.last_doc is not None and isolation in ("full", "state"):
-            layers = tuple(layer.undocumented(past.last_doc) for layer in state.layers)
+            last_doc = past.last_doc[:rows]
+            layers = tuple(layer.undocumented(last_doc) for layer in state.layers)
             state = dataclasses.replace(state, layers=layers)
         for mixer, layer, fixed in zip(self._mixers, state.layers, self._fixed, strict=True):
             mixer.fix(layer, fixed, past.num_keys)
@@ -158,6 +162,17 @@ class GraphedDecoding:
     def length(self) -> int:
         """Tokens seen, 0 before a state is loaded."""
         return 0 if self._loaded is None else self._loaded.length + self._steps
+
+    def bytes(self) -> int:
+        """Of what the states hold after the steps so far, all rows together; room that is not used yet is not counted.
+
+        Raises:
+            UserError: no state is loaded.
+        """
+        if self._loaded is None:
+            raise UserError("the size of a decoding without a state", "a state", "`load` it first")
+        num_keys = self._loaded.past.num_keys + self._steps
+        return sum(mixer.fixed_bytes(fixed, num_keys) for mixer, fixed in zip(self._mixers, self._fixed, strict=True))
 
     @torch.no_grad()
     def state(self) -> ModelState:

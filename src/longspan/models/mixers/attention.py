@@ -349,7 +349,7 @@ class Attention(Mixer):
                 held[:, : state.length] = given
             else:
                 places = torch.arange(num_keys - state.length, num_keys, device=held.device)
-                held.index_copy_(1, places % slots, given)
+                held.index_copy_(1, places % slots, given.expand(held.shape[0], -1, -1, -1))
 
     def unfix(self, fixed: MixerState, num_keys: int) -> AttentionState:
         """See `Mixer.unfix`."""
@@ -357,6 +357,11 @@ class Attention(Mixer):
         places = torch.arange(num_keys - self._cached(num_keys), num_keys, device=fixed.keys.device)
         slots = places % fixed.keys.shape[1]
         return AttentionState._of(fixed.keys.index_select(1, slots), fixed.values.index_select(1, slots))
+
+    def fixed_bytes(self, fixed: MixerState, num_keys: int) -> int:
+        """See `Mixer.fixed_bytes`."""
+        assert isinstance(fixed, FixedAttentionState)
+        return fixed.bytes() // fixed.keys.shape[1] * self._cached(num_keys)
 
     def _has_flex(self, q_BTHP: Tensor, segments: Segments) -> bool:
         """One document to a row needs no mask, and no kernel that takes one."""

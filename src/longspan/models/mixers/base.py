@@ -138,6 +138,10 @@ class Mixer(nn.Module, ABC):
         """A copy of `fixed` after `num_keys` tokens, as a state for any other call."""
         return fixed.map(torch.clone)
 
+    def fixed_bytes(self, fixed: MixerState, num_keys: int) -> int:
+        """Bytes of what `fixed` holds after `num_keys` tokens, all rows together."""
+        return fixed.bytes()
+
     def decode_bytes(self, context: int, element_bytes: int) -> int:
         """Bytes of the state of one row that are read and written to decode the token after `context` tokens.
 

@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
 
 ALONE = Cut(64, 4, 3)
-"""One or two query heads to a key-value head: products as sums in registers."""
+"""One or two query heads to a key-value head: products as sums in registers, of every place by itself."""
 GROUPED = Cut(64, 4, 3)
 """More: products on the tensor cores, padded to 16 query heads."""
 
@@ -103,9 +103,15 @@ def _share(
     head = group * each + h
     mine = h < each
     q = tl.load(q_ptr + (row * H + head[:, None]) * P + p[None, :], mask=mine[:, None] & (p < P)[None, :], other=0.0)
-    most = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
-    sums = tl.zeros((HEADS, PADDED), tl.float32)
+    if DOT:
+        most = tl.full((HEADS,), float("-inf"), tl.float32)
+        total = tl.zeros((HEADS,), tl.float32)
+        sums = tl.zeros((HEADS, PADDED), tl.float32)
+    else:
+        # Every place of a block adds up what it sees by itself, so that threads wait for one another only at the end.
+        most = tl.full((HEADS, BLOCK), float("-inf"), tl.float32)
+        total = tl.zeros((HEADS, BLOCK), tl.float32)
+        sums = tl.zeros((HEADS, BLOCK, PADDED), tl.float32)
     if SLOPES:
         slopes = tl.load(slopes_ptr + head, mask=mine, other=0.0).to(tl.float32)
     if HEAD_WINDOWS:
@@ -135,17 +141,28 @@ def _share(
         if SLOPES:
             scores -= slopes[:, None] * distance.to(tl.float32)[None, :]
         scores = tl.where(visible, scores * LOG2_E, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
         # Where nothing has been seen yet, minus infinity from itself would be no number.
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        shares = tl.exp2(scores - level[:, None])
-        fade = tl.exp2(most - level)
-        total = total * fade + tl.sum(shares, 1)
         if DOT:
+            higher = tl.maximum(most, tl.max(scores, 1))
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            shares = tl.exp2(scores - level[:, None])
+            fade = tl.exp2(most - level)
+            total = total * fade + tl.sum(shares, 1)
             sums = sums * fade[:, None] + tl.dot(shares.to(v.dtype).to(OPERAND), v.to(OPERAND), input_precision="ieee")
         else:
-            sums = sums * fade[:, None] + tl.sum(shares[:, :, None] * v.to(tl.float32)[None, :, :], 1)
+            higher = tl.maximum(most, scores)
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            shares = tl.exp2(scores - level)
+            fade = tl.exp2(most - level)
+            total = total * fade + shares
+            sums = sums * fade[:, :, None] + shares[:, :, None] * v.to(tl.float32)[None, :, :]
         most = higher
+    if not DOT:
+        highest = tl.max(most, 1)
+        weight = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+        total = tl.sum(total * weight, 1)
+        sums = tl.sum(sums * weight[:, :, None], 1)
+        most = highest
     out = (row * H + head) * SHARES + share
     if SHARES == 1:
         y = sums / total[:, None]
@@ -220,13 +237,14 @@ def run_attention(
     head_windows_H: Tensor | None,
     cut: Cut | None = None,
     shares: int | None = None,
+    dot: bool | None = None,
 ) -> Tensor:
-    """See `ops.decode_attention.decode_attention`; `cut` and `shares` for measuring others than the usual ones."""
+    """See `ops.decode_attention.decode_attention`; `cut`, `shares`, `dot` for measuring others than usual."""
     rows, heads, head_dim = q_BHP.shape
     slots, groups = k_BCGP.shape[1:3]
     q_BHP = q_BHP.contiguous()
     each = heads // groups
-    dot = each > 2
+    dot = each > 2 if dot is None else dot
     cut = cut or (GROUPED if dot else ALONE)
     padded = max(16, triton.next_power_of_2(head_dim))
     tiles = triton.next_power_of_2(each)
