@@ -253,6 +253,9 @@ class _Moved:
         for before, after in self._done:
             if before is tensor:
                 return after
-        pinned = tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
+        pinned = tensor
+        if self._device.type == "cuda" and tensor.device.type == "cpu":
+            # An expanded tensor has fewer elements than places, which cannot be pinned.
+            pinned = tensor.contiguous().pin_memory()
         self._done.append((tensor, pinned.to(self._device, non_blocking=True)))
         return self._done[-1][1]

@@ -62,6 +62,7 @@ class Feed:
         self._ready: queue.Queue[tuple[Fed, dict[str, Any]] | BaseException] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._threads: int | None = None
 
     def take(self) -> Fed:
         """The next batch.
@@ -74,9 +75,14 @@ class Feed:
             self._state = self._batches.state_dict()
             return fed
         if self._thread is None:
+            self._threads = torch.get_num_threads()
             self._thread = threading.Thread(target=self._stay_ahead, name="feed", daemon=True)
             self._thread.start()
         item = self._ready.get()
+        if self._threads is not None:
+            # Threads to come take the number that was set last, here or in the feed's thread.
+            torch.set_num_threads(self._threads)
+            self._threads = None
         if isinstance(item, BaseException):
             raise item
         fed, self._state = item
@@ -109,6 +115,8 @@ class Feed:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
+            # Tensors of a batch are small: sharing their work out to threads on busy cores takes many times the work.
+            torch.set_num_threads(1)
             while not self._closed.is_set():
                 self._ready.put((self._make(), self._batches.state_dict()))
         except BaseException as error:

@@ -102,6 +102,9 @@ def train(
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device = {device}", "cpu or cuda", "train on one of these")
+    if device.type == "cuda" and device.index is None:
+        # The feed's thread has a current device of its own.
+        device = torch.device("cuda", torch.cuda.current_device())
     model.to(device)
     whole = run_configuration(model, training, isolation=isolation, device=device, more=configuration)
     training.check_shares(ranks.size)

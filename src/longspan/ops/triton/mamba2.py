@@ -115,6 +115,7 @@ def mamba2_backward(
     d_weight, d_bias = causal_conv.run_backward(
         d_parts.convolved, d_xBC, parts.convolved, conv_weight, conv_bias, doc_BT, True
     )
+    d_weight = d_weight.contiguous()
     return d_projected, d_weight, d_bias, d_dt_bias.to(dt_bias_H.dtype), dA.to(A_H.dtype), dD.to(D_H.dtype), d_norm
 
 
