@@ -13,7 +13,6 @@ from longspan.report.axes import Axis, Row
 from longspan.report.charts import Figure
 from longspan.report.data import ReportInput, TrainingCurve
 
-
 HALF, MOST = 0.5, 0.9
 """String accuracies on the way to mastery: when a subject begins to be able to, and when it mostly is."""
 
