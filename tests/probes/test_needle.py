@@ -281,9 +281,18 @@ def test_made_up_values_are_plain_and_different() -> None:
 
 @pytest.mark.parametrize("way", ["likelihood", "generation"])
 def test_describing_names_the_needle_the_question_and_the_answer(text: ProbeData, way: str) -> None:
-    probe = probe_with(ways=[way])
+    probe = probe_with(ways=[way], questions="one")
     item = probe.items(text)[0]
     shown = probe.describe(item, text)
-    value = item.details["values"][0]
+    value = item.details["values"][item.details["asked"][0]]
     assert shown.expected.endswith(value)
     assert shown.asked.count(value) == 2
+
+
+def test_describing_shows_every_question_of_an_item(text: ProbeData) -> None:
+    probe = probe_with(ways=["likelihood"], needles=3)
+    item = next(item for item in probe.items(text) if len(item.details["asked"]) > 1)
+    shown = probe.describe(item, text)
+    for place, question in zip(item.details["asked"], probe.asked(item, text), strict=True):
+        assert f"[{question.truth + 1}] {item.details['values'][place]}" in shown.expected
+        assert f"at {100 * item.details['depths'][place]:.0f} %" in shown.asked

@@ -240,6 +240,14 @@ def test_mqar_is_asked_cell_by_cell_and_against_the_state(tmp_path: Path, ask: A
     assert found["accuracy", 1.0].n == 16
 
 
+def test_a_curriculum_of_training_is_nothing_to_a_probe(tmp_path: Path, ask: Any) -> None:
+    # The probe asks for one pair only where the curriculum begins with two, and a range that the curriculum exceeds.
+    grown = {**TASKS["mqar"], "curriculum": {"kind": "grow", "short": 2, "steps": 10}}
+    data = data_of(grown, tmp_path)
+    probe = make_probe("mqar", {"sizes": [1, 4], "lengths": [8, 16], "strings": 2, "free_running": False})
+    assert len(ask(probe, Parrot(data), data)) == 6
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

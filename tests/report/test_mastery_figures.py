@@ -36,7 +36,8 @@ def learned(quickstart_report: ReportInput) -> ReportInput:
 
 
 def dots_of(report: ReportInput) -> dict[str, dict[str, Any]]:
-    figure = mastery_figures(report, arrange(report))[1]
+    *_, figure = mastery_figures(report, arrange(report))
+    assert figure.name == "samples-to-mastery"
     return {row["name"]: row for row in figure.spec["data"]["values"]}
 
 
@@ -59,12 +60,28 @@ def test_a_subject_that_never_reached_it_is_censored_and_last(learned: ReportInp
     assert list(dots_of(learned))[-1] == second
 
 
+def test_half_is_reached_before_mastery_and_the_median_needs_most_seeds(learned: ReportInput) -> None:
+    first, second, third = (subject.label for subject in learned.subjects)
+    more = [*learned.training, curve(second, [0.0, 0.4, 0.6], seed=1)]
+    _, half, _ = mastery_figures(replace(learned, training=more), arrange(learned))
+    assert half.name == "samples-to-50"
+    rows = {row["name"]: row for row in half.spec["data"]["values"]}
+    assert (rows[first]["value"], rows[first]["low"], rows[first]["high"]) == (150, 0, 200)
+    # One of two seeds: the median is above the middle of what is known.
+    assert (rows[second]["value"], rows[second]["hollow"]) == (350, True)
+    assert rows[second]["detail"] == "1 of 2 seeds reached it"
+    assert not rows[third]["hollow"]
+
+
 def test_accuracy_is_drawn_with_intervals_and_a_table(learned: ReportInput) -> None:
-    accuracy, samples = mastery_figures(learned, arrange(learned))
+    accuracy, _, samples = mastery_figures(learned, arrange(learned))
     points = [row for row in accuracy.spec["data"]["values"] if row["kind"] == "point"]
     assert len(points) == 10
     assert all(row["low"] <= row["y"] <= row["high"] for row in points)
-    assert [row[4] for row in accuracy.table.rows] == ["yes", "yes", "no: more are needed", "yes"]
+    # Samples to 50, 90 and 99 %.
+    assert [row[2:5] for row in accuracy.table.rows] == [
+        ("200", "300", "300"), ("100", "200", "200"), ("> 400", "> 400", "> 400"), ("100", "100", "100"),
+    ]  # fmt: skip
     assert {record["samples"] for record in samples.table.records} == {100.0, 200.0, 300.0, 400.0}
 
 

@@ -198,13 +198,15 @@ class Needle(Probe):
                     yield self.observation(record, "no_context_exact", float(entry["guessed"]), 1.0, cluster=cluster)
 
     def describe(self, item: Item, data: ProbeData) -> Asked:
-        """The first needle with its depth, the question and its candidates."""
-        place, question = item.details["asked"][0], self.asked(item, data)[0]
-        hidden = _needles(data.tokenizer, item.details)[place]
-        listed = "  ".join(f"[{i + 1}] {shown(data, each, 40)}" for i, each in enumerate(question.candidates))
-        where = f"{item.details['context']:,} tokens, at {100 * item.details['depths'][place]:.0f} %"
-        text = f"({where}) … {shown(data, hidden)} … ⟶ {shown(data, question.cue)} {listed}"
-        return Asked(text, f"[{question.truth + 1}] {question.answer}")
+        """Each needle that is asked for with its depth, its question and the candidates."""
+        details, needles = item.details, _needles(data.tokenizer, item.details)
+        told, answers = [], []
+        for place, question in zip(details["asked"], self.asked(item, data), strict=True):
+            listed = "  ".join(f"[{i + 1}] {shown(data, each, 40)}" for i, each in enumerate(question.candidates))
+            depth = f"at {100 * details['depths'][place]:.0f} %"
+            told.append(f"({depth}) … {shown(data, needles[place])} … ⟶ {shown(data, question.cue)} {listed}")
+            answers.append(f"[{question.truth + 1}] {question.answer}")
+        return Asked(f"({details['context']:,} tokens) {' '.join(told)}", "  ".join(answers))
 
     def text(self, item: Item, data: ProbeData) -> NDArray[np.int64]:
         """The haystack with its needles: `room` tokens."""

@@ -270,13 +270,14 @@ def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, reco
     seen = [each for each in probe.observe(record) if each.metric == metric]
     if not seen:
         return None
-    # The longest context is the one a reader wants to see.
-    last = max(seen, key=lambda each: each.x or 0.0)
+    # The longest context is the one a reader wants to see; an item may ask several questions there.
+    end = max(each.x or 0.0 for each in seen)
+    last = [each for each in seen if (each.x or 0.0) == end]
     return ItemAnswer(
         subject=planned.subject.label,
         seed=planned.subject.seed,
-        text="" if last.x is None else f"at {last.x:g}",
-        score=last.numerator / last.denominator,
+        text="" if last[0].x is None else f"at {end:g}",
+        score=sum(each.numerator for each in last) / sum(each.denominator for each in last),
         scored=title,
     )
 

@@ -149,8 +149,9 @@ class Task(Config, ABC):
         """
         fields = registered().get(str(settings.get("task", self.task)), type(self)).model_fields
         shared = {name: value for name, value in self.model_dump(exclude_unset=True).items() if name in fields}
-        ends = {"min_length": min(sizes), "max_length": max(sizes), "curriculum": None} if sizes else {}
-        ranged = {name: value for name, value in ends.items() if name in fields}
+        ends = {"min_length": min(sizes), "max_length": max(sizes)} if sizes else {}
+        # What is drawn while training goes on is nothing to whoever asks for a size, and may not fit the sizes asked.
+        ranged = {name: value for name, value in {**ends, "curriculum": None}.items() if name in fields}
         return make_task({**shared, **ranged, **settings}, "settings")
 
     def tokenizer(self) -> Tokenizer:
