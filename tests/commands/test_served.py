@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from longspan.records.store import Record
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 pytest.importorskip("transformers")
 pytest.importorskip("httpx2")
-Longspan = Callable[..., int]
 ITEMS = Path(__file__).parents[2] / "docs" / "examples" / "benchmarks" / "longbench.jsonl"
 CORPUS = "corpus: {source: synthetic, max_documents: 300, splits: {train: 0.9, validation: 0.05, test: 0.05}}"
 # vLLM's attention on a CPU takes heads of 32 and more.
@@ -55,23 +55,20 @@ probes:
 """
 
 
+def longspan(*words: str) -> str:
+    """What a command prints, run as a person runs it."""
+    result = subprocess.run([sys.executable, "-m", "longspan.cli", *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `longspan run` trains and `longspan export` writes."""
-    from longspan import cli
-
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(TRAINED)
-    arguments = [
-        ["run", str(folder / "tiny.yaml"), "--runs", str(folder / "runs")],
-        ["export", str(folder / "runs" / "tiny"), "pattern=AMA", "--to", str(folder / "exported")],
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        for words in arguments:
-            patch.setattr(sys, "argv", ["longspan", *words])
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-            assert not ended.value.code
+    longspan("run", str(folder / "tiny.yaml"), "--runs", str(folder / "runs"))
+    longspan("export", str(folder / "runs" / "tiny"), "pattern=AMA", "--to", str(folder / "exported"))
     return folder / "exported"
 
 
@@ -109,7 +106,8 @@ def vllm(exported: Path) -> dict[str, Any]:
     if not os.environ.get("LONGSPAN_VLLM"):
         pytest.skip("no vLLM here: LONGSPAN_VLLM names the environment that has one")
     arguments = {
-        "serve": {"enforce-eager": True, "max-num-seqs": 4},
+        # With it vLLM 0.32 fails on a CPU in the middle of asking a model with recurrent layers.
+        "serve": {"enforce-eager": True, "max-num-seqs": 4, "enable-prefix-caching": False},
         "environment": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         "start_timeout": 900.0,
     }
@@ -133,18 +131,12 @@ def text(answer: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("server", ["transformers_serve", "vllm"])
 def test_what_was_trained_exported_and_served_answers_as_here(
-    server: str,
-    exported: Path,
-    tmp_path: Path,
-    longspan: Longspan,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    server: str, exported: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     entry = json.dumps({"name": "there", **request.getfixturevalue(server)})
     study, runs = tmp_path / "asked.yaml", tmp_path / "runs"
     study.write_text(ASKED.replace("EXPORTED", str(exported)).replace("SERVED", entry))
-    assert longspan("run", str(study), "--runs", str(runs)) == 0
-    capsys.readouterr()
+    longspan("run", str(study), "--runs", str(runs))
     found = answers(runs)
     here, there = found["here"], found["there"]
     assert here.keys() == there.keys()
@@ -167,9 +159,8 @@ def test_what_was_trained_exported_and_served_answers_as_here(
     assert asked_again == 12 * 2
     kept = [answer["truncation"]["kept_fraction"] for (probe, _), answer in here.items() if probe == "longbench_v2"]
     assert min(kept) < 0.1 < max(kept)
-    assert longspan("rescore", str(runs / "asked"), "--scorer", "robust", "--json") == 0
-    results = {(each["subject"], each["variant"], each["context"]): each for each in
-               json.loads(capsys.readouterr().out)["results"]}  # fmt: skip
+    said = json.loads(longspan("rescore", str(runs / "asked"), "--scorer", "robust", "--json"))
+    results = {(each["subject"], each["variant"], each["context"]): each for each in said["results"]}
     for variant, context in (("direct", 600), ("direct", 1000), ("no_context", 1000)):
         ours, theirs = (results[subject, variant, context] for subject in ("here", "there"))
         assert ours["groups"] == theirs["groups"]

@@ -12,13 +12,13 @@ interval: p < 0.05 exactly where the interval leaves out zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import scipy
 from numpy.typing import NDArray
+from scipy import special
 
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
@@ -64,15 +64,15 @@ def wilson(successes: float, trials: float, confidence: float = 0.95) -> Interva
 
 @cache
 def _normal_quantile(probability: float) -> float:
-    return float(scipy.stats.norm.ppf(probability))
+    return float(special.ndtri(probability))
 
 
 def clopper_pearson(successes: float, trials: float, confidence: float = 0.95) -> Interval:
     """The exact interval of a proportion (Clopper and Pearson 1934). Takes fractional counts."""
     _check_counts(successes, trials)
     tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else float(scipy.stats.beta.ppf(tail, successes, trials - successes + 1))
-    high = 1.0 if successes == trials else float(scipy.stats.beta.isf(tail, successes + 1, trials - successes))
+    low = 0.0 if successes == 0 else float(special.betaincinv(successes, trials - successes + 1, tail))
+    high = 1.0 if successes == trials else float(special.betainccinv(successes + 1, trials - successes, tail))
     return Interval(low, high)
 
 
@@ -102,7 +102,7 @@ def effective_trials(successes_C: Array, trials_C: Array) -> float:
         return min(trials, float(clusters))
     independent = share * (1 - share) / trials
     effect = max(1.0, standard_error(successes_C, trials_C) ** 2 / independent)
-    correction = float(scipy.stats.norm.ppf(0.975) / scipy.stats.t.ppf(0.975, clusters - 1))
+    correction = float(special.ndtri(0.975) / special.stdtrit(clusters - 1, 0.975))
     return float(max(min(trials, clusters), trials / effect * correction**2)) if effect > 1 else trials
 
 
@@ -136,8 +136,8 @@ class Bootstrap:
 
     def half_width(self, confidence: float = 0.95) -> float:
         """Half the interval. Other levels than 95 % follow Student's t, scaled to agree with the bootstrap at 95 %."""
-        scale = self.multiplier / float(scipy.stats.t.ppf(0.975, self.clusters - 1))
-        return self.error * scale * float(scipy.stats.t.ppf(0.5 + confidence / 2, self.clusters - 1))
+        scale = self.multiplier / float(special.stdtrit(self.clusters - 1, 0.975))
+        return self.error * scale * float(special.stdtrit(self.clusters - 1, 0.5 + confidence / 2))
 
     @property
     def interval(self) -> Interval:
@@ -152,8 +152,8 @@ class Bootstrap:
         """
         if self.error == 0:
             return 1.0 if self.estimate == 0 else min(1.0, 2 * 0.5**self.clusters)
-        scale = self.multiplier / float(scipy.stats.t.ppf(0.975, self.clusters - 1))
-        return float(2 * scipy.stats.t.sf(abs(self.estimate) / (self.error * scale), self.clusters - 1))
+        scale = self.multiplier / float(special.stdtrit(self.clusters - 1, 0.975))
+        return float(2 * special.stdtr(self.clusters - 1, -abs(self.estimate) / (self.error * scale)))
 
 
 def standard_error(numerator_C: Array, denominator_C: Array) -> float:
@@ -229,7 +229,7 @@ def _bootstrap(na: Array, da: Array, nb: Array, db: Array, seed: int, resamples:
         # A resample of one document repeated has no spread: it can tell nothing, which counts against us.
         tests.append(np.where(error_star > 1e-9 * error, distance / np.maximum(error_star, 1e-300), np.inf))
     multiplier = np.quantile(np.concatenate(tests), 0.95, axis=0, method="higher")
-    floor = float(scipy.stats.t.ppf(0.975, clusters - 1))
+    floor = float(special.stdtrit(clusters - 1, 0.975))
     # rounding leaves a spread of 1e-17 where all clusters agree exactly
     flat = error <= 1e-12 * np.maximum(1e-300, np.abs(ratio_a) + np.abs(ratio_b))
     return [
@@ -274,11 +274,7 @@ def few_discordant_interval(difference_C: Array, confidence: float = 0.95) -> In
     size = len(difference_C) + 2.0
     up, down = float(difference_C.clip(min=0).sum()) + 0.5, float(-difference_C.clip(max=0).sum()) + 0.5
     centre = (up - down) / size
-    half = (
-        float(scipy.stats.norm.ppf(0.5 + confidence / 2))
-        * math.sqrt(max(up + down - (up - down) ** 2 / size, 0))
-        / size
-    )
+    half = float(special.ndtri(0.5 + confidence / 2)) * math.sqrt(max(up + down - (up - down) ** 2 / size, 0)) / size
     return Interval(max(-1.0, centre - half), min(1.0, centre + half))
 
 
@@ -299,7 +295,7 @@ class SeedSpread:
 
     def half_width(self, confidence: float = 0.95) -> float:
         """Half of Student's interval of the mean over seeds."""
-        return self.error * float(scipy.stats.t.ppf(0.5 + confidence / 2, self.freedom)) if self.freedom > 0 else 0.0
+        return self.error * float(special.stdtrit(self.freedom, 0.5 + confidence / 2)) if self.freedom > 0 else 0.0
 
 
 def seed_spread(*sides: Sequence[float]) -> SeedSpread:
@@ -335,7 +331,7 @@ def combined_p(documents: Bootstrap, seeds: SeedSpread) -> float:
         return 1e-12
     if target == 0 or excess(math.log1p(-1e-9)) >= 0:
         return 1.0
-    return math.exp(float(scipy.optimize.brentq(excess, lowest, math.log1p(-1e-9))))
+    return math.exp(_root(excess, lowest, math.log1p(-1e-9)))
 
 
 # --- tests, multiplicity, power ---------------------------------------------------------------------------------------
@@ -348,8 +344,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
         only_a: items that only a answered rightly.
         only_b: items that only b answered rightly.
     """
-    discordant = only_a + only_b
-    return 1.0 if discordant == 0 else float(scipy.stats.binomtest(only_a, discordant, 0.5).pvalue)
+    # Both tails of a fair coin are alike, and together at most all there is.
+    return min(1.0, 2 * float(special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -364,8 +360,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def minimum_detectable_effect(half_width: float, power: float = 0.8) -> float:
     """Smallest true difference that a two-sided 5 % test finds with this power, from its 95 % half-width."""
-    z = float(scipy.stats.norm.ppf(0.975))
-    return half_width * (z + float(scipy.stats.norm.ppf(power))) / z
+    z = float(special.ndtri(0.975))
+    return half_width * (z + float(special.ndtri(power))) / z
 
 
 def clusters_needed(clusters: int, effect: float, detectable: float) -> int | None:
@@ -380,7 +376,7 @@ def paired_proportion_mde(items: int, discordance: float, power: float = 0.8) ->
 
     Solves items = (z_a sqrt(d) + z_b sqrt(d - delta^2))^2 / delta^2 for delta, with d the share of discordant items.
     """
-    z_a, z_b = float(scipy.stats.norm.ppf(0.975)), float(scipy.stats.norm.ppf(power))
+    z_a, z_b = float(special.ndtri(0.975)), float(special.ndtri(power))
 
     def missing(delta: float) -> float:
         return (
@@ -390,4 +386,12 @@ def paired_proportion_mde(items: int, discordance: float, power: float = 0.8) ->
     highest = math.sqrt(discordance)
     if missing(highest) > 0:
         return float("inf")
-    return float(scipy.optimize.brentq(missing, 1e-9, highest))
+    return _root(missing, 1e-9, highest)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with other signs at both ends is 0."""
+    # Loaded only here: it takes longer than to score thousands of answers.
+    from scipy.optimize import brentq
+
+    return float(brentq(function, low, high))

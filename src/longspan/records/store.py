@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -216,8 +215,8 @@ def read_records(path: Path) -> Iterator[Record]:
 def _parse(line: bytes, path: Path, number: int, protocols: dict[str, str] | None = None) -> Record:
     """A record, its key checked; `protocols` keeps the text of those seen before, of which there are few."""
     try:
-        record = Record.model_validate(json.loads(line))
-    except (UnicodeDecodeError, json.JSONDecodeError, ValidationError):
+        record = Record.model_validate_json(line)
+    except ValidationError:
         raise _damaged(path, number, "is not a record") from None
     name = repr(record.protocol)
     protocol = None if protocols is None else protocols.get(name)
