@@ -27,6 +27,22 @@ SMALLEST_BLOCK = 32
 # FlexAttention's own block, and the head dimensions it takes without padding.
 FLEX_BLOCK = 128
 FLEX_HEAD_DIMS = (16, 32, 64, 128)
+# How its kernels cut their work on an H100, by head dimension: the fastest of those tried, docs/LOG.md. Others, and
+# what is not named here, as torch chooses.
+FLEX_OPTIONS: dict[int, dict[str, int]] = {
+    64: {
+        "fwd_BLOCK_M": 128,
+        "fwd_BLOCK_N": 64,
+        "fwd_num_warps": 4,
+        "fwd_num_stages": 3,
+        "bwd_BLOCK_M1": 64,
+        "bwd_BLOCK_N1": 64,
+        "bwd_BLOCK_M2": 64,
+        "bwd_BLOCK_N2": 64,
+        "bwd_num_warps": 4,
+        "bwd_num_stages": 3,
+    }
+}
 # The widest head that torch's fused kernel takes with grouped keys.
 WIDEST_GROUPED = 256
 
@@ -405,6 +421,11 @@ def _flex_attention() -> Any:
     return _compiled_flex()
 
 
+def _flex_options(q_BTHP: Tensor) -> Any:
+    # Measured in bf16 on an H100; fp32 tiles of this size need twice the shared memory.
+    return FLEX_OPTIONS.get(q_BTHP.shape[3]) if q_BTHP.dtype == torch.bfloat16 else None
+
+
 def _flex(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, block_mask: Any, rules: _Rules) -> Tensor:
     slopes_H, offset = rules.slopes, rules.q_offset
 
@@ -420,5 +441,6 @@ def _flex(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, block_mask: Any, rules
         score_mod=None if slopes_H is None else alibi,
         block_mask=block_mask,
         enable_gqa=q_BTHP.shape[2] != k_BSGP.shape[2],
+        kernel_options=_flex_options(q_BTHP),
     )
     return y.transpose(1, 2)

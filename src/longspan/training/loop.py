@@ -102,7 +102,7 @@ def train(
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device = {device}", "cpu or cuda", "train on one of these")
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         # The feed's thread has a current device of its own.
         device = torch.device("cuda", torch.cuda.current_device())
     model.to(device)
