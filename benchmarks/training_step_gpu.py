@@ -1,0 +1,385 @@
+"""One training step on one GPU against transformers at the same shapes: tokens/s, share of the matrix rate, memory.
+
+    python benchmarks/training_step_gpu.py                            # most important first, about seven minutes
+    python benchmarks/training_step_gpu.py --only "A 8x4096" --seconds 120
+    python benchmarks/training_step_gpu.py --device cpu --only "A 8x4096"     # tiny shapes, not compiled: does it run
+
+A step is forward, backward, clipping to norm 1 and fused AdamW under bf16 autocast with fp32 parameters. `A` is the
+109.5 M Llama shape (768 x 12, SwiGLU 2048, tied vocabulary of 32,000), `M` Mamba-2 of 768 x 24 without MLP, `AM` six
+pairs of both with a narrower MLP; `small` are the shapes of the study hybrid-patterns (384 x 8, vocabulary 49,152, rows
+of 512). Ours keep documents of about 700 tokens apart (400 in rows of 512); theirs see whole rows, which is less to do
+in every layer but attention. `compiled` is each side's `torch.compile`: ours as `train` does it, theirs of the whole
+model. transformers' Mamba2 runs without the compiled extras it asks for, on its own fallback. First the rate of an
+8192-cubed bf16 product is measured; `share` is a step's FLOPs (docs/numbers.md) over its time and that rate. Times are
+medians of CUDA events over steps in a row; `first` is what the first step took, compiling included (shorter where the
+compiler's cache knows the shape); `peak` is the allocator's. `train` is the real loop with its feed, metrics and
+checkpoints. A part that fails says so and the next one runs; parts that would start after `--seconds` are named. The
+last line is one JSON object, which also goes to $OUT/training_step_gpu.json where OUT is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.corpus.packing import Batch
+from longspan.foundation.randomness import numpy_generator
+from longspan.models.budget import count_parameters, training_flops_per_token
+from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.ops import kernels
+from longspan.training.compilation import compile_layers
+from longspan.training.config import TrainingConfig
+from longspan.training.loop import train
+from longspan.training.metrics import read_metrics
+from longspan.training.optimizer import clip_gradients
+
+SHAPES = {
+    "A": ModelConfig(pattern="A" * 12, width=768, heads=12, mlp_width=2048),
+    "M": ModelConfig(pattern="M" * 24, width=768, heads=12, state=128, mlp="none"),
+    "AM": ModelConfig(pattern="AM" * 6, width=768, heads=12, state=128, mlp_width=1536),
+    **{
+        f"small {letters}": ModelConfig(
+            pattern=letters * (8 // len(letters)), width=384, heads=8, state=64, mamba_head_dim=64, mlp_width=400
+        )
+        for letters in ("A", "M", "AM")
+    },
+}
+TINY = {
+    name: ModelConfig(pattern=config.pattern[:2], width=64, heads=2, state=16, mamba_head_dim=32, mlp_width=64)
+    for name, config in SHAPES.items()
+}
+STEPS, LOOP_STEPS = 8, 60
+
+
+class Run:
+    """What is measured and printed on the way."""
+
+    def __init__(self, device: torch.device, shapes: dict[str, ModelConfig]) -> None:
+        self.started = time.perf_counter()
+        self.device, self.shapes = device, shapes
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+        self.skipped: list[str] = []
+        self.flops_per_second = float("nan")
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def add(self, part: str, **values: Any) -> None:
+        """One row, shown at once."""
+        self.rows.append({"part": part, **values})
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        print(f"{time.perf_counter() - self.started:6.1f} s  {part:44s} {shown}", flush=True)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def vocab(self, name: str) -> int:
+        return 100 if not self.cuda else 49_152 if name.startswith("small") else 32_000
+
+
+def milliseconds(run: Run, step: Callable[[], object], steps: int = STEPS) -> tuple[float, float]:
+    """Median of a step's time on the device, and the shortest that the host took for one (far ahead, it waits)."""
+    step()
+    run.wait()
+    if not run.cuda:
+        started = time.perf_counter()
+        step()
+        return (time.perf_counter() - started) * 1e3, (time.perf_counter() - started) * 1e3
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    hosts = []
+    marks[0].record()
+    for mark in marks[1:]:
+        started = time.perf_counter()
+        step()
+        mark.record()
+        hosts.append((time.perf_counter() - started) * 1e3)
+    run.wait()
+    times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+    return statistics.median(times), min(hosts)
+
+
+def documents(rows: int, length: int, seed: int) -> Tensor:
+    """(rows, length) ids on the CPU: documents of about 700 tokens, or 400 where rows are short."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(rows, length, generator=generator) < 1 / (700 if length > 1000 else 400)).cumsum(1).int()
+
+
+def measure(run: Run, name: str, shape: str, rows: int, length: int, step: Callable[[], object]) -> None:
+    """Adds a row for a step, whose FLOPs are those of our model of that shape."""
+    started = time.perf_counter()
+    step()
+    run.wait()
+    first = time.perf_counter() - started
+    step()
+    if run.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    ms, host = milliseconds(run, step)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if run.cuda else float("nan")
+    rate = rows * length / ms * 1e3
+    flops = training_flops_per_token(run.shapes[shape], run.vocab(shape), length)
+    share = rate * flops / run.flops_per_second
+    run.add(name, tok_s=round(rate), ms=ms, host_ms=host, share=share, first_s=first, peak_GiB=peak)
+
+
+def profile(run: Run, name: str, step: Callable[[], object], top: int = 24) -> None:
+    """Prints what a step spends on each kernel."""
+    if not run.cuda:
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        step()
+        run.wait()
+    spent = sorted(
+        ((e.self_device_time_total / 2e3, e.count // 2, e.key[:100]) for e in profiler.key_averages()), reverse=True
+    )
+    run.add(f"profile of {name}", busy_ms=sum(ms for ms, _, _ in spent))
+    for ms, count, kernel in spent[:top]:
+        print(f"          {ms:7.2f} ms {count:4d} x  {kernel}", flush=True)
+    run.rows[-1]["kernels"] = spent[:40]
+
+
+# Subjects
+
+
+def own(run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False) -> None:
+    vocab = run.vocab(shape)
+    model = LanguageModel(run.shapes[shape], vocab, seed=0, device=run.device)
+    model.train()
+    if compiled and run.cuda:
+        compile_layers(model)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    tokens = torch.randint(0, vocab, (rows, length), device=run.device)
+    # Made ahead, as the loop's feed makes them.
+    ready = [model.segments(tokens, documents(rows, length, seed), keep_ids=run.cuda) for seed in range(4)]
+    turns = 0
+
+    def step() -> None:
+        nonlocal turns
+        with torch.autocast(run.device.type, dtype=torch.bfloat16):
+            nll, _ = model.loss(tokens, tokens, ready[turns % 4])
+        (nll / tokens.numel()).backward()  # type: ignore[no-untyped-call]
+        clip_gradients(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        turns += 1
+
+    name = f"{shape} {rows}x{length} ours {'compiled' if compiled else 'eager'}"
+    measure(run, name, shape, rows, length, step)
+    if profiled:
+        profile(run, name, step)
+
+
+def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None:
+    vocab = run.vocab(shape)
+    with torch.device(run.device):
+        model = llama(run.shapes[shape], vocab) if shape.endswith("A") else mamba2(run.shapes[shape], vocab)
+    model.train()
+    parameters = list(model.parameters())
+    called: Any = torch.compile(model) if compiled and run.cuda else model
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, vocab, (rows, length), device=run.device)
+
+    def step() -> None:
+        with torch.autocast(run.device.type, dtype=torch.bfloat16):
+            loss = called(tokens, labels=tokens, shift_labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    kind = type(model).__name__.removesuffix("ForCausalLM")
+    name = f"{shape} {rows}x{length} transformers {kind} {'compiled' if compiled else 'eager'}"
+    measure(run, name, shape, rows, length, step)
+
+
+def llama(config: ModelConfig, vocab: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.width,
+            num_hidden_layers=len(config.layers()),
+            num_attention_heads=config.heads,
+            intermediate_size=config.hidden,
+            vocab_size=vocab,
+            tie_word_embeddings=True,
+            max_position_embeddings=131_072,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def mamba2(config: ModelConfig, vocab: int) -> Any:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            hidden_size=config.width,
+            num_hidden_layers=len(config.layers()),
+            num_heads=2 * config.width // config.mamba_head_dim,
+            head_dim=config.mamba_head_dim,
+            state_size=config.state,
+            n_groups=1,
+            vocab_size=vocab,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+# The loop
+
+
+class RandomRows:
+    """Endless random rows of documents, some of which come round again, so that drawing them costs little."""
+
+    def __init__(self, rows: int, length: int, vocab: int) -> None:
+        self.rows, self.length, self.vocab, self.taken = rows, length, vocab, 0
+        self.kept: dict[int, Batch] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        number = self.taken % 16
+        self.taken += 1
+        if number not in self.kept:
+            generator = numpy_generator(0, "rows", number)
+            tokens = generator.integers(0, self.vocab, (self.rows, self.length + 1)).astype(np.int32)
+            doc_id = documents(self.rows, self.length, number).numpy()
+            self.kept[number] = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), doc_id)
+        return self.kept[number]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+def loop(run: Run, shape: str, rows: int, length: int) -> None:
+    steps, vocab = LOOP_STEPS if run.cuda else 6, run.vocab(shape)
+    training = TrainingConfig(
+        context=length,
+        batch_tokens=rows * length,
+        steps=steps,
+        peak_lr=1e-4,
+        log_every=10,
+        evaluate_every=steps,
+        checkpoint_every=steps,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(
+            LanguageModel(run.shapes[shape], vocab, seed=0),
+            training,
+            make_batches=lambda: RandomRows(rows, length, vocab),
+            validation=lambda: [next(RandomRows(rows, length, vocab))],
+            isolation="full",
+            token_bytes=np.ones(vocab, dtype=np.int32),
+            directory=Path(folder),
+            device=run.device,
+        )
+        first = [line.get("first_step_seconds") for line in read_metrics(Path(folder) / "metrics.jsonl")]
+    run.add(
+        f"{shape} {rows}x{length} train",
+        tok_s=round(result.tokens_per_second or 0),
+        overall=round(result.tokens_per_second_overall or 0),
+        first_s=next((seconds for seconds in first if seconds), float("nan")),
+        peak_GiB=result.peak_memory_bytes / 2**30,
+    )
+
+
+# The order
+
+
+def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
+    """(name, what to do, seconds it may well take), most important first."""
+    short, long, small = ((8, 4096), (1, 32_768), (128, 512)) if run.cuda else ((2, 160), (1, 320), (4, 64))
+
+    def compared(shape: str, size: tuple[int, int], where: str, fast: float = 35) -> list[Any]:
+        return [
+            (f"{shape} {where} ours compiled", lambda: own(run, shape, *size, True, shape == "M"), 30),
+            (f"{shape} {where} theirs compiled", lambda: theirs(run, shape, *size, True), fast),
+        ]
+
+    def eager(shape: str, size: tuple[int, int], where: str) -> list[Any]:
+        return [
+            (f"{shape} {where} theirs eager", lambda: theirs(run, shape, *size, False), 10),
+            (f"{shape} {where} ours eager", lambda: own(run, shape, *size, False), 20),
+        ]
+
+    return [
+        *compared("A", short, "8x4096"),
+        *compared("A", long, "1x32768"),
+        ("M 8x4096 ours compiled", lambda: own(run, "M", *short, True, True), 20),
+        ("M 1x32768 ours compiled", lambda: own(run, "M", *long, True), 20),
+        ("M 8x4096 train", lambda: loop(run, "M", *short), 15),
+        *((f"small {p} ours compiled", lambda p=p: own(run, f"small {p}", *small, True), 15) for p in ("A", "M", "AM")),
+        ("AM 8x4096 ours compiled", lambda: own(run, "AM", *short, True), 25),
+        ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
+        ("AM 1x32768 ours compiled", lambda: own(run, "AM", *long, True), 25),
+        ("small A theirs compiled", lambda: theirs(run, "small A", *small, True), 25),
+        ("M 8x4096 theirs eager", lambda: theirs(run, "M", *short, False), 15),
+        *eager("A", short, "8x4096"),
+        *eager("A", long, "1x32768"),
+        ("small M train", lambda: loop(run, "small M", *small), 15),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts whose name contains one of these, with commas between")
+    parser.add_argument("--seconds", type=float, default=420)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    run = Run(device, SHAPES if device.type == "cuda" else TINY)
+    print(f"{kernels.described(device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores", flush=True)
+    for shape, config in run.shapes.items():
+        print(f"  {shape}: {config.pattern}, {count_parameters(config, run.vocab(shape)).total / 1e6:.1f} M parameters")
+    if run.cuda:
+        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+        run.flops_per_second = 2 * 8192**3 / milliseconds(run, lambda: a @ b, 20)[0] * 1e3
+        run.add("matrix product 8192", TFLOP_s=run.flops_per_second / 1e12, card=torch.cuda.get_device_name())
+        del a, b
+    wanted = [name for name in options.only.split(",") if name]
+    for name, part, seconds in parts(run):
+        if wanted and not any(w in name for w in wanted):
+            continue
+        if time.perf_counter() - run.started + seconds > options.seconds:
+            run.skipped.append(name)
+            continue
+        try:
+            part()
+        except Exception as error:
+            run.failed.append(name)
+            run.add(f"FAILED {name}", error=f"{type(error).__name__}: {str(error)[:300]}")
+        gc.collect()
+        if run.cuda:
+            torch.cuda.empty_cache()
+    if run.skipped:
+        print("left out for time: " + ", ".join(run.skipped))
+    line = json.dumps({"rows": run.rows, "failed": run.failed, "skipped": run.skipped})
+    if os.environ.get("OUT"):
+        (Path(os.environ["OUT"]) / "training_step_gpu.json").write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
