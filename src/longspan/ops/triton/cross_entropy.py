@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.ops.triton.device import on_its_device
 
 # Few tokens at a time on a multiprocessor: what all of them hold has to fit the cache until it is read again.
-BLOCK, WARPS = 8192, 32
+BLOCK, WARPS = 8192, 16
 
 
 @triton.jit
