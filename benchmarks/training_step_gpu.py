@@ -192,7 +192,7 @@ def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None
         model = llama(run.shapes[shape], vocab) if shape.endswith("A") else mamba2(run.shapes[shape], vocab)
     model.train()
     parameters = list(model.parameters())
-    called: Any = torch.compile(model) if compiled and run.cuda else model
+    called: Any = torch.compile(model, dynamic=False) if compiled and run.cuda else model
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(0, vocab, (rows, length), device=run.device)
 
