@@ -52,7 +52,7 @@ def _decaying(dt, starts_ptr, at, there, DOCS: tl.constexpr):
 
 
 @triton.jit
-def _segment_ends(
+def segment_ends(
     x_ptr, dt_ptr, A_ptr, B_ptr, starts_ptr, kept_ptr, added_ptr, time, x_row, dt_row, B_row,
     x_token: tl.constexpr, dt_token: tl.constexpr, B_token: tl.constexpr,
     E: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -80,7 +80,7 @@ def _segment_ends(
 
 
 @triton.jit
-def _segment_starts(
+def segment_starts(
     dt_ptr, A_ptr, C_ptr, starts_ptr, dy_ptr, kept_ptr, added_ptr, time, dt_row, C_row, dy_row,
     dt_token: tl.constexpr, C_token: tl.constexpr, dy_token: tl.constexpr,
     E: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,7 +108,7 @@ def _segment_starts(
 
 
 @triton.jit
-def _pass(
+def pass_states(
     kept_ptr, added_ptr, first_ptr, segments,
     E: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _pass(
 
 
 @triton.jit
-def _forward(
+def scan_forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, before_ptr, y_ptr, final_ptr, states_ptr, time, chunks,
     x_row, dt_row, B_row, C_row,
     x_token: tl.constexpr, dt_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr,
@@ -162,7 +162,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def scan_backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, states_ptr, dy_ptr, dafter_ptr, scratch_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dinitial_ptr, rows, time, chunks,
     x_row, dt_row, B_row, C_row, dy_row,
@@ -285,7 +285,7 @@ class Given(NamedTuple):
             return self._alone(initial_BNE)
         x, dt, B = self.x, self.dt, self.B
         kept, added = self._kept_and_added()
-        _segment_ends[(self.blocks, self.segments, x.shape[0])](
+        segment_ends[(self.blocks, self.segments, x.shape[0])](
             x, dt, self.A, B, self.flags, kept, added, x.shape[1], *(z.stride(0) for z in (x, dt, B)),
             *(z.stride(1) for z in (x, dt, B)), TOKENS=CHUNK * SEGMENT, **self.sizes,
         )  # fmt: skip
@@ -297,7 +297,7 @@ class Given(NamedTuple):
             return self._alone(dfinal_BNE)
         dt, C = self.dt, self.C
         kept, added = self._kept_and_added()
-        _segment_starts[(self.blocks, self.segments, dy.shape[0])](
+        segment_starts[(self.blocks, self.segments, dy.shape[0])](
             dt, self.A, C, self.flags, dy, kept, added, dy.shape[1], *(z.stride(0) for z in (dt, C, dy)),
             *(z.stride(1) for z in (dt, C, dy)), TOKENS=CHUNK * SEGMENT, **self.sizes,
         )  # fmt: skip
@@ -309,7 +309,7 @@ class Given(NamedTuple):
 
     def _passed(self, kept: Tensor, added: Tensor, first_BNE: Tensor | None, back: bool) -> Tensor:
         channels, state = self.A.shape
-        _pass[(triton.cdiv(channels * state, PASSED), self.x.shape[0])](
+        pass_states[(triton.cdiv(channels * state, PASSED), self.x.shape[0])](
             kept, added, added if first_BNE is None else first_BNE.contiguous(), self.segments,
             E=channels, N=state, BLOCK=PASSED, FIRST=first_BNE is not None, BACK=back, num_warps=PASSED // 64,
         )  # fmt: skip
@@ -357,7 +357,7 @@ def _run_forward(
     rows, time, _ = x.shape
     y, final, states = _like(x, A.shape[1])
     before = given.before(initial_BNE)
-    _forward[(given.blocks, given.segments, rows)](
+    scan_forward[(given.blocks, given.segments, rows)](
         x, dt, A, B, C, D, given.flags, before, y, final, states, time, states.shape[1],
         *(z.stride(0) for z in (x, dt, B, C)), *(z.stride(1) for z in (x, dt, B, C)),
         Q=CHUNK, CHUNKS=SEGMENT, **given.sizes,
@@ -428,7 +428,7 @@ def _run_backward(
     dA, dD = (x.new_empty(parts, *z.shape, dtype=torch.float32) for z in (A, D))
     dB, dC = (x.new_empty(given.blocks, rows, time, state, dtype=torch.float32) for _ in range(2))
     dinitial = x.new_empty(rows, state, channels, dtype=torch.float32)
-    _backward[(given.blocks, given.segments, rows)](
+    scan_backward[(given.blocks, given.segments, rows)](
         x, dt, A, B, C, D, given.flags, states, dy, dafter, scratch, dx, ddt, dA, dB, dC, dD, dinitial,
         rows, time, states.shape[1],
         *(z.stride(0) for z in (x, dt, B, C, dy)), *(z.stride(1) for z in (x, dt, B, C, dy)),
