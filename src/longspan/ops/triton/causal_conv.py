@@ -76,6 +76,7 @@ def conv_forward(
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """y of a few spans."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, first = _spans(batch, time, SPAN, SPANS)
     x, y, doc = x_ptr + row * x_row, y_ptr + row * y_row, doc_ptr + row * time
@@ -116,6 +117,7 @@ def conv_backward(
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """dx of a few spans, and what they add to the gradients of filters and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, first = _spans(batch, time, SPAN, SPANS)
     x, dy, dx, doc = x_ptr + row * x_row, dy_ptr + row * dy_row, dx_ptr + row * dx_row, doc_ptr + row * time

@@ -24,7 +24,7 @@ from longspan.ops.triton.tiles import block
 class Cut(NamedTuple):
     """Tokens of a chunk, values of a tile with and without a state in flight, warps and stages, precisions.
 
-    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve` is that of the inverse, whose operands are fp32 always.
+    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve` is that of the inverse, of fp32 operands always.
     """
 
     chunk: int

@@ -26,6 +26,7 @@ def norm_forward(
     x_ptr, gate_ptr, weight_ptr, y_ptr, eps, x_row: tl.constexpr, gate_row: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
+    """One row."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + d, mask=d < D, other=0.0).to(tl.float32)
     if GATED:
@@ -42,6 +43,7 @@ def norm_backward(
     x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, dgate_row: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
+    """Every so many rows, and what they add to the gradient of the weight."""
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)

@@ -170,6 +170,7 @@ def scan_backward(
     E: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, DOCS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    """All gradients of a segment; those of B and C for one block of channels."""
     e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     part = row * tl.num_programs(1) + segment
@@ -181,31 +182,46 @@ def scan_backward(
     tile = tl.arange(0, BLOCK_E)[:, None] * BLOCK_N + n[None, :]
     scratch = scratch_ptr + (part * tl.num_programs(0) + tl.program_id(0)) * Q * BLOCK_E * BLOCK_N
     first, stop = segment * CHUNKS, tl.minimum(segment * CHUNKS + CHUNKS, chunks)
+    x_now, dt_now, dy_now = x_ptr + row * x_row, dt_ptr + row * dt_row, dy_ptr + row * dy_row
+    B_now, C_now = B_ptr + row * B_row, C_ptr + row * C_row
     for back in range(stop - first):
         chunk = stop - 1 - back
         state = _numbers(states_ptr, ((row * chunks + chunk) * E + e[:, None]) * N + n[None, :], inside)
+        t = chunk * Q
+        x, dt = _numbers(x_now, t * x_token + e, e < E), _numbers(dt_now, t * dt_token + e, e < E)
+        B = _numbers(B_now, t * B_token + n, n < N)
         for step in range(Q):
             t = chunk * Q + step
-            here, there = (e < E) & (t < time), (n < N) & (t < time)
-            x = _numbers(x_ptr + row * x_row, t * x_token + e, here)
-            dt = _numbers(dt_ptr + row * dt_row, t * dt_token + e, here)
-            B = _numbers(B_ptr + row * B_row, t * B_token + n, there)
+            here, there = (e < E) & (t + 1 < time), (n < N) & (t + 1 < time)
+            x_next = _numbers(x_now, (t + 1) * x_token + e, here)
+            dt_next = _numbers(dt_now, (t + 1) * dt_token + e, here)
+            B_next = _numbers(B_now, (t + 1) * B_token + n, there)
             decaying = _decaying(dt, starts_ptr, row * time + t, t < time, DOCS)
             kept = state * exp2(decaying[:, None] * A, FAST)
             # What is kept of the state before is what both gradients of the decay need.
             tl.store(scratch + step * BLOCK_E * BLOCK_N + tile, kept.to(scratch_ptr.dtype.element_ty))
             state = kept + (dt * x)[:, None] * B[None, :]
+            x, dt, B = x_next, dt_next, B_next
         tl.debug_barrier()
+        t = chunk * Q + Q - 1
+        here, there = (e < E) & (t < time), (n < N) & (t < time)
+        x, dt = _numbers(x_now, t * x_token + e, here), _numbers(dt_now, t * dt_token + e, here)
+        dy = _numbers(dy_now, t * dy_token + e, here)
+        B, C = _numbers(B_now, t * B_token + n, there), _numbers(C_now, t * C_token + n, there)
+        kept_next = tl.load(scratch + (Q - 1) * BLOCK_E * BLOCK_N + tile)
         for later in range(Q):
             step = Q - 1 - later
             t = chunk * Q + step
             here, there = (e < E) & (t < time), (n < N) & (t < time)
-            x = _numbers(x_ptr + row * x_row, t * x_token + e, here)
-            dt = _numbers(dt_ptr + row * dt_row, t * dt_token + e, here)
-            dy = _numbers(dy_ptr + row * dy_row, t * dy_token + e, here)
-            B = _numbers(B_ptr + row * B_row, t * B_token + n, there)
-            C = _numbers(C_ptr + row * C_row, t * C_token + n, there)
-            kept = tl.load(scratch + step * BLOCK_E * BLOCK_N + tile).to(tl.float32)
+            # What the token before needs is on its way while this one is worked on.
+            before_here, before_there = (e < E) & (t > 0) & (t <= time), (n < N) & (t > 0) & (t <= time)
+            x_next = _numbers(x_now, (t - 1) * x_token + e, before_here)
+            dt_next = _numbers(dt_now, (t - 1) * dt_token + e, before_here)
+            dy_next = _numbers(dy_now, (t - 1) * dy_token + e, before_here)
+            B_next = _numbers(B_now, (t - 1) * B_token + n, before_there)
+            C_next = _numbers(C_now, (t - 1) * C_token + n, before_there)
+            kept = kept_next.to(tl.float32)
+            kept_next = tl.load(scratch + tl.maximum(step - 1, 0) * BLOCK_E * BLOCK_N + tile)
             driving = dt * x
             dstate += dy[:, None] * C[None, :]
             dC = tl.sum(dy[:, None] * (kept + driving[:, None] * B[None, :]), 0)
@@ -223,6 +239,7 @@ def scan_backward(
             at = ((tl.program_id(0) * rows + row) * time + t) * N + n
             tl.store(dB_ptr + at, dB, mask=there)
             tl.store(dC_ptr + at, dC, mask=there)
+            x, dt, dy, B, C = x_next, dt_next, dy_next, B_next, C_next
         tl.debug_barrier()
     tl.store(dA_ptr + (part * E + e[:, None]) * N + n[None, :], dA, mask=inside)
     tl.store(dD_ptr + part * E + e, dD, mask=e < E)

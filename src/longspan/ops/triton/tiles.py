@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Narrower bf16 tiles make Triton 3.6 multiply past their end in shared memory on Hopper: wrong sums or an illegal access.
+# With narrower tiles of bf16 Triton 3.6 reads past their end in shared memory on Hopper: wrong sums, or a crash.
 NARROWEST = {torch.bfloat16: 64, torch.float32: 16}
 
 
