@@ -13,12 +13,13 @@ SIZES = {"width": 32, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width"
 
 @pytest.mark.parametrize("letter", ["M", "m"])
 @pytest.mark.usefixtures("served", "small_chunks")
-def test_a_layer_with_kernels(letter: str) -> None:
+def test_a_layer_with_kernels(letter: str, device: torch.device) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = LanguageModel(ModelConfig.parse({"pattern": letter * 2, **SIZES}, "model"), 29, 0)
+    model = LanguageModel(ModelConfig.parse({"pattern": letter * 2, **SIZES}, "model"), 29, 0).to(device)
     tokens = torch.randint(0, 29, (1, 24), generator=torch.Generator().manual_seed(0))
     doc = (torch.arange(24)[None] > 9).int()
+    tokens, doc = tokens.to(device), doc.to(device)
     results = []
     for backend in (None, "aot_eager"):
         for block in model.blocks:
