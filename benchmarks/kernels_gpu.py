@@ -17,10 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import threading
 import time as clock
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,21 +48,24 @@ CONVOLVED, PROJECTED = INNER + 2 * STATE, 2 * INNER + 2 * STATE + HEADS
 DEVICE = torch.device("cuda")
 
 
+TOLD = "@"
+"""Begins a line that a process tells its parent."""
+
+
 class Run:
-    """What is measured and printed on the way."""
+    """What a process measures, told to the parent on the way."""
 
     def __init__(self) -> None:
-        self.started = clock.perf_counter()
-        self.rows: list[dict[str, Any]] = []
         self.failed: list[str] = []
-        self.skipped: list[str] = []
         self.bytes_per_second = self.flops_per_second = float("nan")
 
+    def tell(self, what: str, value: Any) -> None:
+        """One line to the parent."""
+        print(TOLD + json.dumps({what: value}), flush=True)
+
     def add(self, part: str, **values: Any) -> None:
-        """One row, shown at once."""
-        self.rows.append({"part": part, **values})
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        print(f"{clock.perf_counter() - self.started:6.1f} s  {part:34s} {shown}", flush=True)
+        """One row."""
+        self.tell("row", {"part": part, **values})
 
     def floor_ms(self, num_bytes: float, flops: float) -> float:
         return 1e3 * max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
@@ -145,16 +151,13 @@ def check_conv(run: Run) -> None:
         )
 
 
-def check_ssd(run: Run) -> None:
-    cases = [
-        (BF16, 2, 1024, HEADS, HEAD_DIM, STATE, 100.0, False),
-        (BF16, 2, 331, 4, HEAD_DIM, STATE, 1.0, False),
-        (BF16, 3, 200, 3, 24, 40, 30.0, True),
-        (FP32, 2, 200, 4, HEAD_DIM, STATE, 30.0, True),
-    ]
-    for dtype, rows, time, heads, head_dim, state, mean, goes_on in cases:
-        doc = documents(rows, time, mean)
-        doc += 1
+def check_ssd(
+    dtype: torch.dtype, rows: int, time: int, heads: int, head_dim: int, state: int, mean: float, goes_on: bool = False
+) -> Callable[[Run], None]:
+    """Documents of `mean` tokens; goes on from states, one of which is of another document."""
+
+    def check(run: Run) -> None:
+        doc = documents(rows, time, mean) + 1
         doc[:, 0] = torch.arange(rows, device=DEVICE) % 2 + doc[:, 1] - 1
         before = doc[:, 0].clone()
         before[0] -= 1
@@ -162,11 +165,13 @@ def check_ssd(run: Run) -> None:
         if goes_on:
             leaves.append(normal(rows, heads, head_dim, state, dtype=FP32))
 
-        def scan(*z: Tensor, doc: Tensor = doc, before: Tensor = before, goes_on: bool = goes_on) -> Sequence[Tensor]:
+        def scan(*z: Tensor) -> Sequence[Tensor]:
             past = {"initial_state_BHPN": z[6], "initial_doc_B": before} if goes_on else {}
             return ssd(*z[:6], doc_BT=doc, **past)
 
         compare(run, f"ssd {dtype} T={time} P={head_dim} N={state}", scan, scan, leaves)
+
+    return check
 
 
 def scan_inputs(rows: int, time: int, channels: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
@@ -200,13 +205,24 @@ def delta_inputs(rows: int, time: int, heads: int, key_dim: int, value_dim: int,
     ]
 
 
-def check_delta(run: Run) -> None:
-    cases = [
-        (BF16, 2, 1024, DELTA_HEADS, 64, 128, 100.0, False),
-        (BF16, 3, 200, 3, 24, 40, 3.0, True),
-        (FP32, 2, 200, 4, 64, 128, 30.0, True),
-    ]
-    for dtype, rows, time, heads, key_dim, value_dim, mean, goes_on in cases:
+def check_delta(
+    dtype: torch.dtype,
+    rows: int,
+    time: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    mean: float,
+    goes_on: bool = False,
+    chunk: int | None = None,
+) -> Callable[[Run], None]:
+    """As `check_ssd`; `chunk`: another than is used."""
+
+    def check(run: Run) -> None:
+        from longspan.ops.triton import gated_delta as launched
+
+        if chunk is not None:
+            launched.CUTS[dtype] = launched.CUTS[dtype]._replace(chunk=chunk)
         doc = documents(rows, time, mean) + 1
         before = doc[:, 0].clone()
         before[0] -= 1
@@ -214,11 +230,14 @@ def check_delta(run: Run) -> None:
         if goes_on:
             leaves.append(normal(rows, heads, key_dim, value_dim, dtype=FP32))
 
-        def scan(*z: Tensor, doc: Tensor = doc, before: Tensor = before, goes_on: bool = goes_on) -> Sequence[Tensor]:
+        def scan(*z: Tensor) -> Sequence[Tensor]:
             past = {"initial_state_BHKV": z[5], "initial_doc_B": before} if goes_on else {}
             return gated_delta(*z[:5], doc_BT=doc, **past)
 
-        compare(run, f"delta {dtype} T={time} K={key_dim} V={value_dim}", scan, scan, leaves, roundings=2)
+        name = f"delta {dtype} T={time} K={key_dim} V={value_dim} chunk={launched.CUTS[dtype].chunk}"
+        compare(run, name, scan, scan, leaves, roundings=2)
+
+    return check
 
 
 def check_attention(run: Run) -> None:
@@ -395,17 +414,15 @@ def variants_ssd(run: Run) -> None:
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
-        {"gradient_warps": (8, 2)},
-        {"gradient_warps": (8, 1)},
-        {"gradient_warps": (4, 2)},
-        {"output_heads": 8},
-        {"output_heads": 2},
-        {"output_warps": (4, 3)},
-        {"state_tile": (64, 128), "state_warps": (4, 3)},
-        {"state_tile": (32, 64)},
-        {"state_warps": (4, 3)},
         {"group_warps": (4, 4)},
-        {"group_warps": (8, 3)},
+        {"group_warps": (4, 2)},
+        {"output_heads": 4},
+        {"output_heads": 6},
+        {"output_heads": 8, "output_warps": (4, 4)},
+        {"output_heads": 12},
+        {"state_warps": (4, 4)},
+        {"state_warps": (4, 2)},
+        {"gradient_warps": (4, 2)},
     ]
     inputs = {shape: ssd_inputs(*shape, HEADS, HEAD_DIM, STATE) for shape in SHAPES}
     for change in changes:
@@ -426,6 +443,24 @@ def variants_ssd(run: Run) -> None:
             launched.CUTS[BF16] = usual
 
 
+def variants_scan(run: Run) -> None:
+    """Sizes of the Mamba-1 scan."""
+    from longspan.ops.triton import selective_scan as launched
+
+    usual = launched.CHUNK, launched.SEGMENT, launched.CHANNELS
+    for rows, time in SHAPES:
+        leaves = [z.requires_grad_() for z in scan_inputs(rows, time, INNER, 16)]
+        doc, slope = documents(rows, time, 700.0), normal(rows, time, INNER)
+        scan = lambda v=leaves, d=doc: selective_scan(*v, doc_BT=d)[0]  # noqa: E731
+        for sizes in (usual, (16, 16, 32), (8, 32, 32), (8, 16, 32), (8, 32, 16), (4, 64, 32), (8, 64, 32)):
+            launched.CHUNK, launched.SEGMENT, launched.CHANNELS = sizes
+            try:
+                both = median_ms(lambda f=scan, v=leaves, s=slope: torch.autograd.grad(f(), v, s), rep=30)
+                run.add(f"scan cut {rows}x{time}", both_ms=both, chunk_segment_channels=str(sizes))
+            finally:
+                launched.CHUNK, launched.SEGMENT, launched.CHANNELS = usual
+
+
 def bench_scan(run: Run) -> None:
     """Mamba-1; no product spans tokens, so what counts beside bytes is the exponentials."""
     tokens = 65_536
@@ -436,6 +471,9 @@ def bench_scan(run: Run) -> None:
         time_both(
             run, f"scan {rows}x{time} documents", lambda *z, doc=doc: selective_scan(*z, doc_BT=doc)[:1], leaves, floor
         )
+        leaves, slope = [z.requires_grad_() for z in leaves], normal(rows, time, INNER)
+        scan = lambda v=leaves, d=doc: selective_scan(*v, doc_BT=d)[0]  # noqa: E731
+        profile(run, f"scan {rows}x{time}", lambda f=scan, v=leaves, s=slope: torch.autograd.grad(f(), v, s))
 
 
 def bench_delta(run: Run) -> None:
@@ -596,81 +634,169 @@ def bench_step(run: Run, *patterns: str) -> None:
         del model, optimizer
 
 
+# Each in a process of its own: what a kernel does to a device outlives it there.
 CHECKS: dict[str, Callable[[Run], None]] = {
     "check conv": check_conv,
     "check norm": check_norm,
-    "check ssd": check_ssd,
+    "check ssd": check_ssd(BF16, 2, 1024, HEADS, HEAD_DIM, STATE, 100.0),
+    "check ssd one-token documents": check_ssd(BF16, 2, 331, 4, HEAD_DIM, STATE, 1.0),
+    "check ssd fp32": check_ssd(FP32, 2, 200, 4, HEAD_DIM, STATE, 30.0, True),
+    "check ssd 24 40": check_ssd(BF16, 3, 200, 3, 24, 40, 30.0, True),
+    "check ssd 8 4": check_ssd(BF16, 3, 200, 3, 8, 4, 30.0, True),
+    "check ssd 128 128": check_ssd(BF16, 2, 200, 3, 128, 128, 30.0, True),
     "check layer": check_layer,
     "check scan": check_scan,
-    "check delta": check_delta,
+    "check delta": check_delta(BF16, 2, 1024, DELTA_HEADS, 64, 128, 100.0),
+    "check delta fp32": check_delta(FP32, 2, 200, 4, 64, 128, 30.0, True),
+    "check delta 128 64": check_delta(BF16, 2, 200, 3, 128, 64, 30.0, True),
+    **{
+        f"check delta {name} {k} {v}": check_delta(dtype, 3, 200, 3, k, v, 3.0, True)
+        for name, dtype in (("bf16", BF16), ("fp32", FP32))
+        for k, v in ((8, 40), (16, 32), (24, 40), (32, 8), (40, 16))
+    },
+    **{f"check delta chunk {q}": check_delta(BF16, 3, 200, 3, 24, 40, 20.0, True, q) for q in (16, 32)},
     "check attention": check_attention,
 }
-# FlexAttention is compiled by inductor, slowly, and comes late for that.
-PARTS: dict[str, Callable[[Run], None]] = {
-    "ceilings": measure_ceilings,
-    **{name: CHECKS[name] for name in ("check conv", "check norm", "check ssd", "check layer")},
+# Most important first. FlexAttention is compiled by inductor, slowly, and comes late for that.
+TIMES: dict[str, Callable[[Run], None]] = {
     "conv": bench_conv,
     "ssd": bench_ssd,
     "profile ssd": profile_ssd,
     "norm": bench_norm,
     "layer": bench_layer,
-    "step M": lambda run: bench_step(run, "M"),
-    "conv variants": variants_conv,
-    "ssd variants": variants_ssd,
-    "check scan": check_scan,
     "scan": bench_scan,
-    "check delta": check_delta,
     "delta": bench_delta,
-    "check attention": check_attention,
+    "step M": lambda run: bench_step(run, "M"),
     "step A": lambda run: bench_step(run, "A", "AM"),
     "attention": bench_attention,
     "plain": bench_plain,
 }
+VARIANTS: dict[str, Callable[[Run], None]] = {
+    "variants conv": variants_conv,
+    "variants ssd": variants_ssd,
+    "variants scan": variants_scan,
+}
+PARTS = {**CHECKS, **TIMES, **VARIANTS}
+SIDE_BY_SIDE = 6
+"""Checks at a time: they mostly compile."""
+
+
+def run_parts(names: list[str]) -> int:
+    """In a process of its own: rows and ends of parts go to the parent as lines."""
+    torch.manual_seed(int(clock.time()))
+    run = Run()
+    if any(name not in CHECKS for name in names):
+        measure_ceilings(run)
+    for name in names:
+        try:
+            PARTS[name](run)
+        except Exception as error:
+            run.failed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            traceback.print_exc(limit=-4, file=sys.stdout)
+            if isinstance(error, torch.AcceleratorError) or "CUDA" in str(error):
+                # Nothing that this process does on the device can be trusted from here on.
+                run.tell("failed", run.failed)
+                os._exit(3)
+        run.tell("failed", run.failed)
+        run.failed = []
+        run.tell("ended", name)
+        torch.cuda.empty_cache()
+    return 0
+
+
+class Parent:
+    """Starts the processes, shows what they print and keeps what they found."""
+
+    def __init__(self, seconds: float) -> None:
+        self.started, self.seconds = clock.perf_counter(), seconds
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+        self.skipped: list[str] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.seconds - (clock.perf_counter() - self.started)
+
+    def child(self, names: list[str]) -> list[str]:
+        """Runs parts in one process; those that did not end, the first of which failed."""
+        if self.left <= 0:
+            self.skipped += names
+            return []
+        command = [sys.executable, __file__, "--child", ",".join(names)]
+        # Also buffered memory of earlier lines must not be lost when a kernel takes the process down.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        stop = threading.Timer(self.left + 20.0, process.kill)
+        stop.start()
+        remaining = list(names)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith(TOLD):
+                print(line, end="", flush=True)
+                continue
+            told = json.loads(line[len(TOLD) :])
+            if "row" in told:
+                self.show(told["row"])
+            self.failed += told.get("failed", [])
+            if "ended" in told:
+                remaining.remove(told["ended"])
+        code = process.wait()
+        stop.cancel()
+        if remaining:
+            self.failed.append(f"{remaining[0]}: its process ended with {code}")
+        return remaining
+
+    def show(self, row: dict[str, Any]) -> None:
+        """One row, at once."""
+        self.rows.append(row)
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "part")
+        print(f"{clock.perf_counter() - self.started:6.1f} s  {row['part']:34s} {shown}", flush=True)
+
+    def run(self, checks: list[str], times: list[str]) -> None:
+        """Checks side by side, then times one after another; what crashes takes only itself along."""
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            list(pool.map(lambda name: self.child([name]), checks))
+        while times:
+            times = self.child(times)[1:]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The Triton kernels on one GPU.")
     parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--variants", action="store_true", help="also other cuts of the same work")
     parser.add_argument("--only", default="", help="parts whose name contains one of these words")
-    parser.add_argument("--seconds", type=float, default=150.0, help="no part starts after this long")
+    parser.add_argument("--seconds", type=float, default=150.0, help="no process starts after this long")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: this benchmark measures kernels on a GPU", file=sys.stderr)
         return 2
+    if arguments.child:
+        return run_parts(arguments.child.split(","))
     import triton
 
-    torch.manual_seed(int(clock.time()))
-    run = Run()
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}; Triton {triton.__version__}", flush=True)
     print(f"kernels: {kernels.described(DEVICE)}", flush=True)
     words = [word for word in arguments.only.split(",") if word]
-    for name, part in (CHECKS if arguments.check else PARTS).items():
-        if words and name != "ceilings" and not any(word in name for word in words):
-            continue
-        if clock.perf_counter() - run.started > arguments.seconds:
-            run.skipped.append(name)
-            continue
-        try:
-            part(run)
-        except Exception as error:
-            run.failed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-            traceback.print_exc(limit=-4, file=sys.stdout)
-        torch.cuda.empty_cache()
+    chosen = {**CHECKS} if arguments.check else {**CHECKS, **TIMES, **(VARIANTS if arguments.variants else {})}
+    names = [name for name in chosen if not words or any(word in name for word in words)]
+    parent = Parent(arguments.seconds)
+    parent.run([name for name in names if name in CHECKS], [name for name in names if name not in CHECKS])
     result = {
         "benchmark": "kernels_gpu",
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "seconds": round(clock.perf_counter() - run.started, 1),
-        "failed": run.failed,
-        "skipped": run.skipped,
-        "rows": run.rows,
+        "seconds": round(clock.perf_counter() - parent.started, 1),
+        "failed": parent.failed,
+        "skipped": parent.skipped,
+        "rows": parent.rows,
     }
     if "OUT" in os.environ:
         (Path(os.environ["OUT"]) / "kernels_gpu.json").write_text(json.dumps(result, indent=1))
-    print(f"failed: {run.failed or 'nothing'}; left out: {run.skipped or 'nothing'}")
+    print(f"failed: {parent.failed or 'nothing'}; left out: {parent.skipped or 'nothing'}")
     print(json.dumps(result))
-    return 1 if run.failed else 0
+    return 1 if parent.failed else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(64, 4, 128, 4), Tile(64, 4, 128, 4)
+FORWARD, BACKWARD = Tile(64, 4, 128, 4), Tile(64, 2, 128, 2)
 
 
 @triton.jit
@@ -70,12 +70,13 @@ def _spans(batch, time, SPAN: tl.constexpr, SPANS: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def conv_forward(
     x_ptr, filters, bias_ptr, doc_ptr, y_ptr, batch, time, x_row, y_row,
     x_token: tl.constexpr, y_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """y of a few spans."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, first = _spans(batch, time, SPAN, SPANS)
     x, y, doc = x_ptr + row * x_row, y_ptr + row * y_row, doc_ptr + row * time
@@ -110,12 +111,13 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def conv_backward(
     x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, batch, time,
     x_row, dy_row, dx_row, x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """dx of a few spans, and what they add to the gradients of filters and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, first = _spans(batch, time, SPAN, SPANS)
     x, dy, dx, doc = x_ptr + row * x_row, dy_ptr + row * dy_row, dx_ptr + row * dx_row, doc_ptr + row * time
@@ -191,7 +193,7 @@ def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT:
     x_BTD, weight_DK = _dense(x_BTD), weight_DK.contiguous()
     y_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     channels, taps = weight_DK.shape
-    _forward[_grid(x_BTD, FORWARD)](
+    conv_forward[_grid(x_BTD, FORWARD)](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
         y_BTD, *x_BTD.shape[:2], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
@@ -236,7 +238,7 @@ def run_backward(
     channels, taps = weight_DK.shape
     grid = _grid(x_BTD, BACKWARD)
     sums_JKD = x_BTD.new_empty((grid[1], 5, channels), dtype=torch.float32)
-    _backward[grid](
+    conv_backward[grid](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
         dy_BTD, dx_BTD, sums_JKD, *x_BTD.shape[:2], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
         *(z.stride(1) for z in (x_BTD, dy_BTD, dx_BTD)),

@@ -44,7 +44,7 @@ def _softplus(z):
 
 
 @triton.jit
-def _decays(
+def sum_decays(
     dt_ptr, bias_ptr, A_ptr, doc_ptr, before_ptr, planes_ptr, carry_ptr, run_ptr, time, dt_row, dt_token, plane,
     H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, RATES: tl.constexpr,
     DOCS: tl.constexpr, BEFORE: tl.constexpr,
@@ -107,7 +107,7 @@ class Decays(NamedTuple):
         planes = dt_BTH.new_empty(4, rows, heads, chunks * chunk, dtype=torch.float32)
         carry = dt_BTH.new_empty(rows, heads, chunks, dtype=torch.float32)
         run = dt_BTH.new_empty(rows, chunks * chunk, dtype=torch.int32)
-        _decays[(chunks, rows)](
+        sum_decays[(chunks, rows)](
             dt_BTH, pointer(bias_H, dt_BTH), pointer(A_H, dt_BTH), pointer(doc_BT, dt_BTH),
             pointer(initial_doc_B, dt_BTH), planes, carry, run, time, *dt_BTH.stride()[:2], planes.stride(0),
             H=heads, Q=chunk, HEADS=heads_of_program(heads), SOFTPLUS=bias_H is not None, RATES=A_H is not None,

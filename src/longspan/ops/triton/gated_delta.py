@@ -18,12 +18,13 @@ from torch import Tensor
 from longspan.ops.triton import gated_delta_kernels as kernels
 from longspan.ops.triton.decays import Decays, pointer
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import block
 
 
 class Cut(NamedTuple):
     """Tokens of a chunk, values of a tile with and without a state in flight, warps and stages, precisions.
 
-    `solve` is that of the inverse, whose operands are fp32 always.
+    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve` is that of the inverse, of fp32 operands always.
     """
 
     chunk: int
@@ -78,6 +79,7 @@ class Plan(NamedTuple):
     time: int
     chunks: int
     shared: dict[str, Any]
+    block_v: int
 
     @staticmethod
     def of(inputs: Inputs) -> Plan:
@@ -87,20 +89,20 @@ class Plan(NamedTuple):
         # The interpreter has no bf16 products; rounding comes first there too.
         operand = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[inputs.v.dtype]
         shared: dict[str, Any] = {"H": heads, "K": key_dim, "V": inputs.v.shape[-1], "Q": cut.chunk}
-        shared |= {"BLOCK_K": _block(key_dim), "OPERAND": operand if inputs.v.is_cuda else tl.float32}
-        return Plan(cut, rows, time, triton.cdiv(time, cut.chunk), shared | {"PRECISION": cut.precision})
+        shared |= {"BLOCK_K": block(key_dim, inputs.v), "OPERAND": operand if inputs.v.is_cuda else tl.float32}
+        shared["PRECISION"] = cut.precision
+        return Plan(cut, rows, time, triton.cdiv(time, cut.chunk), shared, block(inputs.v.shape[-1], inputs.v))
 
     def tiled(self, values: int, warps: tuple[int, int]) -> dict[str, Any]:
         """The shared arguments with tiles of so many values; WHOLE where every tile is full."""
-        block_v = min(values, _block(self.shared["V"]))
+        block_v = min(values, self.block_v)
         whole = self.time % self.cut.chunk == 0 and self.shared["K"] == self.shared["BLOCK_K"]
         whole = whole and self.shared["V"] % block_v == 0
         return {**self.shared, "BLOCK_V": block_v, "WHOLE": whole, "num_warps": warps[0], "num_stages": warps[1]}
 
     def state_grid(self) -> tuple[int, int, int]:
         """Programs of the kernels that carry states."""
-        values = self.shared["V"]
-        return triton.cdiv(values, min(self.cut.state_values, _block(values))), self.shared["H"], self.rows
+        return triton.cdiv(self.shared["V"], min(self.cut.state_values, self.block_v)), self.shared["H"], self.rows
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -110,10 +112,6 @@ class Plan(NamedTuple):
     def scratch(self, like: Tensor, *sizes: int) -> Tensor:
         """(B, J, H, ...) in the dtype of `like`."""
         return like.new_empty(self.rows, self.chunks, self.shared["H"], *sizes)
-
-
-def _block(size: int) -> int:
-    return max(16, int(triton.next_power_of_2(size)))
 
 
 @on_its_device

@@ -22,10 +22,11 @@ PROGRAMS = 1056
 
 
 @triton.jit
-def _forward(
+def norm_forward(
     x_ptr, gate_ptr, weight_ptr, y_ptr, eps, x_row: tl.constexpr, gate_row: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
+    """One row."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + d, mask=d < D, other=0.0).to(tl.float32)
     if GATED:
@@ -37,11 +38,12 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def norm_backward(
     x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, sums_ptr, rows, eps,
     x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, dgate_row: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
+    """Every so many rows, and what they add to the gradient of the weight."""
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
@@ -88,7 +90,7 @@ def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dt
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     block = max(16, triton.next_power_of_2(width))
-    _forward[(rows_MD.shape[0],)](
+    norm_forward[(rows_MD.shape[0],)](
         rows_MD, gates_MD, weight_D, y, eps, rows_MD.stride(0), gates_MD.stride(0),
         D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
     )  # fmt: skip
@@ -107,7 +109,7 @@ def run_backward(
     block = max(16, triton.next_power_of_2(width))
     programs = min(rows, PROGRAMS)
     sums_JD = x.new_empty(programs, width, dtype=torch.float32)
-    _backward[(programs,)](
+    norm_backward[(programs,)](
         rows_MD, gates_MD, weight_D, dy_MD, dx_MD, dgates_MD, sums_JD, rows, eps,
         *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dx_MD, dgates_MD)),
         D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),

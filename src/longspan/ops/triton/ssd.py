@@ -17,6 +17,7 @@ from torch import Tensor
 from longspan.ops.triton import ssd_kernels as kernels
 from longspan.ops.triton.decays import Decays, heads_of_program, pointer
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import block
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
@@ -41,7 +42,7 @@ class Cut(NamedTuple):
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), (4, 4), 4, (4, 3), (4, 1), (4, 2), "ieee"),
+    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 1), (4, 3), "ieee"),
     torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
 }
 
@@ -93,7 +94,7 @@ class Plan(NamedTuple):
         operand = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype] if x.is_cuda else tl.float32
         shared: dict[str, Any] = {"H": heads, "GROUP": heads // groups, "P": head_dim, "N": state, "Q": cut.chunk}
         shared |= {"OPERAND": operand, "PRECISION": cut.precision}
-        return Plan(cut, chunks, shared, (_block(head_dim), _block(state)))
+        return Plan(cut, chunks, shared, (block(head_dim, x), block(state, x)))
 
     def tiled(self, time: int, tile: tuple[int, int] | None = None) -> dict[str, Any]:
         """The shared arguments with the tile of a kernel; WHOLE where every tile is full."""
@@ -106,10 +107,6 @@ class Plan(NamedTuple):
         tile_p, tile_n = (min(a, b) for a, b in zip(self.blocks, self.cut.state_tile, strict=True))
         tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
         return tiles, self.shared["H"], rows
-
-
-def _block(size: int) -> int:
-    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _decays(inputs: Inputs, plan: Plan) -> Decays:
