@@ -198,12 +198,12 @@ class Decoding(Parts):
             ours = self.replayed(partial(decode_attention, q, k, v, newest, first))
             self.add(name, ms=1e3 * ours, floor_ms=1e3 * floor, of_floor=floor / ours, sdpa_ms=1e3 * sdpa, error=error)
             best: list[tuple[float, str]] = []
-            for dot, cut, shares in self.cuts(rows, heads // groups):
+            for cut, shares in self.cuts(rows):
                 try:
-                    given = (q, k, v, newest, first, None, None, None, cut, shares, dot)
+                    given = (q, k, v, newest, first, None, None, None, cut, shares)
                     off = relative(launched.run_attention(*given), expected)
                     seconds = self.replayed(partial(launched.run_attention, *given))
-                    best.append((seconds, f"dot {dot} {tuple(cut)} shares {shares} error {off:.1e}"))
+                    best.append((seconds, f"{tuple(cut)} shares {shares} error {off:.1e}"))
                 except Exception as error:
                     self.add(f"{name} cut failed", cut=str(cut), error=f"{type(error).__name__}: {str(error)[:80]}")
                 if self.elapsed > self.seconds:
@@ -225,17 +225,14 @@ class Decoding(Parts):
         return self.median_seconds(graph.replay, 5) / calls
 
     @staticmethod
-    def cuts(rows: int, each: int) -> Iterator[tuple[bool, Any, int | None]]:
-        """Whether on the tensor cores; block, warps and stages; and shares where they are not the usual ones."""
+    def cuts(rows: int) -> Iterator[tuple[Any, int | None]]:
+        """Block, warps and stages; and shares where they are not the usual ones."""
         from longspan.ops.triton.decode_attention import Cut
 
         blocks = [(64, 4, 3), (64, 4, 2), (128, 4, 3)]
-        yield from ((True, Cut(*cut), None) for cut in blocks)
+        yield from ((Cut(*cut), None) for cut in blocks)
         if rows == 1:
-            yield True, Cut(64, 4, 3), 32
-        if each <= 2:
-            alone = [(64, 4, 3), (64, 4, 1), (32, 4, 1), (32, 2, 3), (64, 8, 3)]
-            yield from ((False, Cut(*cut), None) for cut in alone)
+            yield Cut(64, 4, 3), 32
 
     @torch.no_grad()
     def mamba2_alone(self) -> None:

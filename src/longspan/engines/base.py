@@ -285,6 +285,13 @@ class Engine(ABC):
         del context
         return None
 
+    def forget_peak(self) -> None:  # noqa: B027  a server's memory is its own
+        """Measure `peak_bytes` from here."""
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes of the device in use since `forget_peak`; None: not known (a server, a CPU)."""
+        return None
+
     def refuse(self, capability: str) -> UserError:
         """The error for something this engine cannot do."""
         have = ", ".join(sorted(self.capabilities)) or "nothing"

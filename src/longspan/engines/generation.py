@@ -181,6 +181,17 @@ def pick(engine: Engine, logits_V: Tensor, sampling: Sampling, generator: torch.
     return int(order[torch.multinomial(shares, 1, generator=generator)])
 
 
+def forget_peak(device: torch.device) -> None:
+    """See `Engine.forget_peak`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """See `Engine.peak_bytes`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done all it was asked to."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from torch import Tensor
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Capability, Engine, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
-from longspan.engines.generation import Continuation, synchronise
+from longspan.engines.generation import Continuation, forget_peak, peak_bytes, synchronise
 from longspan.engines.graphs import Graphs
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.room import largest_native_batch
@@ -226,6 +226,14 @@ class NativeEngine(Engine):
         """See `Engine.state_bytes`."""
         size = torch.empty(0, dtype=self._dtype).element_size()
         return sum(block.mixer.state_bytes(context, size) for block in self._model.blocks)
+
+    def forget_peak(self) -> None:
+        """See `Engine.forget_peak`."""
+        forget_peak(self.device)
+
+    def peak_bytes(self) -> int | None:
+        """See `Engine.peak_bytes`."""
+        return peak_bytes(self.device)
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying."""

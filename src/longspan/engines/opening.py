@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longspan.corpus.tokenizer import Tokenizer
+from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from longspan.engines.base import Engine, Prompting
 from longspan.engines.loading import check_device, end_tokens, trained_context
+from longspan.engines.native import Dtype
 from longspan.engines.prompting import Templated, Unstated, chat_form, custom_form
+from longspan.engines.random_weights import native_of_shape, transformers_config, transformers_model
 from longspan.engines.source import EndpointArguments, ModelSource, TransformersArguments, VllmArguments
 from longspan.engines.state_shapes import StateShape
 from longspan.foundation.errors import UserError
@@ -25,6 +27,13 @@ from longspan.models.budget import Parameters
 from longspan.models.interchange import DESCRIPTIONS, DTYPES, FETCHED, read_tokenizer, resolve
 from longspan.models.interchange.config_keys import CONFIG
 
+if TYPE_CHECKING:
+    from longspan.engines.transformers import TransformersEngine
+
+BYTES = TokenizerConfig(vocab_size=258)
+"""The tokenizer of a shape: the bytes of a text."""
+LONGEST_SHAPE = 2**20
+"""Positions that a shape is written down for; it has no table of them."""
 KERNELS = ("mamba_ssm", "causal_conv1d")
 """Packages without which transformers computes recurrent layers slowly."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -51,6 +60,10 @@ class Described:
         """Its configuration as transformers holds it, with the study's rotary settings; None for an endpoint."""
         if self.source.kind == "endpoint":
             return None
+        if self.source.kind == "shape":
+            if self.source.engine == "native":
+                return None
+            return transformers_config(*self.source.shape_config(), LONGEST_SHAPE)
         arguments = self.source.engine_arguments()
         trusted = isinstance(arguments, TransformersArguments) and arguments.trust_remote_code
         try:
@@ -81,6 +94,14 @@ class Described:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """All that determines its answers."""
+        if self.source.shape is not None:
+            return {
+                "shape": {**self.source.shape},
+                "tokenizer": self.tokenizer.fingerprint,
+                "asked": self.source.asked_how(),
+                "arguments": self.source.engine_arguments().model_dump(mode="json"),
+                "versions": {name: _version(name) for name in (self.source.engine,) if name == "transformers"},
+            }
         facts = {
             "tokenizer": self.tokenizer.fingerprint,
             "markers": self.markers,
@@ -109,12 +130,16 @@ class Described:
 
     def end_tokens(self) -> frozenset[int]:
         """The ids with which it ends a text."""
-        return frozenset() if self.config is None else end_tokens(self.folder, read_json(self.folder / CONFIG))
+        if self.source.kind == "shape" or self.config is None:
+            return frozenset()
+        return end_tokens(self.folder, read_json(self.folder / CONFIG))
 
 
 @cache
 def _described(source_json: str) -> Described:
     source = ModelSource.model_validate_json(source_json)
+    if source.shape is not None:
+        return Described(source, Path(), train_tokenizer(BYTES, ["bytes"]), markers=False)
     if source.endpoint is not None:
         folder = resolve(source.endpoint.tokenizer, fetched=DESCRIPTIONS)
     else:
@@ -146,6 +171,8 @@ def open_engine(source: ModelSource, device: str, report: Report = silent) -> En
     """
     found = describe(source)
     fingerprint = digest(found.fingerprint)
+    if source.kind == "shape":
+        return _drawn(found, fingerprint, device)
     if source.engine == "transformers":
         return _transformers(found, fingerprint, device)
     arguments = source.engine_arguments()
@@ -169,6 +196,32 @@ def open_engine(source: ModelSource, device: str, report: Report = silent) -> En
         context_limit=found.context_limit,
         name=source.label,
     )
+
+
+def _drawn(found: Described, fingerprint: str, device: str) -> Engine:
+    """A model of a shape with random weights."""
+    check_device(device)
+    source = found.source
+    config, rows = source.shape_config()
+    if source.engine == "native":
+        dtype: Dtype = "bf16" if source.dtype == "bf16" else "fp32"
+        native = native_of_shape(config, rows, found.tokenizer, dtype=dtype, device=device, name=source.label)
+        native.fingerprint = fingerprint
+        return native
+    from longspan.engines.transformers import TransformersEngine
+
+    arguments = source.engine_arguments()
+    assert isinstance(arguments, TransformersArguments)
+    engine = TransformersEngine(
+        transformers_model(found.config, DTYPES[source.dtype], device),
+        found.tokenizer,
+        markers=False,
+        fingerprint=fingerprint,
+        batch_tokens=arguments.batch_tokens,
+        name=source.label,
+    )
+    _note_slow_layers(engine)
+    return engine
 
 
 def _transformers(found: Described, fingerprint: str, device: str) -> Engine:
@@ -215,12 +268,16 @@ def _transformers(found: Described, fingerprint: str, device: str) -> Engine:
         batch_tokens=arguments.batch_tokens,
         name=source.label,
     )
+    _note_slow_layers(engine)
+    return engine
+
+
+def _note_slow_layers(engine: TransformersEngine) -> None:
     if engine.shape and any("mamba" in layer for layer in engine.shape.layers) and (absent := _absent(KERNELS)):
         engine.notes += (
             f"its recurrent layers run in the reference code of transformers, which is right and slow: "
             f"{' and '.join(absent)} are not installed",
         )
-    return engine
 
 
 def count_parameters(found: Described) -> Parameters | None:

@@ -11,6 +11,7 @@ from longspan.engines.prompting import Policy, custom_form
 from longspan.engines.trained_run import Weights
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
+from longspan.models.config import ModelConfig
 
 EngineName = Literal["native", "transformers", "vllm", "openai"]
 SourceDtype = Literal["fp32", "bf16", "fp16"]
@@ -71,6 +72,10 @@ class NativeArguments(Config):
     """The native engine takes no arguments."""
 
 
+SOURCES = ("checkpoint", "pretrained", "endpoint", "shape")
+"""Ways to say where a model's weights come from."""
+FEWEST_ROWS = 258
+"""Of a shape's embedding: one for every byte, and the two special ids."""
 ARGUMENTS: dict[str, type[Config]] = {
     "native": NativeArguments,
     "transformers": TransformersArguments,
@@ -109,6 +114,8 @@ class ModelSource(Config):
         checkpoint: the folder of a run that Longspan trained.
         pretrained: a folder with Hugging Face weights, or a hub id.
         endpoint: a server.
+        shape: a model of this configuration with random weights, `vocab_size` among its settings; for what a model
+            costs, which weights do not change. Texts reach it as bytes.
         engine: what runs it: `native` (of checkpoints, and of weights that Longspan's own models can hold),
             `transformers` (any causal language model of it), `vllm` (which is started and stopped), `openai` (of
             endpoints). Default `native`, `openai` for endpoints.
@@ -128,6 +135,7 @@ class ModelSource(Config):
     checkpoint: str | None = None
     pretrained: str | None = None
     endpoint: Endpoint | None = None
+    shape: dict[str, Any] | None = None
     engine: EngineName = "native"
     revision: str | None = None
     weights: Weights = "best"
@@ -150,10 +158,10 @@ class ModelSource(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("checkpoint", "pretrained", "endpoint") if getattr(self, name) is not None]
+        given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             what = "neither of `checkpoint` and `pretrained`" if not given else f"both of `{given[0]}` and `{given[1]}`"
-            raise UserError(what, "exactly one of `checkpoint`, `pretrained`, `endpoint`", "name one model")
+            raise UserError(what, f"exactly one of {', '.join(f'`{name}`' for name in SOURCES)}", "name one model")
         if self.revision is not None and self.checkpoint is not None:
             raise UserError(f"revision = {self.revision!r} of a checkpoint", "revisions of hub ids only", "remove it")
         if self.weights != "best" and self.checkpoint is None:
@@ -162,7 +170,12 @@ class ModelSource(Config):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> Self:
-        engines = {"checkpoint": ["native"], "endpoint": ["openai"], "pretrained": ["native", "transformers", "vllm"]}
+        engines = {
+            "checkpoint": ["native"],
+            "endpoint": ["openai"],
+            "pretrained": ["native", "transformers", "vllm"],
+            "shape": ["native", "transformers"],
+        }
         kind = self.kind
         if self.engine not in engines[kind]:
             allowed = ", ".join(engines[kind])
@@ -207,6 +220,8 @@ class ModelSource(Config):
             custom_form(self.custom_template)
         if self.template != "chat" and (self.system is not None or self.template_arguments):
             raise UserError("system or template_arguments", "with `template: chat` only", "remove them")
+        if self.shape is not None:
+            self._check_shape()
         if self.endpoint is not None and self.endpoint.api == "chat" and self.template not in (None, "chat"):
             raise UserError(
                 f"template = {self.template!r} with the API chat",
@@ -215,9 +230,29 @@ class ModelSource(Config):
             )
         return self
 
+    def _check_shape(self) -> None:
+        if self.template not in (None, "raw") or self.rope_scaling is not None or self.name is None:
+            raise UserError(
+                f"the shape {self.name or self.place} with {'no name' if self.name is None else 'more settings'}",
+                "a `name`, and no `rope_scaling` and no `template` but `raw`",
+                "add `name:`, and say all of the model under `shape:`",
+            )
+        self.shape_config()
+
+    def shape_config(self) -> tuple[ModelConfig, int]:
+        """The configuration of a shape, and the rows of its embedding."""
+        given = dict(self.shape or {})
+        rows = given.pop("vocab_size", None)
+        if not isinstance(rows, int) or rows < FEWEST_ROWS:
+            fix = "add `vocab_size: 128256` to the shape"
+            raise UserError(f"vocab_size = {rows!r} of {self.label}", f"a number of rows, at least {FEWEST_ROWS}", fix)
+        return ModelConfig.parse(given, f"the shape of {self.label}"), rows
+
     @property
-    def kind(self) -> Literal["checkpoint", "pretrained", "endpoint"]:
+    def kind(self) -> Literal["checkpoint", "pretrained", "endpoint", "shape"]:
         """Where its weights come from."""
+        if self.shape is not None:
+            return "shape"
         if self.checkpoint is not None:
             return "checkpoint"
         return "pretrained" if self.pretrained is not None else "endpoint"
@@ -226,7 +261,8 @@ class ModelSource(Config):
     def place(self) -> str:
         """Where it is, for people."""
         served = self.endpoint and f"{self.endpoint.model} at {self.endpoint.base_url}"
-        return self.checkpoint or self.pretrained or served or ""
+        drawn = self.shape and f"{self.shape.get('pattern')} with random weights"
+        return self.checkpoint or self.pretrained or served or drawn or ""
 
     @property
     def label(self) -> str:

@@ -29,6 +29,7 @@ from longspan.engines.base import (
 from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
 from longspan.engines.causal_generation import CausalGeneration
 from longspan.engines.causal_model import CausalModel, mark, restore, select
+from longspan.engines.generation import forget_peak, peak_bytes
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.state_shapes import StateShape
 from longspan.foundation.errors import UserError
@@ -196,6 +197,14 @@ class TransformersEngine(Engine):
             hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
         self._synchronise()
         return (time.perf_counter() - began) / new_tokens
+
+    def forget_peak(self) -> None:
+        """See `Engine.forget_peak`."""
+        forget_peak(self.model.device)
+
+    def peak_bytes(self) -> int | None:
+        """See `Engine.peak_bytes`."""
+        return peak_bytes(self.model.device)
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying, since running out of memory there does no harm."""

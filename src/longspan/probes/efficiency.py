@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
+from torch.cuda import OutOfMemoryError, empty_cache
 
 from longspan.engines.base import Engine, Generation, Sampling
 from longspan.foundation.errors import UserError
@@ -37,8 +39,10 @@ class Efficiency(Probe):
         new_tokens: tokens generated, at least 2.
         repeats: counted runs at each context.
         warm_ups: runs before them.
-        largest_batch: also find how many sequences of each context fit at a time, where the engine can: transformers on
-            CUDA, by trying; vLLM, by the room in its cache.
+        once_above: seconds of the first run at a context from which on it is the only one, and counts: what takes that
+            long does not depend on having been warmed up.
+        largest_batch: also find how many sequences fit at a time, at every context or at those named, where the engine
+            can: native and transformers on CUDA, by trying; vLLM, by the room in its cache.
     """
 
     title: ClassVar[str] = "Cost against context"
@@ -53,7 +57,8 @@ class Efficiency(Probe):
     new_tokens: int = Field(32, ge=2)
     repeats: int = Field(5, ge=3)
     warm_ups: int = Field(2, ge=0)
-    largest_batch: bool = False
+    once_above: float | None = Field(None, gt=0)
+    largest_batch: bool | tuple[int, ...] = False
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -65,6 +70,7 @@ class Efficiency(Probe):
             Metric("fixed", "Time per output token without context", "ms", "median", "lower", compare=False),
             Metric("growth", "Time per output token that 1,000 tokens add", "ms", "median", "lower", compare=False),
             Metric("bandwidth", "Weights and state read", "GB/s", "median", "higher", x_name="context", compare=False),
+            Metric("peak_memory", "Peak memory", "GiB", "median", "lower", x_name="context", compare=False),
             *self._batch_metrics(),
         )
 
@@ -98,20 +104,38 @@ class Efficiency(Probe):
         limit = engine.context_limit
         if limit is not None and context + self.new_tokens - 1 > limit:
             return content
+        try:
+            if reason := self._run(engine, context, data, content):
+                return {**content, "not_counted": reason}
+        except OutOfMemoryError as error:
+            empty_cache()
+            return {**content, "runs": [], "not_counted": f"out of memory: {str(error).splitlines()[0]}"}
+        if (peak := engine.peak_bytes()) is not None:
+            content["peak_bytes"] = peak
+        content["state_bytes"] = engine.state_bytes(context)
+        content["weight_bytes"] = engine.weight_bytes
+        sought = self.largest_batch if isinstance(self.largest_batch, bool) else context in self.largest_batch
+        if sought and (batch := engine.largest_batch(context)) is not None:
+            content["batch"] = [batch.sequences, batch.tokens_per_second]
+        return content
+
+    def _run(self, engine: Engine, context: int, data: ProbeData, content: dict[str, Any]) -> str:
+        """All runs at a context, into `content`; why they do not count, empty where they do."""
         sampling = Sampling(max_new_tokens=self.new_tokens, stop_at_boundary=False)
         for run in range(self.warm_ups + self.repeats):
+            engine.forget_peak()
+            began = time.perf_counter()
             (written,) = engine.generate([self._prompt(data, context, run)], sampling)
             if reason := _not_counted(written, context):
-                return {**content, "not_counted": reason}
-            if run >= self.warm_ups:
+                return reason
+            only = self.once_above is not None and run == 0 and time.perf_counter() - began > self.once_above
+            if run >= self.warm_ups or only:
                 further = len(written.tokens) - 1
                 content["runs"].append([written.first_token_seconds, written.decode_seconds, further])
             content["state_bytes_measured"] = written.state_bytes
-        content["state_bytes"] = engine.state_bytes(context)
-        content["weight_bytes"] = engine.weight_bytes
-        if self.largest_batch and (batch := engine.largest_batch(context)) is not None:
-            content["batch"] = [batch.sequences, batch.tokens_per_second]
-        return content
+            if only:
+                break
+        return ""
 
     def observe(self, record: Record) -> Iterable[Observation]:
         """Each run is an observation of its own."""
@@ -128,6 +152,8 @@ class Efficiency(Probe):
             for metric, numerator, denominator in values:
                 if denominator > 0:
                     yield Observation(record.subject, record.seed, item, item, metric, x, numerator, denominator)
+        if answer.get("peak_bytes") is not None:
+            yield self.observation(record, "peak_memory", answer["peak_bytes"] / 2**30, 1.0, cluster=record.item, x=x)
         if self.largest_batch and "batch" in answer:
             sequences, rate = answer["batch"]
             for metric, value in (("largest_batch", sequences), ("batch_rate", rate)):

@@ -59,7 +59,7 @@ class SubjectFacts:
     label: str
     letters: str = ""
     mixers: tuple[str, ...] = ()
-    kind: Literal["trained", "checkpoint", "pretrained", "endpoint"] = "trained"
+    kind: Literal["trained", "checkpoint", "pretrained", "endpoint", "shape"] = "trained"
     factors: dict[str, str] = field(default_factory=dict)
     parameters: ParameterFacts | None = None
     training_flops: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ _held: dict[str, Engine] = {}
 def asked_engine(job: Job, runs: Path, device: str, report: Report) -> tuple[Engine, str]:
     """The engine that answers a probe job, and what tells the weights it asks from others."""
     source = ModelSource.parse(job.details["source"], "subjects") if "source" in job.details else None
-    if source is not None and source.engine != "native":
+    if source is not None and (source.engine != "native" or source.kind == "shape"):
         engine = held_engine(source, device, report)
         return engine, engine.fingerprint
     which = job.specification["weights"]
@@ -56,6 +57,8 @@ def let_go() -> None:
     """Close the engine that is kept, if there is one."""
     while _held:
         _held.popitem()[1].close()
+    # Models of others refer to themselves; their memory is wanted now.
+    gc.collect()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig
 from longspan.engines.loading import locate_run, trained_context
-from longspan.engines.opening import Described, describe
+from longspan.engines.opening import BYTES, Described, describe
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TOKENIZER, TRAINING, TrainedRun, describe_run
 from longspan.foundation.errors import UserError
@@ -33,7 +33,8 @@ class Examined:
         isolation: what it was trained with; a model from elsewhere sees each document as if it were alone.
         context: tokens of a training row; None where its files do not say.
         fingerprint: all that determines its answers.
-        elsewhere: what is known of a model that another engine runs, None for the native one.
+        elsewhere: what is known of a model that is asked where it is and not imported: one that another engine runs,
+            or a shape.
     """
 
     folder: Path
@@ -50,6 +51,8 @@ class Examined:
 @cache
 def _examine(source_json: str) -> Examined:
     source = ModelSource.model_validate_json(source_json)
+    if source.kind == "shape":
+        return _shape(source)
     if source.engine != "native":
         return _elsewhere(source)
     if source.checkpoint is not None:
@@ -96,6 +99,22 @@ def _elsewhere(source: ModelSource) -> Examined:
         markers=found.markers,
         isolation="full",
         context=None if source.kind == "endpoint" else trained_context(found.folder),
+        fingerprint=found.fingerprint,
+        elsewhere=found,
+    )
+
+
+def _shape(source: ModelSource) -> Examined:
+    found = describe(source)
+    model, rows = source.shape_config()
+    return Examined(
+        folder=found.folder,
+        model=model,
+        vocab_size=rows,
+        tokenizer=BYTES,
+        markers=False,
+        isolation="full",
+        context=None,
         fingerprint=found.fingerprint,
         elsewhere=found,
     )

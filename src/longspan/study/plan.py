@@ -140,7 +140,12 @@ class Plan:
         if stage != "prepare":
             jobs |= {planned.train.key: planned.train for planned in self.subjects}
         if stage in ("probe", "report"):
-            jobs |= {job.key: job for planned in self.subjects for job in planned.probes.values()}
+            for planned in self.subjects:
+                # A model that takes long to open is asked everything before the next one takes its place.
+                if planned.elsewhere is not None:
+                    del jobs[planned.train.key]
+                    jobs[planned.train.key] = planned.train
+                jobs |= {job.key: job for job in planned.probes.values()}
         return list(jobs.values())
 
 

@@ -93,7 +93,9 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
         executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
         if until in ("probe", "report"):
             check_items(plan, runs)
-            executor.run(plan.jobs_until("train"), runs, terminal.observe, finished)
+            # Models that are checked where they run are opened once: for the check and all that they are asked.
+            first = [job for job in plan.jobs_until("train") if job.kind != "check"]
+            executor.run(first, runs, terminal.observe, finished)
             for text in forget_stale_probes(plan, runs):
                 terminal.line(f"note: {text}")
         executor.run(jobs, runs, terminal.observe, finished)
@@ -153,6 +155,8 @@ def forget_stale_probes(plan: Plan, runs: Path) -> list[str]:
     """
     lines = []
     for planned in plan.subjects:
+        if not planned.train.is_done(runs):
+            continue
         weights = planned.train.result(runs)["weights"].get(planned.subject.stored_weights)
         for job in planned.probes.values():
             if not job.is_done(runs):

@@ -33,9 +33,7 @@ def blocks(device, monkeypatch):
     from longspan.ops.triton import decode_attention as launched
 
     if device.type == "cpu":
-        small = launched.Cut(16, 4, 1)
-        monkeypatch.setattr(launched, "ALONE", small)
-        monkeypatch.setattr(launched, "GROUPED", small)
+        monkeypatch.setattr(launched, "CUT", launched.Cut(16, 4, 1))
         monkeypatch.setattr(launched, "_multiprocessors", lambda device: 3)
 
 

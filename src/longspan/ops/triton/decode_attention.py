@@ -39,10 +39,8 @@ class Cut(NamedTuple):
     stages: int
 
 
-ALONE = Cut(64, 4, 3)
-"""One or two query heads to a key-value head: products as sums in registers, of every place by itself."""
-GROUPED = Cut(64, 4, 3)
-"""More: products on the tensor cores, padded to 16 query heads."""
+CUT = Cut(64, 4, 2)
+"""Products on the tensor cores, padded to 16 query heads: also for one, where sums in registers take twice as long."""
 
 
 @triton.jit
@@ -81,7 +79,7 @@ def _share(
     q_ptr, k_ptr, v_ptr, newest_ptr, first_ptr, slopes_ptr, windows_ptr, y_ptr, part_ptr, most_ptr, sum_ptr,
     scale, slots, window, cache_row, cache_slot: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK: tl.constexpr, SHARES: tl.constexpr, DOT: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, SHARES: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
     SLOPES: tl.constexpr, WINDOW: tl.constexpr, HEAD_WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """One share of the places of one row and key-value head: (HEADS, P) sums that are not yet divided.
@@ -103,22 +101,15 @@ def _share(
     head = group * each + h
     mine = h < each
     q = tl.load(q_ptr + (row * H + head[:, None]) * P + p[None, :], mask=mine[:, None] & (p < P)[None, :], other=0.0)
-    if DOT:
-        most = tl.full((HEADS,), float("-inf"), tl.float32)
-        total = tl.zeros((HEADS,), tl.float32)
-        sums = tl.zeros((HEADS, PADDED), tl.float32)
-    else:
-        # Every place of a block adds up what it sees by itself, so that threads wait for one another only at the end.
-        most = tl.full((HEADS, BLOCK), float("-inf"), tl.float32)
-        total = tl.zeros((HEADS, BLOCK), tl.float32)
-        sums = tl.zeros((HEADS, BLOCK, PADDED), tl.float32)
+    most = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    sums = tl.zeros((HEADS, PADDED), tl.float32)
     if SLOPES:
         slopes = tl.load(slopes_ptr + head, mask=mine, other=0.0).to(tl.float32)
     if HEAD_WINDOWS:
         windows = tl.load(windows_ptr + head, mask=mine, other=0)
     k_ptr += row * cache_row + group * P
     v_ptr += row * cache_row + group * P
-    # Reads run ahead also where no product on the tensor cores waits for them, but only if the loop itself says so.
     for start in tl.range(low, high, BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, BLOCK)
         there = s < high
@@ -126,11 +117,7 @@ def _share(
         read = there[:, None] & (p < P)[None, :]
         k = tl.load(k_ptr + at, mask=read, other=0.0)
         v = tl.load(v_ptr + at, mask=read, other=0.0)
-        if DOT:
-            scores = tl.dot(q.to(OPERAND), tl.trans(k).to(OPERAND), input_precision="ieee")
-        else:
-            scores = tl.sum(q.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
-        scores = scores * scale
+        scores = tl.dot(q.to(OPERAND), tl.trans(k).to(OPERAND), input_precision="ieee") * scale
         place = base + s - tl.where(s > slot, slots, 0)
         visible = (there & (place >= first))[None, :]
         distance = newest - place
@@ -142,27 +129,13 @@ def _share(
             scores -= slopes[:, None] * distance.to(tl.float32)[None, :]
         scores = tl.where(visible, scores * LOG2_E, float("-inf"))
         # Where nothing has been seen yet, minus infinity from itself would be no number.
-        if DOT:
-            higher = tl.maximum(most, tl.max(scores, 1))
-            level = tl.where(higher == float("-inf"), 0.0, higher)
-            shares = tl.exp2(scores - level[:, None])
-            fade = tl.exp2(most - level)
-            total = total * fade + tl.sum(shares, 1)
-            sums = sums * fade[:, None] + tl.dot(shares.to(v.dtype).to(OPERAND), v.to(OPERAND), input_precision="ieee")
-        else:
-            higher = tl.maximum(most, scores)
-            level = tl.where(higher == float("-inf"), 0.0, higher)
-            shares = tl.exp2(scores - level)
-            fade = tl.exp2(most - level)
-            total = total * fade + shares
-            sums = sums * fade[:, :, None] + shares[:, :, None] * v.to(tl.float32)[None, :, :]
+        higher = tl.maximum(most, tl.max(scores, 1))
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        shares = tl.exp2(scores - level[:, None])
+        fade = tl.exp2(most - level)
+        total = total * fade + tl.sum(shares, 1)
+        sums = sums * fade[:, None] + tl.dot(shares.to(v.dtype).to(OPERAND), v.to(OPERAND), input_precision="ieee")
         most = higher
-    if not DOT:
-        highest = tl.max(most, 1)
-        weight = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
-        total = tl.sum(total * weight, 1)
-        sums = tl.sum(sums * weight[:, :, None], 1)
-        most = highest
     out = (row * H + head) * SHARES + share
     if SHARES == 1:
         y = sums / total[:, None]
@@ -237,19 +210,15 @@ def run_attention(
     head_windows_H: Tensor | None,
     cut: Cut | None = None,
     shares: int | None = None,
-    dot: bool | None = None,
 ) -> Tensor:
-    """See `ops.decode_attention.decode_attention`; `cut`, `shares`, `dot` for measuring others than usual."""
+    """See `ops.decode_attention.decode_attention`; `cut`, `shares` for measuring others than usual."""
     rows, heads, head_dim = q_BHP.shape
     slots, groups = k_BCGP.shape[1:3]
     q_BHP = q_BHP.contiguous()
     each = heads // groups
-    dot = each > 2 if dot is None else dot
-    cut = cut or (GROUPED if dot else ALONE)
+    cut = cut or CUT
     padded = max(16, triton.next_power_of_2(head_dim))
-    tiles = triton.next_power_of_2(each)
-    if dot:
-        tiles = max(16, tiles)
+    tiles = max(16, triton.next_power_of_2(each))
     blocks = -(-slots // cut.block)
     shares = shares or num_shares(rows * groups, blocks, q_BHP.device)
     y = torch.empty_like(q_BHP)
@@ -264,7 +233,7 @@ def run_attention(
         q_BHP if alibi_slopes_H is None else alibi_slopes_H, first_B if head_windows_H is None else head_windows_H,
         y, part, most, total, 1.0 / math.sqrt(head_dim), slots, window or 0,
         k_BCGP.stride(0), cache_slot=k_BCGP.stride(1),
-        H=heads, G=groups, P=head_dim, PADDED=padded, HEADS=tiles, BLOCK=cut.block, SHARES=shares, DOT=dot,
+        H=heads, G=groups, P=head_dim, PADDED=padded, HEADS=tiles, BLOCK=cut.block, SHARES=shares,
         OPERAND=tl.bfloat16 if q_BHP.is_cuda and q_BHP.dtype == torch.bfloat16 else tl.float32, STAGES=cut.stages,
         SLOPES=alibi_slopes_H is not None, WINDOW=window is not None, HEAD_WINDOWS=head_windows_H is not None,
         num_warps=cut.warps, num_stages=cut.stages,
