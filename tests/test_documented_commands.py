@@ -110,7 +110,7 @@ TINY_LISTS = {
     "wikitext-baseline": {},
     "hybrid-patterns": {"pattern": "AM"},
     "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
-    "recall": {"pattern": "hybrid"},
+    "recall": {"pattern": "Mamba-2, state 4"},
     "recall-text": {"pattern": "AM"},
     "wiki-leakage": {"pattern": "AM", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
 }

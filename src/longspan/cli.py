@@ -41,6 +41,12 @@ Select = Annotated[
 RecordedRun = Annotated[str, typer.Argument(help="a folder or file with records, or runs/STUDY", metavar="RUN")]
 Duplicates = Annotated[str, typer.Option("--duplicates", help="items answered more than once: all, first or drop")]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "--jobs", min=1, help="jobs at a time on a CPU, each with its share of the cores; pays for small models"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 DEFAULT_RUNS = Path("runs")
@@ -49,10 +55,15 @@ INTERRUPTED = 130
 
 @app.command()
 def run(
-    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+    study: StudyName,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    jobs: Jobs = 1,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Run a whole study: prepare the corpus, train, probe, report. Run again: only what is missing runs."""
-    _stages(study, overrides, runs, json, "report")
+    _stages(study, overrides, runs, json, "report", jobs)
 
 
 @app.command()
@@ -65,18 +76,28 @@ def prepare(
 
 @app.command()
 def train(
-    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+    study: StudyName,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    jobs: Jobs = 1,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Train the subjects of a study (and prepare its corpus, if that is missing)."""
-    _stages(study, overrides, runs, json, "train")
+    _stages(study, overrides, runs, json, "train", jobs)
 
 
 @app.command()
 def probe(
-    study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
+    study: StudyName,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    jobs: Jobs = 1,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Ask the trained subjects of a study (and do what is missing before)."""
-    _stages(study, overrides, runs, json, "probe")
+    _stages(study, overrides, runs, json, "probe", jobs)
 
 
 @app.command()
@@ -331,7 +352,7 @@ def doctor(runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False) 
         print_table(("<", "<here", "<advice"), rows)
 
 
-def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, until: Stage) -> None:
+def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, until: Stage, jobs: int = 1) -> None:
     from longspan.study.shipped import find_study
 
     # A misspelt name is answered before anything heavy is imported.
@@ -348,7 +369,7 @@ def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, unt
     from longspan.terminal import Terminal
 
     with Terminal() as terminal:
-        outcome = run_study(study, overrides or [], runs, until=until, terminal=terminal)
+        outcome = run_study(study, overrides or [], runs, until=until, terminal=terminal, side_by_side=jobs)
     _print_outcome(outcome, json)
 
 

@@ -113,6 +113,22 @@ def test_a_gain_is_scaled_to_what_was_measured(report: ReportInput) -> None:
     assert "A ring" not in figure.caption
 
 
+def test_an_axis_reaches_the_bound_of_a_metric_and_its_table_keeps_small_places_apart(report: ReportInput) -> None:
+    metric = Metric(
+        "load", "Load", "", "proportion", "higher", "bits needed", mark=8192.0, mark_name="the bound", compare=False
+    )
+    seen = [replace(o, metric="load", x=(o.x or 1.0) / 3000, y=None) for o in observations() if o.metric == "accuracy"]
+    section = ProbeSection("recall", "Recall", "", (metric,), summarise(seen, [metric], resamples=200), mark=2.0)
+    (figure,) = figures.quality_figures(replace(report, probes=[section]), section, arrange(report))
+    drawn = json.dumps(figure.spec)
+    assert '"x": {"datum": 8192.0}' in drawn
+    assert '"datum": 2.0' not in drawn
+    assert "marks the bound (8,192)" in figure.caption
+    places = figure.table.columns[1:]
+    assert len(set(places)) == len(places) > 1
+    assert all(float(place) < 10 for place in places)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_colours_run_steadily_away_from_the_paper_and_their_text_is_readable(theme: str) -> None:
     shades = {name: getattr(shade, theme) for name, shade in palette.heat_shades().items()}

@@ -8,12 +8,14 @@ import pytest
 
 from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.progress import Progress
+from longspan.records.store import RecordStore
 from longspan.report.data import ReportInput, load
 from longspan.study.budget_table import budget_table
+from longspan.study.environment import devices
 from longspan.study.expand import expand
 from longspan.study.jobs import Job
 from longspan.study.plan import make_plan
-from longspan.study.run import report_only, run_study
+from longspan.study.run import is_timed, report_only, run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
 
@@ -82,7 +84,8 @@ def test_what_is_finished_is_reported_and_what_is_missing_is_said(until: str, st
     facts = facts_of(outcome.data["report"])
     trained = ["attention"] if until == "train" else ["attention", "Mamba-2"]
     assert [subject.label for subject in facts.subjects] == trained
-    assert [section.kind for section in facts.probes] == ([] if until == "train" else ["copying"])
+    (section,) = facts.probes
+    assert {measured.subject for measured in section.summary.measurements} == {"attention"}
     missing = "train Mamba-2 seed 0" if until == "train" else "copying Mamba-2 seed 0"
     assert facts.notes[0].startswith("Unfinished: ")
     assert missing in facts.notes[0]
@@ -91,6 +94,46 @@ def test_what_is_finished_is_reported_and_what_is_missing_is_said(until: str, st
     whole = facts_of(report_only(study, [], runs).data["report"])
     assert len(whole.subjects) == 2
     assert not any(note.startswith("Unfinished") for note in whole.notes)
+
+
+def test_a_subject_is_asked_before_the_next_is_trained_and_seconds_are_measured_alone(
+    study: str, tmp_path: Path
+) -> None:
+    plan = make_plan(load_study(study, ["probes=[task, efficiency]", "primary=task.overall"]), tmp_path)
+    jobs = plan.jobs_until("report")
+    assert [job.kind for job in jobs] == ["prepare", *["train", "probe", "probe"] * 2]
+    assert [job.specification["name"] for job in jobs if is_timed(job)] == ["efficiency"] * 2
+    assert [job.kind for job in plan.jobs_until("train")] == ["prepare", "train", "train"]
+
+
+def test_more_jobs_at_a_time_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("longspan.study.environment.available_cores", lambda: 2)
+    assert devices() == ["cpu"]
+    assert devices(2) == ["cpu", "cpu"]
+    with pytest.raises(UserError, match=r"--jobs 3\n.*at most one job a core \(2 here\)\n.*use --jobs 2"):
+        devices(3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"one job a GPU \(1 here\)"):
+        devices(2)
+
+
+@pytest.mark.slow
+def test_two_jobs_at_a_time_answer_as_one_does(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspan.study.run.devices", lambda side_by_side=1: ["cpu"] * side_by_side)
+    answers = []
+    for side_by_side in (1, 2):
+        runs = tmp_path / str(side_by_side)
+        quiet = Terminal(quiet=True)
+        run_study(study, ["seed=[0, 1]"], runs, until="report", terminal=quiet, side_by_side=side_by_side)
+        answers.append(
+            {
+                path.parent.name: [record.answer for record in RecordStore(path)]
+                for path in runs.glob("jobs/probe-*/records.jsonl")
+            }
+        )
+    assert len(answers[0]) == 4
+    assert answers[0] == answers[1]
 
 
 def test_nothing_to_report_is_refused(study: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from longspan.records.observation import Measurement, Metric, Observation, Summa
 from longspan.records.store import Record
 
 LOAD = "bits needed per KiB of state"
-KIB = 8 * 1024
+KIB = 8.0 * 1024
 
 
 @register("mqar")
@@ -57,7 +58,11 @@ class MqarProbe(TaskProbe):
             accuracy("accuracy", "Accuracy", "pairs", "length"),
             *([accuracy("free", "Accuracy, with the state cache", "pairs")] if self.free_running else []),
             accuracy("string", "Rows with every answer right", "pairs"),
-            accuracy("load", "Accuracy against load", LOAD),
+            replace(
+                accuracy("load", "Accuracy against load", LOAD),
+                mark=KIB,
+                mark_name="the bound, every bit of a KiB in use",
+            ),
         )
 
     def drawn(self, trained: Task | None, seed: int) -> list[Item]:

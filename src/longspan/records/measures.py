@@ -37,6 +37,7 @@ class Metric:
             empty where nothing of the kind is asked.
         counted: what its clusters are: documents, or the strings of a task.
         detail: True where the report shows it in a table beside the others and gives it no figure of its own.
+        mark: an x that its figure reaches and marks, in place of what the probe marks; `mark_name` says what it is.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Metric:
     floor: str = ""
     detail: bool = False
     counted: str = "documents"
+    mark: float | None = None
+    mark_name: str = ""
 
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""

@@ -82,6 +82,8 @@ def y_channel(axis: Axis, domain: tuple[float, float], *, panels: int = 1) -> An
 def x_domain(rows: Sequence[Row], axis: Axis, pad: float = 0.0) -> tuple[float, float]:
     """From the smallest to the largest x, widened by the share `pad`."""
     low, high = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    if axis.reach is not None:
+        low, high = min(low, axis.reach), max(high, axis.reach)
     if axis.scale == "log" and low > 0:
         if low == high:
             return low / 2, high * 2

@@ -84,7 +84,7 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
         table, drawn = tables.context_cost_table(report, name), [row["subject"] for row in unique]
-        caption += _mark(rows, report.context, "the training context")
+        caption += _mark([row["x"] for row in rows], report.context, "the training context")
         found.append(_figure(slug(name), title, caption, spec, table, shown, drawn, x.title, half=True))
     for section in report.probes:
         if section.place == "cost":
@@ -177,12 +177,18 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     found = [m for m in findings.points(section, metric.name) if m.subject in arms and m.x is not None]
     rows = [_point(metric, m) for m in found]
     percent = metric.kind in ("proportion", "difference")
-    x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
+    seen = [row["x"] for row in rows]
+    ticks = log_ticks([*seen, metric.mark] if metric.mark is not None else seen)
+    beyond = None if metric.mark is None else 1.2 * metric.mark
+    x = Axis(_x_title(metric), section.x_scale, "tokens", values=ticks, reach=beyond)
     under = truncation.underlay(report, section, metric)
     reach = None if under is None else 1.0
     y = Axis(metric.unit, form="~%" if percent else ",~r", zero=metric.kind == "proportion", reach=reach)
     in_tokens = metric.x_name in ("context", "position")
     mark = section.mark if section.mark is not None else report.context if in_tokens else None
+    name_of_mark = section.mark_name or "the training context"
+    if metric.mark is not None:
+        mark, name_of_mark, seen = metric.mark, metric.mark_name, [*seen, 0.0, metric.mark + 1.0]
     spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
@@ -192,7 +198,7 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     table = tables.metric_table(section, metric, arms.labels)
     drawn = [row["subject"] for row in rows]
     name = slug(f"{section.kind}-{metric.name}")
-    caption += _mark(rows, mark, section.mark_name or "the training context")
+    caption += _mark(seen, mark, name_of_mark)
     return _figure(name, metric.title, caption, spec, table, arms, drawn, x.title, half=half)
 
 
@@ -271,8 +277,8 @@ def _x_title(metric: Metric) -> str:
     return X_TITLES.get(metric.x_name or "", metric.x_name or "")
 
 
-def _mark(rows: Sequence[Row], mark: float | None, name: str) -> str:
-    if mark is None or not min(r["x"] for r in rows) < mark < max(r["x"] for r in rows):
+def _mark(xs: Sequence[float], mark: float | None, name: str) -> str:
+    if mark is None or not min(xs) < mark < max(xs):
         return ""
     return f" The dotted line marks {name} ({numbers.count(mark)})."
 

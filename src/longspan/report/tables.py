@@ -231,7 +231,7 @@ def metric_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -
     at = {(m.subject, m.x): m for m in found}
     present = _ordered(labels, found)
     rows = tuple((s, *(value_text(metric, at[s, x]) if (s, x) in at else numbers.MISSING for x in xs)) for s in present)
-    return Table(("<subject", *map(numbers.count, xs)), rows, tuple(present), _records(found))
+    return Table(("<subject", *map(axis_text, xs)), rows, tuple(present), _records(found))
 
 
 def cell_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -> Table:
@@ -247,13 +247,15 @@ def cell_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -> 
                 cells = (value_text(metric, m) if m else numbers.MISSING for m in row)
                 rows.append((subject, axis_text(y, metric.y_unit), *cells))
                 subjects.append(subject)
-    columns = ("<subject", metric.y_name or "y", *map(numbers.count, xs))
+    columns = ("<subject", metric.y_name or "y", *map(axis_text, xs))
     return Table(columns, tuple(rows), tuple(subjects), _records(found))
 
 
-def axis_text(value: float, unit: str) -> str:
-    """A place on an axis as text."""
-    return f"{100 * value:.0f} %" if unit == "%" else numbers.count(value)
+def axis_text(value: float, unit: str = "") -> str:
+    """A place on an axis as text; small numbers that are not whole keep their digits."""
+    if unit == "%":
+        return f"{100 * value:.0f} %"
+    return numbers.count(value) if value == round(value) or value >= 100 else numbers.significant(value)
 
 
 def scalar_table(section: ProbeSection, metrics: Sequence[Metric], labels: Sequence[str]) -> Table:

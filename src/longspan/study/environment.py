@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from longspan.foundation.errors import UserError
 from longspan.foundation.extras import EXTRAS
 from longspan.foundation.machine import ALLOCATOR, available_cores
 
@@ -63,11 +64,20 @@ def git_state(folder: Path | None = None) -> dict[str, str]:
         return {}
 
 
-def devices() -> list[str]:
-    """The devices that jobs can run on: every CUDA device, else the CPU."""
+def devices(side_by_side: int = 1) -> list[str]:
+    """The devices that jobs can run on: every CUDA device, else the CPU, once for each job at a time.
+
+    Raises:
+        UserError: several jobs at a time on GPUs, each of which takes one, or more of them than cores.
+    """
     import torch
 
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    cores = available_cores()
+    if side_by_side > 1 and (found or side_by_side > cores):
+        there = f"one job a GPU ({len(found)} here)" if found else f"at most one job a core ({cores} here)"
+        raise UserError(f"--jobs {side_by_side}", there, "leave `--jobs` out" if found else f"use --jobs {cores}")
+    return found or ["cpu"] * side_by_side
 
 
 def doctor(runs: Path) -> list[tuple[str, str, str]]:

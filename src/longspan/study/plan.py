@@ -135,16 +135,11 @@ class Plan:
         return arms
 
     def jobs_until(self, stage: Literal["prepare", "train", "probe", "report"]) -> list[Job]:
-        """All jobs up to a stage, each once, each after those it needs."""
+        """All jobs up to a stage, each after those it needs; a subject is asked before the next is trained."""
         jobs = {planned.prepare.key: planned.prepare for planned in self.subjects}
-        if stage != "prepare":
-            jobs |= {planned.train.key: planned.train for planned in self.subjects}
-        if stage in ("probe", "report"):
-            for planned in self.subjects:
-                # A model that takes long to open is asked everything before the next one takes its place.
-                if planned.elsewhere is not None:
-                    del jobs[planned.train.key]
-                    jobs[planned.train.key] = planned.train
+        for planned in self.subjects if stage != "prepare" else ():
+            jobs[planned.train.key] = planned.train
+            if stage in ("probe", "report"):
                 jobs |= {job.key: job for job in planned.probes.values()}
         return list(jobs.values())
 

@@ -22,6 +22,7 @@ from longspan.study.asked import letting_go
 from longspan.study.environment import devices
 from longspan.study.executors.base import Executor
 from longspan.study.executors.local import LocalExecutor
+from longspan.study.executors.processes import processes_of
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan as Plan
 from longspan.study.plan import PlannedSubject, make_plan
@@ -66,8 +67,13 @@ class Outcome:
         return self.data
 
 
-def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, terminal: Observer) -> Outcome:
+def run_study(
+    name: str, overrides: Iterable[str], runs: Path, *, until: Stage, terminal: Observer, side_by_side: int = 1
+) -> Outcome:
     """Run a study up to a stage; only what is missing runs.
+
+    Args:
+        side_by_side: jobs at a time where there is no GPU; what a probe measures in seconds is measured alone.
 
     Raises:
         UserError: for anything wrong with the study file or the data.
@@ -82,6 +88,10 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
         terminal.line(f"note: {moved}")
     list_runs(folder, (listed(planned, runs) for planned in plan.subjects))
     jobs = plan.jobs_until(until)
+    first = [job for job in jobs if side_by_side == 1 or not is_timed(job)]
+    if any(processes_of(job) > 1 for job in jobs):
+        # Probes would wait for as many devices as a training takes.
+        first = plan.jobs_until("prepare" if until == "prepare" else "train")
     done_before = [job for job in jobs if job.is_done(runs)]
     if done_before:
         terminal.line(f"{len(done_before)} of {len(jobs)} jobs were done before")
@@ -89,16 +99,16 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
     def finished(job: Job, result: dict[str, Any]) -> None:
         terminal.finished(job, headline(job, result))
 
-    with letting_go(), _executor() as executor:
+    with letting_go(), _executor(side_by_side) as executor:
         executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
         if until in ("probe", "report"):
             check_items(plan, runs)
-            # Models that are checked where they run are opened once: for the check and all that they are asked.
-            first = [job for job in plan.jobs_until("train") if job.kind != "check"]
-            executor.run(first, runs, terminal.observe, finished)
+        executor.run(first, runs, terminal.observe, finished)
+        if until in ("probe", "report"):
             for text in forget_stale_probes(plan, runs):
                 terminal.line(f"note: {text}")
-        executor.run(jobs, runs, terminal.observe, finished)
+        alone = executor if side_by_side == 1 else LocalExecutor(devices())
+        alone.run(jobs, runs, terminal.observe, finished)
     seconds = time.monotonic() - started
     if until != "report":
         return _stage_outcome(jobs, runs, seconds)
@@ -106,21 +116,30 @@ def run_study(name: str, overrides: Iterable[str], runs: Path, *, until: Stage, 
 
 
 @contextmanager
-def _executor() -> Iterator[Executor]:
+def _executor(side_by_side: int) -> Iterator[Executor]:
     """All devices of this machine, or the processes that torchrun started."""
     if num_launched() > 1:
+        if side_by_side > 1:
+            raise UserError(
+                f"--jobs {side_by_side} with torchrun", "one job at a time, in all processes", "leave it out"
+            )
         from longspan.study.executors.torchrun import leading
 
         with leading() as executor:
             yield executor
     else:
-        yield LocalExecutor(devices())
+        yield LocalExecutor(devices(side_by_side))
 
 
 def listed(planned: PlannedSubject, runs: Path) -> ListedRun:
     """What the study's folder says of a subject, so that its run can be named by what the study varies."""
     subject = planned.subject
     return ListedRun(subject.label, subject.factors, subject.seed, planned.train.folder(runs))
+
+
+def is_timed(job: Job) -> bool:
+    """Whether a job measures seconds, which other work beside it would change."""
+    return job.kind == "probe" and make_probe(job.specification["name"], job.details["settings"]).place == "cost"
 
 
 def check_items(plan: Plan, runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""This machine: one job at a time on one device, one process per device on several.
+"""This machine: one job at a time on one device, one process per device on several; `cpu` may be there several times.
 
 A job that several processes train takes as many devices; then as many jobs run at a time as there is room for.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.failures import killed_process
+from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
 from longspan.study.executors.base import Finished, Observe
 from longspan.study.executors.processes import processes_of, together
@@ -25,7 +26,7 @@ POLL_SECONDS = 0.2
 
 
 class LocalExecutor:
-    """Runs jobs on the given devices (`cpu`, `cuda:0`, ...)."""
+    """Runs jobs on the given devices (`cpu`, `cuda:0`, ...); jobs beside each other on the CPU share out its cores."""
 
     def __init__(self, devices: Sequence[str]) -> None:
         self.devices = tuple(devices)
@@ -71,12 +72,16 @@ def _observer(job: Job, observe: Observe) -> Callable[[Progress], None]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(devices: Any, events: Any, stop: Any) -> None:
+def _start_worker(devices: Any, events: Any, stop: Any, threads: int | None) -> None:
     import signal
+
+    import torch
 
     # Ctrl-C reaches the whole process group; only the parent decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker.update(place=devices.get(), events=events, stop=stop)
+    if threads is not None:
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
 
 
 def _work(job: Job, runs: Path) -> dict[str, Any]:
@@ -92,18 +97,21 @@ def _run_in_processes(
     pending: list[Job], runs: Path, observe: Observe, finished: Finished, places: list[tuple[str, ...]]
 ) -> None:
     context = multiprocessing.get_context("spawn")
+    threads = max(1, available_cores() // len(places)) if places[0] == ("cpu",) else None
     with context.Manager() as manager:
         free, events, stop = manager.Queue(), manager.Queue(), manager.Event()
         for place in places:
             free.put(place)
-        with ProcessPoolExecutor(len(places), context, _start_worker, (free, events, stop)) as pool:
+        with ProcessPoolExecutor(len(places), context, _start_worker, (free, events, stop, threads)) as pool:
             jobs = {job.key: job for job in pending}
             waiting = dict(jobs)
             running: dict[Future[dict[str, Any]], Job] = {}
             failure: BaseException | None = None
             while running or (waiting and failure is None):
                 if failure is None:
-                    for job in [job for job in waiting.values() if not set(job.needs) & set(waiting | _keys(running))]:
+                    # No more than there are places: what is next then stays in the order of the jobs.
+                    ready = [job for job in waiting.values() if not set(job.needs) & set(waiting | _keys(running))]
+                    for job in ready[: len(places) - len(running)]:
                         del waiting[job.key]
                         running[pool.submit(_work, job, runs)] = job
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
