@@ -231,6 +231,20 @@ def test_all_thirteen_tasks_are_asked_and_a_subject_that_repeats_its_prompt_gets
     assert {found.metric: found.value for found in summary.measurements}["score"] == 1.0
     assert "13 of 13 tasks" in asked.remarks(summary)[0]
     assert "effective length (85.6 %) 4,000" in asked.remarks(summary)[0]
+    assert asked.reply(records[0]).null == ""
+
+
+def test_a_number_of_some_tasks_says_so_and_counts_only_those_that_could_be_asked(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    # The shortest text of `cwe` is longer than this.
+    asked = probe(lengths=[1500], tasks=["niah_single_1", "fwe", "cwe"])
+    records = ask(asked, writing(lambda prompt: " "), data)
+    assert {record.answer["task"] for record in records if "not_evaluable" in record.answer} == {"cwe"}
+    (remark,) = asked.remarks(read(asked, records)[1])
+    assert "effective length (85.6 %) none of these lengths" in remark
+    assert "only 2 of 13 tasks were asked, and the threshold is for all" in remark
+    assert {asked.reply(record).null for record in records} == {"", "empty"}
 
 
 def test_byte_matched_texts_are_the_same_for_every_subject(

@@ -86,8 +86,35 @@ def test_every_accuracy_is_drawn_on_it_and_details_have_a_table_instead(report: 
     headings = [name for name, _ in table.headings]
     assert headings[:4] == ["subject", "context", "Accuracy (strict)", "Accuracy on answered"]
     assert {"Compensated accuracy", "Share of document seen", "Accuracy, easy", "Said D", "C is right"} <= set(headings)
+    # Causes of missing answers stand there where they occurred, here only replies with nothing in them.
+    assert [name for name in headings if name.startswith("No answer: ")] == ["No answer: empty"]
     assert len(table.rows) == 9
     assert table.rows[0][:2] == ("AAAA", "8,192")
+
+
+def test_the_floor_is_that_of_the_probe_that_asks_once_and_the_other_way_round(report: ReportInput) -> None:
+    first, without = report.probes
+    again = make_probe("longbench_v2", {"re_ask": True})
+    assert {metric.name for metric in again.metrics} > {metric.name for metric in PROBE.metrics}
+    for cut, floor in ((again.metrics, PROBE.metrics), (PROBE.metrics, again.metrics)):
+        mixed = replace(report, probes=[replace(first, metrics=cut), replace(without, metrics=floor)])
+        under = truncation.underlay(mixed, mixed.probes[0], mixed.probes[0].metrics[0])
+        assert under is not None
+        assert set(under.floors) == set(SUBJECTS)
+    other = make_probe("ada_leval", {"files": {1000: "x"}}).metrics
+    mixed = replace(report, probes=[first, replace(without, metrics=other)])
+    under = truncation.underlay(mixed, first, first.metrics[0])
+    assert under is not None
+    assert not under.floors
+
+
+def test_remarks_of_a_probe_stand_below_its_table_escaped(report: ReportInput) -> None:
+    told = replace(report, probes=[replace(report.probes[0], remarks=("a <b> remark",)), report.probes[1]])
+    content = page.lay_out(told)
+    assert "a &lt;b&gt; remark</p>" in page.html(content)
+    assert "a <b> remark" not in page.html(content)
+    assert "remark" in page.markdown(content)
+    assert "a <b> remark" not in page.markdown(content)
 
 
 def test_panels_have_the_same_ground(report: ReportInput, leakage_report: ReportInput) -> None:

@@ -103,6 +103,14 @@ class Asked:
     expected: str = ""
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a subject wrote, for people to look at, and why that is no answer (empty where it is one)."""
+
+    text: str = ""
+    null: str = ""
+
+
 class Probe(Config, ABC):
     """A set of items, how to ask them, and how to read the answers. Its fields are its settings.
 
@@ -169,6 +177,11 @@ class Probe(Config, ABC):
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """The item as text, shortened."""
         return Asked(shown(data, data.shards.document(item.document)[:100]))
+
+    def reply(self, record: Record) -> Reply:
+        """What was written, of probes that are answered in words."""
+        del record
+        return Reply()
 
     def protocol(self) -> dict[str, Any]:
         """Every setting that changes an answer; part of each record's key."""

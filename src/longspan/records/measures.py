@@ -38,6 +38,7 @@ class Metric:
         counted: what its clusters are: documents, or the strings of a task.
         detail: True where the report shows it in a table beside the others and gives it no figure of its own.
         mark: an x that its figure reaches and marks, in place of what the probe marks; `mark_name` says what it is.
+        sparse: of a detail: left out of that table where it is 0 for everybody.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Metric:
     y_unit: Literal["", "%"] = ""
     floor: str = ""
     detail: bool = False
+    sparse: bool = False
     counted: str = "documents"
     mark: float | None = None
     mark_name: str = ""

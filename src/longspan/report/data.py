@@ -98,6 +98,7 @@ class ProbeSection:
         mark: an x worth marking, e.g. the longest string in training, and `mark_name` what it is; None: the training
             context, on axes of tokens.
         asked_context: tokens that its longest item takes; None where they do not say.
+        remarks: lines to be read with the numbers, e.g. one that is made of several of them.
     """
 
     kind: str
@@ -111,6 +112,7 @@ class ProbeSection:
     mark: float | None = None
     mark_name: str = ""
     asked_context: int | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def markdown(content: Content) -> str:
         out += [f"### {markdown_text(part.section.title)}", "", markdown_text(part.section.explanation), ""]
         out += _markdown_figures(part.figures)
         out += [part.table.markdown(), ""] if part.table else []
+        out += [line for remark in part.section.remarks for line in (markdown_text(remark), "")]
         if not (part.figures or part.table):
             out += [markdown_text(part.section.empty_because or "This probe has no results yet."), ""]
     for title, found, empty in (

@@ -61,7 +61,10 @@ def _floors(report: ReportInput, section: ProbeSection, metric: Metric) -> dict[
     """The same metric where nothing of a document was shown: of a section with the same metrics and no cuts."""
     names = {each.name for each in section.metrics}
     for other in report.probes:
-        if other is not section and {each.name for each in other.metrics} == names and not findings.points(other, KEPT):
+        # Of two protocols of one probe the one that asks again measures more.
+        theirs = {each.name for each in other.metrics}
+        alike = theirs <= names or names <= theirs
+        if other is not section and theirs and alike and not findings.points(other, KEPT):
             return {m.subject: m.value for m in findings.points(other, metric.name)}
     return {}
 
@@ -119,22 +122,28 @@ def caption(under: Underlay) -> str:
 
 def detail_table(section: ProbeSection, labels: Sequence[str]) -> Table | None:
     """Every metric with an x axis that has no figure of its own, beside the first: a row per subject and x."""
-    details = [m for m in section.metrics if m.detail and m.x_name is not None and findings.points(section, m.name)]
+    details = [
+        m
+        for m in section.metrics
+        if m.detail and m.x_name is not None and (found := findings.points(section, m.name))
+        if not (m.sparse and all(each.value == 0 for each in found))
+    ]
     if not details:
         return None
     columns = [section.metrics[0], *details]
-    found: dict[tuple[str, float], dict[str, Measurement]] = {}
+    measured: dict[tuple[str, float], dict[str, Measurement]] = {}
     for metric in columns:
         for m in findings.points(section, metric.name):
             if m.x is not None:
-                found.setdefault((m.subject, m.x), {})[metric.name] = m
-    order = sorted(found, key=lambda key: (labels.index(key[0]) if key[0] in labels else len(labels), key[1]))
+                measured.setdefault((m.subject, m.x), {})[metric.name] = m
+    order = sorted(measured, key=lambda key: (labels.index(key[0]) if key[0] in labels else len(labels), key[1]))
     rows = tuple(
-        (subject, numbers.count(x), *(_cell(metric, found[subject, x].get(metric.name)) for metric in columns))
+        (subject, numbers.count(x), *(_cell(metric, measured[subject, x].get(metric.name)) for metric in columns))
         for subject, x in order
     )
     records = tuple(
-        {"subject": subject, "x": x, **{name: m.value for name, m in found[subject, x].items()}} for subject, x in order
+        {"subject": subject, "x": x, **{name: m.value for name, m in measured[subject, x].items()}}
+        for subject, x in order
     )
     headings = ("<subject", section.metrics[0].x_name or "x", *(metric.title for metric in columns))
     return Table(headings, rows, tuple(subject for subject, _ in order), records)

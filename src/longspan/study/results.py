@@ -37,6 +37,8 @@ from longspan.training.metrics import read_metrics
 
 COST_CONTEXTS = tuple(2**power for power in range(8, 18))
 """256 to 131,072 tokens: where state bytes and FLOPs per token are shown."""
+REPLY_SHOWN = 240
+"""Characters of a reply that a reader of the report sees."""
 ITEMS_SHOWN = 40
 """Items of each probe that a reader of the report can look into."""
 
@@ -222,6 +224,7 @@ def _probe(
         empty_because="" if observations else "the probe had no items",
         **_marked(plan, name, probe, prepared),
         asked_context=context or None,
+        remarks=tuple(probe.remarks(summary)),
     )
     return section, _items(plan, name, probe, answers, prepared)
 
@@ -273,12 +276,15 @@ def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, reco
     # The longest context is the one a reader wants to see; an item may ask several questions there.
     end = max(each.x or 0.0 for each in seen)
     last = [each for each in seen if (each.x or 0.0) == end]
+    reply = probe.reply(record)
+    at = "" if last[0].x is None else f"at {end:g}"
     return ItemAnswer(
         subject=planned.subject.label,
         seed=planned.subject.seed,
-        text="" if last[0].x is None else f"at {end:g}",
+        text=": ".join(part for part in (at, " ".join(reply.text.split())[:REPLY_SHOWN]) if part),
         score=sum(each.numerator for each in last) / sum(each.denominator for each in last),
         scored=title,
+        null=reply.null,
     )
 
 

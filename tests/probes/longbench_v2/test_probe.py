@@ -15,7 +15,7 @@ from longspan.engines.base import UnusableAnswer
 from longspan.foundation.errors import DataError, UserError
 from longspan.probes.base import Probe, ProbeData, make_probe, reader, share_of_best
 from longspan.probes.longbench_v2 import LongBenchV2
-from longspan.probes.longbench_v2.nulls import null_cause
+from longspan.probes.longbench_v2.nulls import CAUSES, null_cause
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, render
 from longspan.probes.longbench_v2.truncation import fit
 
@@ -336,6 +336,24 @@ def test_the_contexts_of_a_row_are_asked_in_one_call(probe: Callable[..., Probe]
     assert [[item.details["row"] for item in batch] for batch in found] == [[0] * 3, [1] * 3, [2] * 3]
     small = probe(contexts=[400, 600], max_items=3)
     assert [len(batch) for batch in small.batches(small.items(data))] == [6]
+
+
+def test_every_missing_answer_has_one_cause_and_a_reader_sees_the_reply(
+    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, read: Callable[..., Any]
+) -> None:
+    says = {"0": "", "1": "The correct answer is (B).", "2": ("Let me think", "length"), "3": "I cannot say.\n(*)"}
+    asked = probe(contexts=[20_000], max_items=4)
+    records = ask(asked, writing(lambda prompt: says[prompt.rsplit("in room ", 1)[1][0]]), data)
+    _, summary = read(asked, records)
+    causes = {m.metric: m.value for m in summary.measurements if m.metric.startswith("cause_")}
+    assert len(causes) == len(CAUSES)
+    assert {name for name, value in causes.items() if value} == {"cause_empty", "cause_token_limit", "cause_refusal"}
+    assert sum(causes.values()) == by(summary, "null_rate") == 0.75
+    assert [asked.reply(record).null for record in records] == ["empty", "", "token limit", "refusal"]
+    assert asked.reply(records[1]).text == "The correct answer is (B)."
+    again = probe(contexts=[20_000], max_items=1, re_ask=True)
+    (record,) = ask(again, writing(lambda prompt: "A" if "<reply>" in prompt else "Hm."), data)
+    assert again.reply(record).text == "Hm. [asked again:] A"
 
 
 def test_bad_data_is_told_by_file_and_field(tmp_path: Path, data: ProbeData) -> None:

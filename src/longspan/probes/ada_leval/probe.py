@@ -22,7 +22,7 @@ from longspan.probes.ada_leval.extraction import (
     read_order,
 )
 from longspan.probes.ada_leval.items import AdaItem, Task, read_items
-from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, share_of_best
+from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register, share_of_best
 from longspan.probes.benchmark_files import file_digest
 from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
@@ -179,6 +179,14 @@ class AdaLEval(Probe):
         each = self._read(item.details["length"])[item.details["number"]]
         line = " ".join(each.prompt.split())
         return Asked(line if len(line) <= 300 else f"{line[:150]} … {line[-150:]}", str(each.gold))
+
+    def reply(self, record: Record) -> Reply:
+        """The reply, and whether it holds an answer under the chosen rule."""
+        text, candidates = record.answer.get("response", ""), record.answer.get("candidates")
+        if "response" not in record.answer:
+            return Reply()
+        read = read_order(text, self.scorer) if candidates is None else read_candidate(text, candidates, self.scorer)
+        return Reply(text, "no answer in it" if read is None else "")
 
     def _read(self, length: int) -> list[AdaItem]:
         most = self.max_items or (1000 if length < 32_000 else 200)

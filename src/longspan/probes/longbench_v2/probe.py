@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 from longspan.engines.base import Engine, Generation, Sampling, Tokens, require_finite
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
-from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register, share_of_best
+from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register, share_of_best
 from longspan.probes.benchmark_files import Rows, file_digest, hub_file, read_rows
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
+from longspan.probes.longbench_v2.nulls import CAUSES
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, RE_ASKED, Variant, render, retrieved_document
 from longspan.probes.longbench_v2.scores import COMPENSATION, groups_of, read_answer, read_re_asked
 from longspan.probes.longbench_v2.truncation import Fitted, fit
@@ -120,6 +121,20 @@ class LongBenchV2(Probe):
             detail("kept_fraction", "Share of document seen", "ratio"),
             detail("accuracy_visible", "Accuracy, whole document seen"),
             *(detail(f"accuracy_{name}", f"Accuracy, {name}") for name in SLICES),
+            *(
+                Metric(
+                    f"cause_{cause}",
+                    f"No answer: {cause.replace('_', ' ')}",
+                    "",
+                    "proportion",
+                    "lower",
+                    x_name="context",
+                    compare=False,
+                    detail=True,
+                    sparse=True,
+                )
+                for cause in CAUSES
+            ),
             *(detail(f"said_{letter}", f"Said {letter}") for letter in LETTERS),
             *(detail(f"right_{letter}", f"{letter} is right") for letter in LETTERS),
         )
@@ -192,6 +207,8 @@ class LongBenchV2(Probe):
         for group in groups_of(answer):
             if group in SLICES:
                 yield seen(f"accuracy_{group}", right)
+        for cause in CAUSES:
+            yield seen(f"cause_{cause}", float(read.cause == cause))
         for letter in LETTERS:
             yield seen(f"said_{letter}", float(read.letter == letter))
             yield seen(f"right_{letter}", float(answer["gold"] == letter))
@@ -212,6 +229,16 @@ class LongBenchV2(Probe):
         row = self._rows()[item.details["row"]]
         choices = "  ".join(f"({letter}) {_short(str(row[f'choice_{letter}']), 80)}" for letter in LETTERS)
         return Asked(f"{_short(str(row['question']), 300)}  {choices}", str(row["answer"]))
+
+    def reply(self, record: Record) -> Reply:
+        """The reply, the second one too, and why it holds no letter."""
+        answer = record.answer
+        if "response" not in answer:
+            return Reply()
+        cause = read_answer(answer, self.scorer).cause
+        again = answer.get("re_asked", {}).get("response")
+        text = answer["response"] if again is None else f"{answer['response']} [asked again:] {again}"
+        return Reply(text, cause.replace("_", " ") if cause else "")
 
     def _rows(self) -> Rows:
         path = Path(self.data) if self.data else hub_file(DATASET, FILE, self.revision)

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from longspan.engines.base import Engine, Sampling, Tokens
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
-from longspan.probes.base import Asked, Item, Probe, ProbeData, failure_of, register
+from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register
 from longspan.probes.benchmark_files import file_digest, read_rows
 from longspan.probes.ruler.questions import questions_of
 from longspan.probes.ruler.tasks import TASKS, Example, Sources, effective_length, scored, weighted_average
@@ -146,11 +146,14 @@ class Ruler(Probe):
             yield Observation(record.subject, record.seed, item, item, metric, x, value, 1.0)
 
     def remarks(self, summary: Summary) -> list[str]:
-        """Effective length and weighted averages of each subject, where all thirteen tasks were asked."""
+        """Effective length and weighted averages of each subject, with how many of the thirteen tasks they are of."""
         by_subject: dict[str, dict[float, float]] = {}
+        tasks: dict[str, set[str]] = {}
         for found in summary.measurements:
             if found.metric == "score" and found.x is not None:
                 by_subject.setdefault(found.subject, {})[found.x] = found.value
+            elif found.metric in TASKS:
+                tasks.setdefault(found.subject, set()).add(found.metric)
         lines = []
         for subject, scores in by_subject.items():
             reached = effective_length(scores)
@@ -158,7 +161,7 @@ class Ruler(Probe):
             effective = "none of these lengths" if reached is None else f"{reached:,.0f}"
             lines.append(
                 f"{subject}: effective length (85.6 %) {effective}; weighted averages {100 * up:.1f} % (longer counts "
-                f"more), {100 * down:.1f} % (shorter counts more); {len(self._tasks())} of 13 tasks"
+                f"more), {100 * down:.1f} % (shorter counts more); {_of_tasks(len(tasks.get(subject, ())))}"
             )
         return lines
 
@@ -169,6 +172,11 @@ class Ruler(Probe):
         line = " ".join(example.prompt.split())
         shown = line if len(line) <= 300 else f"{line[:150]} … {line[-150:]}"
         return Asked(f"{item.details['task']}: {shown}", ", ".join(example.outputs))
+
+    def reply(self, record: Record) -> Reply:
+        """The answer; an empty one is none."""
+        text = record.answer.get("response", "")
+        return Reply(text, "" if text.strip() or "response" not in record.answer else "empty")
 
     def _tasks(self) -> tuple[str, ...]:
         if self.tasks is not None:
@@ -219,6 +227,13 @@ class Ruler(Probe):
             else:
                 low, best = guess, tried
         return best[0], best[1], low
+
+
+def _of_tasks(count: int) -> str:
+    """How many tasks a number is of, and what that means for it."""
+    if count == len(TASKS):
+        return f"{count} of {count} tasks"
+    return f"only {count} of {len(TASKS)} tasks were asked, and the threshold is for all"
 
 
 @lru_cache(maxsize=2)
