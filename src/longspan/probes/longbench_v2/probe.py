@@ -117,10 +117,6 @@ class LongBenchV2(Probe):
             ),
             main("letter_accuracy", "Accuracy by likelihood", chance=chance),
             main("letter_accuracy_calibrated", "Accuracy by likelihood over the prior", chance=chance),
-            detail("fully_visible", "Whole document seen"),
-            detail("kept_fraction", "Share of document seen", "ratio"),
-            detail("accuracy_visible", "Accuracy, whole document seen"),
-            *(detail(f"accuracy_{name}", f"Accuracy, {name}") for name in SLICES),
             *(
                 Metric(
                     f"cause_{cause}",
@@ -135,6 +131,10 @@ class LongBenchV2(Probe):
                 )
                 for cause in CAUSES
             ),
+            detail("fully_visible", "Whole document seen"),
+            detail("kept_fraction", "Share of document seen", "ratio"),
+            detail("accuracy_visible", "Accuracy, whole document seen"),
+            *(detail(f"accuracy_{name}", f"Accuracy, {name}") for name in SLICES),
             *(detail(f"said_{letter}", f"Said {letter}") for letter in LETTERS),
             *(detail(f"right_{letter}", f"{letter} is right") for letter in LETTERS),
         )
