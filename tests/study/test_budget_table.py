@@ -79,7 +79,7 @@ def finish_training(file: Path, pattern: str, rate: float, **training: object) -
     specification = {
         "model": found.model.model_dump(mode="json"),
         "vocab_size": 320,
-        "training": {**settings, "compile": False, "seed": 5, "tokens": 999, **training},
+        "training": {**settings, "compile": "auto", "seed": 5, "tokens": 999, **training},
     }
     job = Job("train", f"train {pattern}", specification)
     with job.claim(file.parent / "runs") as folder:
