@@ -11,6 +11,7 @@ from longspan.engines.source import ModelSource
 from longspan.foundation.errors import UserError
 from longspan.models.budget import count_parameters
 from longspan.report.data import load
+from longspan.report.decision import decide
 from longspan.study.plan import make_plan
 from longspan.study.run import run_study
 from longspan.study.schema import load_study
@@ -52,6 +53,7 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     outcome = run_study("cost-at-length", overrides, tmp_path, until="report", terminal=Terminal(quiet=True))
     facts = load(Path(outcome.data["report"]).with_name("report.json"))
     assert [subject.kind for subject in facts.subjects] == ["shape", "shape"]
+    assert decide(facts).verdict == "costs"
     (section,) = facts.probes
     at = {(each.subject, each.x) for each in section.summary.measurements if each.metric == "first_token"}
     assert at == {("a", 8.0), ("b", 8.0), ("b", 16.0)}

@@ -39,8 +39,8 @@ class Efficiency(Probe):
         new_tokens: tokens generated, at least 2.
         repeats: counted runs at each context.
         warm_ups: runs before them.
-        once_above: seconds of the first run at a context from which on it is the only one, and counts: what takes that
-            long does not depend on having been warmed up.
+        once_above: a first run at a context that takes more seconds than this is repeated once, and the second alone
+            counts: what takes long needs few repeats, and the first may have compiled kernels.
         largest_batch: also find how many sequences fit at a time, at every context or at those named, where the engine
             can: native and transformers on CUDA, by trying; vLLM, by the room in its cache.
     """
@@ -122,18 +122,20 @@ class Efficiency(Probe):
     def _run(self, engine: Engine, context: int, data: ProbeData, content: dict[str, Any]) -> str:
         """All runs at a context, into `content`; why they do not count, empty where they do."""
         sampling = Sampling(max_new_tokens=self.new_tokens, stop_at_boundary=False)
+        long = False
         for run in range(self.warm_ups + self.repeats):
             engine.forget_peak()
             began = time.perf_counter()
             (written,) = engine.generate([self._prompt(data, context, run)], sampling)
             if reason := _not_counted(written, context):
                 return reason
-            only = self.once_above is not None and run == 0 and time.perf_counter() - began > self.once_above
-            if run >= self.warm_ups or only:
+            if run == 0 and self.once_above is not None:
+                long = time.perf_counter() - began > self.once_above
+            content["state_bytes_measured"] = written.state_bytes
+            if run == 1 if long else run >= self.warm_ups:
                 further = len(written.tokens) - 1
                 content["runs"].append([written.first_token_seconds, written.decode_seconds, further])
-            content["state_bytes_measured"] = written.state_bytes
-            if only:
+            if long and run == 1:
                 break
         return ""
 

@@ -21,6 +21,7 @@ VERDICTS = {
     "tie": "Tie",
     "undecided": "Cannot be decided with this data",
     "single": "One subject",
+    "costs": "Costs alone",
     "nothing": "No results",
 }
 

@@ -14,7 +14,7 @@ from longspan.report.findings import Finding
 NEGLIGIBLE = 0.01
 """A difference whose whole interval lies within this share of the best value is called a tie, not an open question."""
 
-Verdict = Literal["winner", "provisional", "tie", "undecided", "single", "nothing"]
+Verdict = Literal["winner", "provisional", "tie", "undecided", "single", "costs", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Decision:
 def decide(report: ReportInput) -> Decision:
     """The report's answer, from the primary metric's paired comparisons."""
     finding = findings.primary_finding(report)
+    if finding is None and any(section.place == "cost" and section.summary.measurements for section in report.probes):
+        answer = "No quality was asked: what each subject costs, and from which context on which costs less, is below."
+        return Decision("costs", answer, "")
     if finding is None:
         return Decision("nothing", "There is no answer: no probe has results yet.", "")
     verdict, answer, doubt = _conclude(finding)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longspan.corpus.prepare import PreparedCorpus
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TRAINING
@@ -134,10 +136,12 @@ def _model_facts(label: str, planned: PlannedSubject, runs: Path) -> SubjectFact
     if model is not None:
         assert planned.vocab_size is not None
         vocab_size = planned.vocab_size
+        # What is trained is counted in fp32, as everywhere; what is asked as it is, in the dtype that it runs in.
+        dtype = torch.float32 if source is None or source.dtype == "fp32" else torch.bfloat16
         return replace(
             facts,
             letters="".join(model.layers()),
-            state_bytes={context: float(state_bytes(model, context)) for context in COST_CONTEXTS},
+            state_bytes={context: float(state_bytes(model, context, dtype)) for context in COST_CONTEXTS},
             forward_flops={context: forward_flops_per_token(model, vocab_size, context) for context in COST_CONTEXTS},
         )
     shape = planned.elsewhere.shape if planned.elsewhere else None
