@@ -422,7 +422,7 @@ def variants_ssd(run: Run) -> None:
         {"output_heads": 12},
         {"state_warps": (4, 4)},
         {"state_warps": (4, 2)},
-        {"gradient_warps": (4, 2)},
+        {"gradient_warps": (4, 1)},
     ]
     inputs = {shape: ssd_inputs(*shape, HEADS, HEAD_DIM, STATE) for shape in SHAPES}
     for change in changes:

@@ -126,7 +126,7 @@ def test_doctor_says_what_each_missing_extra_would_bring() -> None:
     assert result.returncode == 0
     findings = json.loads(result.stdout)["findings"]
     topics = {row["topic"] for row in findings}
-    assert {"python", "torch", "cores", "device for jobs", "bf16", "extra hub", "extra wandb"} <= topics
+    assert {"python", "torch", "cores", "device for jobs", "kernels", "bf16", "extra hub", "extra wandb"} <= topics
     missing = [row for row in findings if row["topic"].startswith("extra") and row["finding"] == "missing"]
     assert all("pip install" in row["advice"] and "brings" in row["advice"] for row in missing)
 

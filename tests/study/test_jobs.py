@@ -11,6 +11,7 @@ import pytest
 
 from longspan.foundation.errors import LongspanError, UserError
 from longspan.foundation.files import read_json, write_json
+from longspan.study.environment import doctor, hardware
 from longspan.study.jobs import Job
 
 JOB = Job("train", "train AAAA seed 0", {"width": 64}, needs=("a" * 64,))
@@ -29,6 +30,22 @@ def test_a_job_is_done_only_when_its_marker_is_there(tmp_path: Path) -> None:
         JOB.finish(folder, {"loss": 3.5})
     assert JOB.is_done(tmp_path)
     assert JOB.result(tmp_path) == {"loss": 3.5}
+
+
+def test_the_marker_says_which_kernels_the_ops_ran_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with JOB.claim(tmp_path) as folder:
+        JOB.finish(folder, {})
+    assert read_json(folder / "done.json")["environment"]["hardware"]["kernels"] == "plain torch (auto)"
+
+
+def test_a_gpu_without_triton_is_no_reason_to_lose_a_finished_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("longspan.ops.kernels._Setting.triton", False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert hardware()["kernels"] == "none: kernels without Triton"
+    advice = {topic: advice for topic, _, advice in doctor(Path("runs"))}["kernels"]
+    assert "LONGSPAN_KERNELS=plain" in advice
 
 
 def test_a_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_no_step_between_log_lines_waits_for_the_device(
     small: ModuleType, tmp_path: Path, pattern: str, dtype: str
 ) -> None:
     def watch(taken: int) -> None:
-        # Two micro-batches a step: from the start of step 6 to the start of step 10 nothing is due.
+        # Two micro-batches a step, made up to three ahead: from within step 4 to the start of step 10 nothing is due.
         if taken in (10, 18):
             torch.cuda.set_sync_debug_mode("error" if taken == 10 else "default")
 
@@ -67,20 +67,24 @@ def test_no_step_between_log_lines_waits_for_the_device(
 def test_the_device_holds_a_bad_update_back_and_the_right_step_is_named(small: ModuleType, tmp_path: Path) -> None:
     net = small.model()
     before: dict[str, torch.Tensor] = {}
+    calls = 0
 
-    def poison(taken: int) -> None:
-        if taken == 14:
+    def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        # Counted as the model computes, not as batches are made: those are made ahead.
+        nonlocal calls
+        calls += module.training
+        if calls < 15:
+            return output
+        if not before:
             before.update({name: p.detach().clone() for name, p in net.named_parameters()})
-            # Between two steps: the eighth one meets a weight whose output overflows, and is never repaired.
-            hook(net.layers[1].mlp)
+        # Two micro-batches a step: from the first of the eighth on, and never repaired.
+        return output * float("nan")
 
-    def hook(module: torch.nn.Module) -> None:
-        module.register_forward_hook(lambda m, inputs, output: output * float("nan"))
-
-    # A compiled layer would not see a hook that comes after it.
+    net.layers[1].mlp.register_forward_hook(spoil)
+    # A compiled layer would call the hook only while it is traced.
     training = small.settings(log_every=12, evaluate_every=50, checkpoint_every=50, compile=False)
     with pytest.raises(DivergenceError, match=r"step 8 of 12.*`layers\.1\.mlp` \(\w+\) in the forward pass"):
-        small.run(tmp_path, training, net, rows_that(small, poison), device="cuda")
+        small.run(tmp_path, training, net, device="cuda")
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0)
 

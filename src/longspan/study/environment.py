@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """Processor, cores, memory, GPUs and the number of torch threads."""
+    """Processor, cores, memory, GPUs, the number of torch threads, and which kernels the ops run as."""
     import torch
 
     facts = {
@@ -43,6 +43,7 @@ def hardware() -> dict[str, str]:
         "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
         "torch threads": str(torch.get_num_threads()),
         "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") else "default",
+        "kernels": _kernels()[0],
     }
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -84,8 +85,9 @@ def doctor(runs: Path) -> list[tuple[str, str, str]]:
     """What works here: (topic, finding, advice), advice empty where nothing is to do."""
     rows = [(name, version, "") for name, version in versions().items() if name in ("python", "longspan", "torch")]
     facts = hardware()
-    rows += [(name, value, "") for name, value in facts.items() if name != "allocator"]
+    rows += [(name, value, "") for name, value in facts.items() if name not in ("allocator", "kernels")]
     rows.append(("device for jobs", ", ".join(devices()), ""))
+    rows.append(("kernels", *_kernels()))
     rows.append(_bf16())
     rows.append(("allocator", facts["allocator"], "" if facts["allocator"] == "tuned" or sys.platform != "linux" else
                  "`longspan run` sets it by itself; for your own scripts: GLIBC_TUNABLES=" + ALLOCATOR))  # fmt: skip
@@ -99,6 +101,18 @@ def doctor(runs: Path) -> list[tuple[str, str, str]]:
         advice = "" if present else f"pip install 'longspan[{extra}]' brings {purpose}"
         rows.append((f"extra {extra}", "installed" if present else "missing", advice))
     return rows
+
+
+def _kernels() -> tuple[str, str]:
+    """What the ops run as where jobs run, and what to do where they cannot."""
+    import torch
+
+    from longspan.ops import kernels
+
+    try:
+        return kernels.described(torch.device("cuda" if torch.cuda.is_available() else "cpu")), ""
+    except UserError as error:
+        return f"none: {error.given}", error.fix
 
 
 def _bf16() -> tuple[str, str, str]:

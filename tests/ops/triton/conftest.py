@@ -16,6 +16,8 @@ from longspan.ops import kernels
 from . import bounds
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+# Where a gradient is 0, what the kernel subtracts are equal sums of order 10, and their rounding may stay.
+SMALLEST_NORM = 0.1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -119,7 +121,7 @@ def assert_same(device: torch.device, poisoned_memory: None) -> Callable[..., No
         tolerance = roundings * max(TOLERANCE[dtype] for dtype in dtypes)
         for i, (one, same, other) in enumerate(zip(ours, again, exact, strict=True)):
             assert torch.equal(one, same), f"result {i} differs from run to run"
-            error = (one.cpu().double() - other).norm() / other.norm().clamp(min=1e-12)
+            error = (one.cpu().double() - other).norm() / other.norm().clamp(min=SMALLEST_NORM)
             assert error < tolerance, f"result {i} is off by {float(error):.1e}"
 
     return check

@@ -91,8 +91,9 @@ def test_norms(device, served):
 
 
 def test_a_mamba2_layer(device, documents, served):
-    mixer = Mamba2(16, Mamba2Settings(state=16, mamba_head_dim=16)).to(device)
+    mixer = Mamba2(16, Mamba2Settings(state=16, mamba_head_dim=16))
     mixer.init_weights(torch.Generator().manual_seed(0))
+    mixer.to(device)
     segments = Segments.build(documents(2, 21, 0.1), device=device)
     with FakesAgree() as mode:
         check([mixer(leaf(2, 21, 16).to(device), segments, None)[0]])
