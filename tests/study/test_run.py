@@ -78,6 +78,9 @@ def test_a_run_ends_with_a_table_an_answer_and_the_path_of_its_report(
     assert "Does attention or Mamba-2 learn this faster?" in page
     assert (folder / "runs/mini/report.md").is_file()
     assert list((folder / "runs/mini/figures").glob("*.svg"))
+    made_by = json.loads((folder / "runs/mini/report.json").read_text())["reproduce"]["hardware"]
+    assert made_by["kernels"] in page
+    assert made_by["kernels"].endswith("(auto)")
 
 
 def test_the_plan_is_printed_before_anything_is_trained(
