@@ -112,6 +112,10 @@ TINY_LISTS = {
     "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
     "recall": {"pattern": "Mamba-2, state 4"},
     "recall-text": {"pattern": "AM"},
+    "cost-at-length": {
+        "subjects": "[{name: small, shape: {pattern: MA, vocab_size: 300, width: 16, heads: 2, mlp_width: 16, state: 4,"
+        " mamba_head_dim: 8, chunk: 8}}]"
+    },
     "wiki-leakage": {"pattern": "AM", "packing.method": "[concat]", "isolation": "[full, none]", "markers": "[true]"},
 }
 """Shorter lists to vary; a documented command that names one keeps its own."""
