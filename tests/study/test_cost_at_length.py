@@ -57,6 +57,9 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     (section,) = facts.probes
     at = {(each.subject, each.x) for each in section.summary.measurements if each.metric == "first_token"}
     assert at == {("a", 8.0), ("b", 8.0), ("b", 16.0)}
+    (missing,) = [entry for entry in facts.ledger if entry.text == "Contexts whose cost was not measured."]
+    assert [(row["subject"], row["context"]) for row in missing.table] == [("a", 16)]
+    assert "9 GiB wanted" in str(missing.table[0]["reason"])
 
 
 @pytest.mark.parametrize(
