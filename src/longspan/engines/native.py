@@ -222,6 +222,11 @@ class NativeEngine(Engine):
             self, self._model, prompt_BT, sampling, index=index, chunk=self.batch_tokens, graphs=self._graphs
         )
 
+    @property
+    def module(self) -> LanguageModel:
+        """The model itself, for looking at."""
+        return self._model
+
     def state_bytes(self, context: int) -> int:
         """See `Engine.state_bytes`."""
         size = torch.empty(0, dtype=self._dtype).element_size()

@@ -61,7 +61,11 @@ def agreement(checks: list[dict[str, Any]]) -> str:
     if differ:
         return f"ORACLE FAILED: {', '.join(differ)}"
     equal = [check["name"] for check in checks if check["verdict"] == "equal"]
-    return f"oracle: {', '.join(equal)}" if equal else "oracle: nothing could be compared"
+    if not equal:
+        return "oracle: nothing could be compared"
+    # What is no difference in lower precision is measured against the rounding of the model itself.
+    rounded = any(check.get("rounding") is not None for check in checks)
+    return f"oracle: {', '.join(equal)}{' (within rounding)' if rounded else ''}"
 
 
 def _oracle(plan: Plan, runs: Path) -> list[LedgerEntry]:
