@@ -153,3 +153,20 @@ def test_without_memory_for_fp32_the_bound_is_fixed_and_said(
     found = checks(engine)
     assert {check.allowed for check in found.values()} == {oracle.ROUNDED}
     assert all("not asked in fp32" in check.note for check in found.values())
+
+
+def test_kernels_that_fail_in_fp32_leave_the_fixed_bound(
+    deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = deep("(A)4")
+    forward = LanguageModel.forward
+
+    def failing(self, *given, **more):  # type: ignore[no-untyped-def]
+        if self.embedding.weight.dtype == torch.float32:
+            raise RuntimeError("out of resource: shared memory")
+        return forward(self, *given, **more)
+
+    monkeypatch.setattr(LanguageModel, "forward", failing)
+    found = checks(engine)
+    assert {(check.verdict, check.allowed) for check in found.values()} == {("equal", oracle.ROUNDED)}
+    assert all("out of resource" in check.note for check in found.values())
