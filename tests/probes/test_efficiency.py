@@ -108,6 +108,11 @@ def test_bandwidth_and_batches_are_measured_where_the_engine_knows(
     seen = {each.metric: each.numerator / each.denominator for each in probe.observe(record)}
     # 5 tokens in half a second read a gigabyte each.
     assert seen["bandwidth"] == pytest.approx(10.0)
+    assert "copy_share" not in seen
+    engine.copy_rate = lambda: 40e9  # type: ignore[attr-defined]
+    (record,) = ask(probe, engine, data)
+    seen = {each.metric: each.numerator / each.denominator for each in probe.observe(record)}
+    assert seen["copy_share"] == pytest.approx(25.0)
     assert (seen["largest_batch"], seen["batch_rate"]) == (64.0, 50.0)
 
 

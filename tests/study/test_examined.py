@@ -245,6 +245,9 @@ def test_a_server_that_goes_away_stops_the_study_and_the_same_command_goes_on(
         assert len(set(keys)) == len(keys)
     assert {subject.label: subject.kind for subject in facts.subjects} == {"served": "endpoint", "here": "pretrained"}
     costs = measured(facts, "efficiency")
-    assert len(costs["here"]) == len({"prefill_rate", "first_token", "output_token", "bandwidth", "held"}) * 2 + 2
+    assert (
+        len(costs["here"])
+        == len({"prefill_rate", "first_token", "output_token", "bandwidth", "copy_share", "held"}) * 2 + 2
+    )
     # The stub's whole stream comes at once, so only what it says counts; its state is not known.
     assert set(measured(facts, "perplexity")) == {"served", "here"}

@@ -19,6 +19,7 @@ from torch import Tensor
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Capability, Engine, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
+from longspan.engines.copy_rate import copy_rate
 from longspan.engines.generation import Continuation, forget_peak, peak_bytes, synchronise
 from longspan.engines.graphs import Graphs
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
@@ -239,6 +240,10 @@ class NativeEngine(Engine):
     def peak_bytes(self) -> int | None:
         """See `Engine.peak_bytes`."""
         return peak_bytes(self.device)
+
+    def copy_rate(self) -> float:
+        """See `Engine.copy_rate`."""
+        return copy_rate(self.device)
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying."""

@@ -29,6 +29,7 @@ from longspan.engines.base import (
 from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
 from longspan.engines.causal_generation import CausalGeneration
 from longspan.engines.causal_model import CausalModel, mark, restore, select
+from longspan.engines.copy_rate import copy_rate
 from longspan.engines.generation import forget_peak, peak_bytes
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.room import BATCH_STEPS, guessed_rows, search
@@ -211,6 +212,10 @@ class TransformersEngine(Engine):
     def peak_bytes(self) -> int | None:
         """See `Engine.peak_bytes`."""
         return peak_bytes(self.model.device)
+
+    def copy_rate(self) -> float:
+        """See `Engine.copy_rate`."""
+        return copy_rate(self.model.device)
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying, since running out of memory there does no harm."""

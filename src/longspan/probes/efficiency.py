@@ -75,6 +75,7 @@ class Efficiency(Probe):
             Metric("fixed", "Time per output token without context", "ms", "median", "lower", compare=False),
             Metric("growth", "Time per output token that 1,000 tokens add", "ms", "median", "lower", compare=False),
             Metric("bandwidth", "Weights and state read", "GB/s", "median", "higher", x_name="context", compare=False),
+            Metric("copy_share", "The same of the copy rate", "%", "median", "higher", x_name="context", compare=False),
             Metric("peak_memory", "Peak memory", "GiB", "median", "lower", x_name="context", compare=False),
             Metric("held", "Weights and state, computed", "GiB", "median", "lower", x_name="context", compare=False),
             *self._batch_metrics(),
@@ -118,6 +119,7 @@ class Efficiency(Probe):
         self, engine: Engine, context: int, data: ProbeData, before: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
+        copy_rate = engine.copy_rate()
         if reason := self._not_evaluable(engine, context, before):
             return {**content, "not_evaluable": reason}
         try:
@@ -134,6 +136,7 @@ class Efficiency(Probe):
             content["peak_bytes"] = peak
         content["state_bytes"] = engine.state_bytes(context)
         content["weight_bytes"] = engine.weight_bytes
+        content["copy_rate"] = copy_rate
         sought = self.largest_batch if isinstance(self.largest_batch, bool) else context in self.largest_batch
         if sought and (batch := _largest_batch(engine, context)) is not None:
             content["batch"] = [batch.sequences, batch.tokens_per_second]
@@ -192,6 +195,8 @@ class Efficiency(Probe):
                 values.append(("output_token", 1e3 * decode, further))
             if further > 0 and answer.get("weight_bytes") and answer.get("state_bytes") is not None:
                 values.append(("bandwidth", read * further / 1e9, decode))
+                if answer.get("copy_rate"):
+                    values.append(("copy_share", 100 * read * further / answer["copy_rate"], decode))
             for metric, numerator, denominator in values:
                 if denominator > 0:
                     yield Observation(record.subject, record.seed, item, item, metric, x, numerator, denominator)
