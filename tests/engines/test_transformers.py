@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Sampling
+from longspan.engines.opening import Described
 from longspan.engines.oracle import check_equivalence
+from longspan.engines.source import ModelSource
 from longspan.engines.transformers import TransformersEngine
 from longspan.foundation.errors import UserError
 
@@ -380,3 +383,15 @@ def test_sampling_draws_from_a_stream_of_its_own_for_each_prompt(engine: Make) -
     again = subject.generate([tokens(5)], sampling)[0]
     assert first.tokens.tolist() == again.tokens.tolist()
     assert first.tokens.tolist() != second.tokens.tolist()
+
+
+def test_what_an_architecture_computes_is_counted_where_it_is_known_and_else_not(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for name, known in (("llama", True), ("jamba", False)):
+        CONFIGS[name]().save_pretrained(tmp_path / name)
+        source = ModelSource.parse({"pretrained": str(tmp_path / name), "engine": "transformers"}, "subjects[0]")
+        counted = Described(source, tmp_path / name, tokenizer, markers=False).counted_as
+        assert (counted is not None) == known
+        if counted is not None:
+            assert ("".join(counted[0].layers()), counted[0].width, counted[1]) == ("AA", 32, VOCAB)

@@ -53,6 +53,8 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     outcome = run_study("cost-at-length", overrides, tmp_path, until="report", terminal=Terminal(quiet=True))
     facts = load(Path(outcome.data["report"]).with_name("report.json"))
     assert [subject.kind for subject in facts.subjects] == ["shape", "shape"]
+    # What transformers computes of a shape is counted as what Longspan computes of it.
+    assert facts.subjects[0].forward_flops == facts.subjects[1].forward_flops != {}
     assert decide(facts).verdict == "costs"
     (section,) = facts.probes
     at = {(each.subject, each.x) for each in section.summary.measurements if each.metric == "first_token"}

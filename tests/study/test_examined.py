@@ -98,6 +98,7 @@ def test_a_checkpoint_and_its_export_answer_as_the_subject_they_come_from(
     assert theirs.parameters is not None
     assert theirs.parameters.total == ours.parameters.total
     assert theirs.letters == ours.letters == "AM"
+    assert theirs.forward_flops == ours.forward_flops != {}
     # transformers keeps one tap more of the convolution over its 80 channels than is needed.
     assert {theirs.state_bytes[context] - size for context, size in ours.state_bytes.items()} == {80 * 4}
     for facts_of in asked.subjects:
