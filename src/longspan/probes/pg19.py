@@ -36,7 +36,7 @@ class PG19(Probe):
 
     Attributes:
         data: JSON lines or a JSON list with a `text` each; None takes the test split from the hub (extra `hub`).
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; a study stays at the commit of its first use.
         windows: tokens a subject sees at once; None: the context of the study.
         stride: by how many tokens windows move; None: half a window. Much of the literature takes 256.
         streaming: add one pass over each whole book.
@@ -127,6 +127,10 @@ class PG19(Probe):
                 detail=True,
             ),
         )
+
+    def hub_dataset(self) -> str | None:
+        """See `Probe.hub_dataset`."""
+        return None if self.data else HUB
 
     def protocol(self) -> dict[str, Any]:
         """The settings, with the books' content in place of where they lie."""

@@ -41,7 +41,7 @@ class LongBenchV2(Probe):
 
     Attributes:
         data: the data set's `data.json`, or JSON lines; None fetches it from the hub (extra `hub`).
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; a study stays at the commit of its first use.
         contexts: tokens of prompt and reply together; None: the context of the study.
         variant: `direct`; `cot`: reason first, then answer without the document; `no_context`: question and choices
             only; `rag`: the first `retrieved` chunks of each row's `retrieved_context`.
@@ -138,6 +138,10 @@ class LongBenchV2(Probe):
             *(detail(f"said_{letter}", f"Said {letter}") for letter in LETTERS),
             *(detail(f"right_{letter}", f"{letter} is right") for letter in LETTERS),
         )
+
+    def hub_dataset(self) -> str | None:
+        """See `Probe.hub_dataset`."""
+        return None if self.data else DATASET
 
     def protocol(self) -> dict[str, Any]:
         """The settings, with the data set's content in place of where it lies."""
