@@ -298,7 +298,9 @@ class NativeEngine(Engine):
         sequences = [*prompts, *prefixes]
         tree, forks = self._forks(sequences)
         shared = count_tokens(self, tree, sequences)
-        batched = BatchedGeneration(self, self._model, self.device, sampling, chunk=self.batch_tokens)
+        batched = BatchedGeneration(
+            self, self._model, self.device, sampling, chunk=self.batch_tokens, graphs=self._graphs
+        )
         written: dict[int, Generation] = {}
         scores: dict[int, list[Scored]] = {}
         for fork, (state, seconds) in forks:
