@@ -103,6 +103,14 @@ def test_page_and_markdown_show_the_table_and_captions_point_to_it() -> None:
     assert "Crossover" not in page.html(bare)
 
 
+def test_bars_of_medians_are_told_as_quartiles() -> None:
+    number = replace(LATENCY, name="fixed", x_name=None, crossing=False)
+    found = Measurement("fixed", "A", None, 2.0, 1.5, 2.5, 3, 1, 3)
+    section = ProbeSection("efficiency", "Cost", "", (number,), Summary((found,), (), ()), place="cost")
+    (figure,) = page.lay_out(replace(report(), probes=[section], subjects=[SubjectFacts("A", "")])).cost
+    assert "quartiles over repeats" in figure.caption
+
+
 def test_a_change_of_order_at_a_measured_context_is_a_crossing() -> None:
     (cell,) = rows(report((LATENCY, {"A": (1.0, 2.0, 4.0), "M": (2.0, 2.0, 2.0)}, 0.0))).values()
     assert cell == ("b from 4,100",)

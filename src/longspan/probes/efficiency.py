@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -72,8 +73,8 @@ class Efficiency(Probe):
             _by_context("prefill_rate", "Prefill", "tok/s", "higher"),
             _by_context("first_token", "Time to first token", "ms", crossing=True),
             _by_context("output_token", "Time per output token", "ms", crossing=True),
-            Metric("fixed", "Time per output token without context", "ms", "median", "lower", compare=False),
-            Metric("growth", "Time per output token that 1,000 tokens add", "ms", "median", "lower", compare=False),
+            _number("fixed", "Time per output token without context", "ms"),
+            _number("growth", "Time per output token that 1,000 tokens add", "ms"),
             _by_context("bandwidth", "Weights and state read", "GB/s", "higher"),
             _by_context("copy_share", "The same of the copy rate", "%", "higher"),
             _by_context("peak_memory", "Peak memory", "GiB", crossing=True),
@@ -255,7 +256,11 @@ class Efficiency(Probe):
 def _by_context(
     name: str, title: str, unit: str, better: Literal["lower", "higher"] = "lower", *, crossing: bool = False
 ) -> Metric:
-    return Metric(name, title, unit, "median", better, x_name="context", compare=False, crossing=crossing)
+    return replace(_number(name, title, unit), better=better, x_name="context", crossing=crossing)
+
+
+def _number(name: str, title: str, unit: str) -> Metric:
+    return Metric(name, title, unit, "median", "lower", compare=False, counted="runs")
 
 
 def _runs(answer: Mapping[str, Any]) -> Iterator[tuple[float, float, int]]:

@@ -19,8 +19,8 @@ Curves = Mapping[str, Sequence[Point]]
 COMPUTED = (("state_bytes", "decoding state (computed)"), ("forward_flops", "FLOPs per token (computed)"))
 EXPLANATION = (
     "From which context on which of two subjects is the better one, interpolated between the contexts measured; in "
-    "brackets the range in which their intervals do not tell them apart. “Not crossed” names the one that is better at "
-    "every context that both have, with these contexts where they are not all of the measure's."
+    "brackets the range in which their intervals do not tell them apart. “Not crossed” names the one that is better "
+    "wherever they can be told apart, with the contexts that both have where these are not all of the measure's."
 )
 POINTER = " From where on which curve is the better is in the table of crossover lengths."
 
