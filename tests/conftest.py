@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ def ctrl_c_is_heard() -> None:
     Commands that a test starts inherit that and would never hear the Ctrl-C that they are sent.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def plugins_forgotten() -> Iterator[None]:
+    """Leave the registries, and what was imported from plugin files, as they were."""
+    from longspan.corpus.tasks import base as tasks
+    from longspan.models.mixers import base as mixers
+    from longspan.probes import base as probes
+
+    kept = [(registry, registry.all()) for registry in (tasks._TASKS, mixers._MIXERS, probes._PROBES)]
+    modules = set(sys.modules)
+    yield
+    for registry, classes in kept:
+        registry._classes = dict(classes)
+    for name in set(sys.modules) - modules:
+        if name.startswith("longspan_plugin_"):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,6 @@ from longspan.models import budget
 from longspan.models.interchange import write_folder
 from longspan.models.language_model import LanguageModel, ModelConfig
 from longspan.models.matching import MatchConfig
-from longspan.models.mixers import base as mixers
 from longspan.probes import base as probes
 from longspan.report.data import ReportInput
 from longspan.study.expand import expand
@@ -183,31 +181,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: None) -> Path:
     """In the user's folder, with one folder of runs for all commands, so that equal jobs run once."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LONGSPAN_NO_REEXEC", "1")
     monkeypatch.setenv("LONGSPAN_RUNS", str(folder / "runs"))
     # Drawing the figure files takes most of the time of a tiny run; tests/report draws them.
     monkeypatch.setattr("longspan.report.page._write_figure", lambda *arguments: None)
-    with plugins_forgotten():
-        yield folder
-
-
-@contextmanager
-def plugins_forgotten() -> Iterator[None]:
-    """Leave the registries, and what was imported from plugin files, as they were."""
-    probes.registered()
-    letters, kinds, modules = dict(mixers._MIXERS), dict(probes._PROBES), set(sys.modules)
-    try:
-        yield
-    finally:
-        for registry, kept in ((mixers._MIXERS, letters), (probes._PROBES, kinds)):
-            registry.clear()
-            registry.update(kept)
-        for name in set(sys.modules) - modules:
-            if name.startswith("longspan_plugin_"):
-                del sys.modules[name]
+    return folder
 
 
 # --- texts that stand in for a user's own, and for what would come over the network -----------------------------------
@@ -516,10 +497,9 @@ def test_source_tables_equal_the_code() -> None:
 
 
 @pytest.fixture
-def example_mixer() -> Iterator[str]:
-    with plugins_forgotten():
-        load_file(EXAMPLES / "mixer.py")
-        yield "E"
+def example_mixer(plugins_forgotten: None) -> str:
+    load_file(EXAMPLES / "mixer.py")
+    return "E"
 
 
 def tiny_model(pattern: str) -> LanguageModel:

@@ -21,9 +21,10 @@ from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, settings_of_kind
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import Weights
-from longspan.foundation.config import Config, ConfigError, did_you_mean, shown_value, unknown_key
+from longspan.foundation.config import Config, ConfigError, shown_value, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
+from longspan.foundation.registry import unknown_name
 from longspan.models.config import ModelConfig
 from longspan.models.matching import MatchConfig
 from longspan.models.mixers import registered as registered_mixers
@@ -385,8 +386,7 @@ def apply_variant(
         if name not in variants:
             if not variants:
                 raise UserError(f"variant = {name!r}", "no variant: this study has none", "leave `variant` out")
-            fix = did_you_mean(name, variants, "name one of these")
-            raise UserError(f"no variant is called {name!r}", ", ".join(variants), fix)
+            raise unknown_name("variant", name, variants)
         for key, value in variants[name].items():
             if key == "vary":
                 vary.update(copy.deepcopy(dict(_mapping(f"variants.{name}.vary", value))))
