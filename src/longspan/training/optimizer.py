@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from longspan.models.language_model import LanguageModel
 
+ROUNDING = 1e-6
+"""Keeps the quotient of clipping finite, as torch's `clip_grad_norm_` does."""
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -59,10 +61,15 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
         the norm before clipping, () fp32, still on the device; not finite where any gradient is not.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):
-        # Of gradients that several processes hold in parts.
-        norm = norm.full_tensor()
+    # Of gradients that several processes hold in parts, each sees its own: the wrapper around them costs the host more
+    # for every tensor than the device needs for the work.
+    own = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    norm = torch.nn.utils.get_total_norm(own)
+    parted = next((g for g in gradients if hasattr(g, "to_local")), None)
+    if parted is not None:
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=parted.device_mesh.get_group())
+        norm = square.sqrt()
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_(own, (max_norm / (norm + ROUNDING)).clamp(max=1.0))
     return norm
