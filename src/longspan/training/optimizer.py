@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,7 +65,7 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
     # for every tensor than the device needs for the work.
     own = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     norm = torch.nn.utils.get_total_norm(own)
-    parted = next((g for g in gradients if hasattr(g, "to_local")), None)
+    parted: Any = next((g for g in gradients if hasattr(g, "to_local")), None)
     if parted is not None:
         square = norm.square()
         torch.distributed.all_reduce(square, group=parted.device_mesh.get_group())
