@@ -28,7 +28,9 @@ from longspan.training.micro_steps import PLAIN_STEPS, why_no_graph
 from longspan.training.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
-PASSES = ["AM", "G"]
+PATTERNS = ["AM", "G"]
+STEPS = 6
+SHORT: dict[str, Any] = {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": STEPS}
 
 
 class StandIn:
@@ -117,7 +119,7 @@ def graphed(
         with monkeypatch.context() as patch:
             patch.setattr(updates, "why_no_graph", lambda *args: None)
             patch.setattr(updates, "CudaRecorder", lambda device: stand_in)
-            training = small.settings(**more)
+            training = small.settings(**SHORT, **more)
             small.run(folder, training, net, lambda: Varied(small, training.rows), report=listen)
         return stand_in, net, told
 
@@ -126,7 +128,7 @@ def graphed(
 
 def plain(small: ModuleType, folder: Path, pattern: str = "AM", **more: Any) -> torch.nn.Module:
     net: torch.nn.Module = small.model(pattern=pattern)
-    training = small.settings(**more)
+    training = small.settings(**SHORT, **more)
     small.run(folder, training, net, lambda: Varied(small, training.rows))
     return net
 
@@ -138,7 +140,7 @@ def assert_same_run(one: torch.nn.Module, other: torch.nn.Module, folders: tuple
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("pattern", PASSES)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_replays_train_as_the_calls_they_stand_for(
     small: ModuleType, graphed: Any, tmp_path: Path, pattern: str, accumulation: int
 ) -> None:
@@ -146,20 +148,20 @@ def test_replays_train_as_the_calls_they_stand_for(
     stand_in, net, _ = graphed(folders[0], pattern=pattern, accumulation=accumulation)
     assert_same_run(net, plain(small, folders[1], pattern, accumulation=accumulation), folders)
     assert stand_in.recorded == accumulation
-    assert stand_in.replayed == (12 - PLAIN_STEPS) * accumulation
+    assert stand_in.replayed == (STEPS - PLAIN_STEPS) * accumulation
 
 
 def test_a_run_that_is_gone_on_with_captures_again_and_keeps_its_curve(
     small: ModuleType, graphed: Any, tmp_path: Path
 ) -> None:
     def stop(progress: Progress, /) -> None:
-        if progress.stage == "train" and progress.done == 7 * 128:
+        if progress.stage == "train" and progress.done == 3 * 128:
             raise Stopped("enough")
 
     with pytest.raises(Stopped):
         graphed(tmp_path / "graphed", report=stop)
     stand_in, net, _ = graphed(tmp_path / "graphed")
-    assert stand_in.replayed == (12 - 7 - PLAIN_STEPS) * 2
+    assert stand_in.replayed == (STEPS - 3 - PLAIN_STEPS) * 2
     assert_same_run(net, plain(small, tmp_path / "plain"), (tmp_path / "graphed", tmp_path / "plain"))
 
 
