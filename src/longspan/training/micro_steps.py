@@ -193,7 +193,7 @@ class CudaRecorder:
     def __call__(self, work: Work) -> tuple[Callable[[], object], Tensor]:
         """Does not run `work`: the replay does."""
         graph = torch.cuda.CUDAGraph()
-        # What libraries' own threads ask of the device meanwhile (NCCL looks after its work) is no fault of the capture.
+        # What threads of libraries ask of the device meanwhile, as NCCL's does, is no fault of the capture.
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device), capture:
             outcome = work()
