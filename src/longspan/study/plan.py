@@ -242,6 +242,7 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], contex
         details={
             **places,
             "tracking": config.tracking.model_dump(mode="json"),
+            "graph": config.training.graph,
             "processes": config.training.processes,
             "parallel": config.training.parallel,
         },

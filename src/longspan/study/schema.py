@@ -155,7 +155,7 @@ OF_THE_WHOLE = ("subjects", "probe_context", "primary")
 """What a variant that is chosen for the whole study may replace beside sections."""
 DEFAULT_PRIMARY = "perplexity.bits_per_byte"
 SEED = ("training", "seed")
-HOW_TO_RUN = ("processes", "parallel")
+HOW_TO_RUN = ("graph", "processes", "parallel")
 """Settings of training that change no result but by rounding."""
 PATTERN = ("model", "pattern")
 FOLDERS = {"jobs", "downloads"}
@@ -200,7 +200,7 @@ class Study:
     def resolved(self) -> dict[str, Any]:
         """The whole study as plain data: what is written beside every result.
 
-        How many processes train is no part of it; each result says that itself.
+        What changes how it is trained and not what comes of it (`HOW_TO_RUN`) is no part of it.
         """
         base = copy.deepcopy(dict(self.base))
         if isinstance(base.get("training"), Mapping):
