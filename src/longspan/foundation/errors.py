@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class LongspanError(Exception):
     """Base of every error that Longspan raises on purpose; `exit_code` is what the command line returns."""
 
