@@ -50,6 +50,8 @@ Jobs = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 DEFAULT_RUNS = Path("runs")
+KEEPING = ("run", "prepare", "train", "probe")
+"""Commands that go on where they were stopped."""
 INTERRUPTED = 130
 
 
@@ -404,7 +406,7 @@ def main() -> None:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         _let_exit()
-        _print_error(Stopped("stopped; run the same command again to go on from here"))
+        _print_error(Stopped(Stopped.GO_ON if sys.argv[1] in KEEPING else "stopped"))
         sys.exit(Stopped.exit_code)
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
