@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.foundation.errors import LongspanError, Stopped, UserError
+from longspan.commands.ending import run_to_its_end
+from longspan.commands.options import (
+    DEFAULT_RUNS,
+    Debug,
+    Duplicates,
+    Jobs,
+    Json,
+    Overrides,
+    RecordedRun,
+    RunOnly,
+    Runs,
+    Select,
+    StudyName,
+    Subject,
+)
+from longspan.foundation.machine import follows, tune_allocator
 
 if TYPE_CHECKING:
     from longspan.study.run import Stage
@@ -23,36 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-StudyName = Annotated[
-    str, typer.Argument(help="a shipped study (see `longspan studies`) or a .yaml file", metavar="STUDY")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings to change, e.g. tokens=2e6 variant=cpu", metavar="KEY=VALUE")
-]
-Subject = Annotated[
-    str, typer.Argument(help="runs/jobs/train-..., runs/STUDY, or Hugging Face weights (folder or id)", metavar="RUN")
-]
-RunOnly = Annotated[str, typer.Argument(help="runs/jobs/train-... or runs/STUDY", metavar="RUN")]
-Select = Annotated[
-    list[str] | None,
-    typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="KEY=VALUE"),
-]
-RecordedRun = Annotated[str, typer.Argument(help="a folder or file with records, or runs/STUDY", metavar="RUN")]
-Duplicates = Annotated[str, typer.Option("--duplicates", help="items answered more than once: all, first or drop")]
-Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
-Jobs = Annotated[
-    int,
-    typer.Option(
-        "--jobs", min=1, help="jobs at a time on a CPU, each with its share of the cores; pays for small models"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DEFAULT_RUNS = Path("runs")
-KEEPING = ("run", "prepare", "train", "probe")
-"""Commands that go on where they were stopped."""
-INTERRUPTED = 130
 
 
 @app.command()
@@ -243,7 +225,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure training, prefill, decoding and memory on this machine; the last line is one JSON object."""
-    _tune_allocator()
+    tune_allocator()
     from longspan.commands.bench.run import bench as measure
     from longspan.commands.bench.setting import read_setting
 
@@ -359,9 +341,7 @@ def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, unt
 
     # A misspelt name is answered before anything heavy is imported.
     find_study(study)
-    _tune_allocator()
-    from longspan.foundation.machine import follows
-
+    tune_allocator()
     if follows():
         from longspan.study.executors.torchrun import follow
 
@@ -384,82 +364,11 @@ def _print_outcome(outcome: Any, json: bool) -> None:
         print_summary(outcome)
 
 
-def _tune_allocator() -> None:
-    """Start again under allocator settings that keep freed memory in the process (glibc reads them only at start)."""
-    from longspan.foundation.machine import ALLOCATOR
-
-    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ or "LONGSPAN_NO_REEXEC" in os.environ:
-        return
-    if sys.orig_argv[:1] and os.path.exists(sys.executable):
-        environment = {**os.environ, "GLIBC_TUNABLES": ALLOCATOR}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
 def main() -> None:
-    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped, can be resumed)."""
+    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped by Ctrl-C)."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    try:
-        # Typer turns Ctrl-C into the code that shells use for it.
-        if app(standalone_mode=False) == INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
-        _let_exit()
-        _print_error(Stopped(Stopped.GO_ON if sys.argv[1] in KEEPING else "stopped"))
-        sys.exit(Stopped.exit_code)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except BrokenPipeError:
-        # Whoever read the output has gone (`| head`); Python would complain about it once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        _let_exit()
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        sys.exit(_explain(error))
-
-
-def _let_exit() -> None:
-    """From here on one more Ctrl-C changes nothing but the exit code and the last line, so it is passed over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _explain(error: Exception) -> int:
-    """Say what went wrong; the exit code."""
-    from longspan.foundation.failures import machine_error
-
-    told = error if isinstance(error, LongspanError) else _usage_error(error) or machine_error(error)
-    if told is not None:
-        _print_error(told)
-        return told.exit_code
-    print(
-        f"error: unexpected {type(error).__name__}: {error}\n  this is a defect of Longspan, not of your input\n"
-        "  fix: run again with --debug and report the traceback",
-        file=sys.stderr,
-    )
-    return 1
-
-
-def _usage_error(error: Exception) -> UserError | None:
-    """Wrong use of the command line, as Typer found it."""
-    if not type(error).__module__.startswith(("typer", "click")) or not hasattr(error, "format_message"):
-        return None
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "longspan"
-    usage = context.get_usage().removeprefix("Usage: ") if context is not None else "longspan COMMAND"
-    allowed = " ".join(usage.split())
-    if commands := getattr(context and context.command, "commands", None):
-        allowed = ", ".join(commands)
-    return UserError(error.format_message().rstrip("."), allowed, f"see `{path} --help`")
-
-
-def _print_error(error: LongspanError) -> None:
-    if isinstance(error, UserError):
-        print(f"error: {error.given}\n  allowed: {error.allowed}\n  fix: {error.fix}", file=sys.stderr)
-    else:
-        print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr)
+    run_to_its_end(app)
 
 
 if __name__ == "__main__":
