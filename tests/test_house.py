@@ -36,6 +36,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
     for command in ("run", "prepare", "train", "probe", "report", "studies", "doctor"):
         assert command in result.stdout
+    assert "..." not in result.stdout.partition("Commands:")[2], "a line is cut short"
 
 
 def test_a_command_loads_neither_compiler_nor_statistics_before_it_needs_them() -> None:

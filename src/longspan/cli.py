@@ -54,7 +54,7 @@ def run(
 def prepare(
     study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
 ) -> None:
-    """Prepare the corpus of a study: download, clean, deduplicate, tokenize, store."""
+    """Prepare the corpus of a study. Download, clean, deduplicate, tokenize, store."""
     _stages(study, overrides, runs, json, "prepare")
 
 
@@ -67,7 +67,7 @@ def train(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train the subjects of a study (and prepare its corpus, if that is missing)."""
+    """Train the subjects of a study. Its corpus is prepared, if that is missing."""
     _stages(study, overrides, runs, json, "train", jobs)
 
 
@@ -80,7 +80,7 @@ def probe(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Ask the trained subjects of a study (and do what is missing before)."""
+    """Ask the trained subjects of a study. What is missing before is done."""
     _stages(study, overrides, runs, json, "probe", jobs)
 
 
@@ -88,7 +88,7 @@ def probe(
 def report(
     study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
 ) -> None:
-    """Write the report of a study from its records; trains and asks nothing."""
+    """Write the report of a study from its records. Trains and asks nothing."""
     from longspan.study.shipped import find_study
 
     find_study(study)
@@ -117,7 +117,7 @@ def generate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt with a trained run (or Hugging Face weights); text goes to stdout as it is written."""
+    """Continue a prompt with a trained run or Hugging Face weights. Text goes to stdout as it is written."""
     from longspan.commands.generate import generate as write
     from longspan.commands.generate import read_prompt
     from longspan.engines.base import Sampling
@@ -155,7 +155,7 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a trained run as a Hugging Face folder, which stock transformers loads, and compare what it computes."""
+    """Write a trained run as a Hugging Face folder. Stock transformers loads it; what it computes is compared."""
     from longspan.commands.export import export as write
     from longspan.commands.export import find_trained_run
     from longspan.engines.run_index import parse_selectors
@@ -186,7 +186,7 @@ def budget(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what the subjects of a study cost before anything runs: parameters, FLOPs, state bytes, time, match."""
+    """Show what a study costs before anything runs. Parameters, FLOPs, state bytes, time and match of its subjects."""
     from longspan.study.shipped import find_study
 
     find_study(study)
@@ -224,7 +224,7 @@ def bench(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure training, prefill, decoding and memory on this machine; the last line is one JSON object."""
+    """Measure training, prefill, decoding and memory here. The last line is one JSON object."""
     tune_allocator()
     from longspan.commands.bench.run import bench as measure
     from longspan.commands.bench.setting import read_setting
@@ -272,7 +272,7 @@ def import_(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make records of answers that were recorded elsewhere, to score and compare them like any other."""
+    """Make records of answers that were recorded elsewhere. They are scored and compared like any other."""
     from longspan.commands.import_answers import import_answers
 
     import_answers(files, form, to, subject=subject, context=context, duplicates=duplicates, json=json)
@@ -290,7 +290,7 @@ def compare(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare subjects on the items that both answered: paired differences, McNemar, Holm, detectable difference."""
+    """Compare subjects on the items that both answered. Paired differences, McNemar, Holm, detectable difference."""
     from longspan.commands.compare import compare as compare_runs
 
     compare_runs(runs, metric=metric, scorer=scorer, duplicates=duplicates, across=across, json=json)
@@ -302,7 +302,7 @@ def compare(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with `--model longspan`; all that follows goes to it unchanged."""
+    """Run lm-evaluation-harness with `--model longspan`. All that follows goes to it unchanged."""
     from longspan.commands.lm_eval import run_harness
 
     run_harness(context.args)
@@ -325,7 +325,7 @@ def studies(json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def doctor(runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False) -> None:
-    """Show what this machine has, and what each missing extra would bring."""
+    """Show what this machine has and what extras would bring."""
     from longspan.study.environment import doctor as examine
     from longspan.terminal import print_json, print_table
 
