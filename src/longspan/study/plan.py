@@ -27,7 +27,8 @@ from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job, Kind
 from longspan.study.pinned import pinned
 from longspan.study.plugin_laws import check_own_mixers
-from longspan.study.schema import DEFAULT_PRIMARY, ExaminedConfig, Study, SubjectConfig
+from longspan.study.schema import DEFAULT_PRIMARY, Study
+from longspan.study.sections import ExaminedConfig, SubjectConfig
 from longspan.training.config import TrainingConfig
 
 ASSUMED_EFFICIENCY = 0.35
