@@ -45,7 +45,8 @@ from longspan.models.matching import MatchConfig
 from longspan.probes import base as probes
 from longspan.report.data import ReportInput
 from longspan.study.expand import expand
-from longspan.study.schema import SECTIONS, load_study
+from longspan.study.schema import load_study
+from longspan.study.sections import SECTIONS
 from longspan.study.shipped import shipped_studies
 from longspan.training.checkpoint import TrainingState, save_checkpoint
 
@@ -173,6 +174,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the examples, and the study files that the pages show (first line `# NAME.yaml`)."""
     place = tmp_path_factory.mktemp("user")
     shutil.copytree(EXAMPLES, place / "docs" / "examples")
+    # Another folder of runs that holds the same jobs.
+    (place / "runs").mkdir()
+    (place / "elsewhere").symlink_to(place / "runs")
     for page in (ROOT / "README.md", *DOCS.glob("*.md")):
         for block in blocks(page, "yaml"):
             if named := re.match(r"# (\S+\.ya?ml)\n", block):
@@ -283,7 +287,11 @@ def shrunk(command: Command) -> list[str]:
         settings_of_size = [setting for setting in settings_of_size if not setting.startswith(OF_TEXT)]
         # Nothing but the MLPs is free, and at this width they are small beside any mixer.
         extra += ["model.match=null", "model.masked_heads=1", *TINY_TASKS[corpus["task"]].split()]
-    return [*words, *settings_of_size, *extra]
+    # Starting processes takes longer than all else here; tests/study starts some.
+    if "processes" in given:
+        extra.append("processes=1")
+    alone = ["--jobs=1"] if "--jobs" in words else []
+    return [*words, *settings_of_size, *extra, *alone]
 
 
 def write_no_page(report: ReportInput, folder: Path) -> Path:

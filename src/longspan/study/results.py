@@ -33,7 +33,7 @@ from longspan.study.jobs import DONE, finished_job
 from longspan.study.ledger import agreement, ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
-from longspan.study.schema import ExaminedConfig
+from longspan.study.sections import ExaminedConfig
 from longspan.study.stages import RECORDS, open_corpus, probe_data
 from longspan.training.metrics import read_metrics
 
