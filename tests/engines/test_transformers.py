@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Sampling
+from longspan.engines.opening import Described
 from longspan.engines.oracle import check_equivalence
+from longspan.engines.source import ModelSource
 from longspan.engines.transformers import TransformersEngine
 from longspan.foundation.errors import UserError
 
@@ -280,28 +283,38 @@ def test_what_is_longer_than_the_limit_is_refused(engine: Make) -> None:
 @pytest.mark.parametrize("room", [0, 1, 37, 1_000, 5_000])
 def test_the_largest_batch_is_found_by_trying(engine: Make, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     subject, tried = engine("llama"), []
+    row = subject.state_bytes(100)
     assert subject.largest_batch(100) is None
 
-    def seconds_per_step(context: int, rows: int, new_tokens: int) -> float:
+    def seconds_per_step(rows: int) -> float:
         tried.append(rows)
         if rows > room:
             raise torch.cuda.OutOfMemoryError
         return 0.5
 
-    monkeypatch.setattr(subject, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(subject, "steps_after", lambda context, new_tokens: seconds_per_step)
     monkeypatch.setattr(subject.model, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (37 * row, 37 * row))
     found = subject.largest_batch(100)
     assert found is not None
     most = min(room, 4_096)
     assert most * 15 // 16 <= found.sequences <= most
     assert found.tokens_per_second == (2 * found.sequences if room else None)
-    assert len(tried) < 20
+    assert len(tried) < 50
 
 
-def test_decoding_steps_of_a_batch_are_timed(engine: Make) -> None:
-    assert engine("granite").seconds_per_step(30, rows=3, new_tokens=2) > 0
+def test_decoding_steps_of_batches_are_timed_after_one_reading_of_the_prompt(
+    engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, read = engine("granite"), []
+    prefill = subject._prefill
+    monkeypatch.setattr(subject, "_prefill", lambda *given: read.append(1) or prefill(*given))
+    seconds_per_step = subject.steps_after(30, new_tokens=2)
+    assert seconds_per_step(3) > 0
+    assert seconds_per_step(1) > 0
+    assert len(read) == 1
     with pytest.raises(UserError, match="keeps no state"):
-        engine("granite all mamba").seconds_per_step(30, rows=3, new_tokens=2)
+        engine("granite all mamba").steps_after(30, new_tokens=2)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -370,3 +383,15 @@ def test_sampling_draws_from_a_stream_of_its_own_for_each_prompt(engine: Make) -
     again = subject.generate([tokens(5)], sampling)[0]
     assert first.tokens.tolist() == again.tokens.tolist()
     assert first.tokens.tolist() != second.tokens.tolist()
+
+
+def test_what_an_architecture_computes_is_counted_where_it_is_known_and_else_not(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for name, known in (("llama", True), ("jamba", False)):
+        CONFIGS[name]().save_pretrained(tmp_path / name)
+        source = ModelSource.parse({"pretrained": str(tmp_path / name), "engine": "transformers"}, "subjects[0]")
+        counted = Described(source, tmp_path / name, tokenizer, markers=False).counted_as
+        assert (counted is not None) == known
+        if counted is not None:
+            assert ("".join(counted[0].layers()), counted[0].width, counted[1]) == ("AA", 32, VOCAB)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from torch.cuda import OutOfMemoryError
 
 from longspan.engines.base import LargestBatch
 from longspan.engines.native import NativeEngine
@@ -107,7 +108,79 @@ def test_bandwidth_and_batches_are_measured_where_the_engine_knows(
     seen = {each.metric: each.numerator / each.denominator for each in probe.observe(record)}
     # 5 tokens in half a second read a gigabyte each.
     assert seen["bandwidth"] == pytest.approx(10.0)
+    assert "copy_share" not in seen
+    engine.copy_rate = lambda: 40e9  # type: ignore[attr-defined]
+    (record,) = ask(probe, engine, data)
+    seen = {each.metric: each.numerator / each.denominator for each in probe.observe(record)}
+    assert seen["copy_share"] == pytest.approx(25.0)
     assert (seen["largest_batch"], seen["batch_rate"]) == (64.0, 50.0)
+
+
+def test_a_context_that_would_take_too_long_is_not_asked_and_nor_are_longer_ones(
+    data: ProbeData, fake: Callable[..., object], ask: Ask, read: Callable[..., object]
+) -> None:
+    settings = {**SETTINGS, "contexts": [16, 32, 64, 128], "longest": 1.05, "once_above": 60}
+    probe, engine = make_probe("efficiency", settings), fake()
+    write, asked = type(engine).generate, []
+
+    def generate(prompts, sampling):  # type: ignore[no-untyped-def]
+        asked.append(len(prompts[0]))
+        return [replace(each, first_token_seconds=0.01 * asked[-1], decode_seconds=0.1) for each in
+                write(engine, prompts, sampling)]  # fmt: skip
+
+    engine.generate = generate  # type: ignore[attr-defined]
+    records = ask(probe, engine, data)
+    assert [len(record.answer["runs"]) for record in records] == [3, 3, 3, 0]
+    assert set(asked) == {16, 32, 64}
+    assert records[3].answer["not_evaluable"] == "predicted to take 1 s and more, 1 allowed: 64 tokens took 0.7 s"
+    assert {each.x for each in read(probe, records)[0]} == {16.0, 32.0, 64.0}  # type: ignore[index]
+
+
+def test_after_a_length_without_room_no_longer_one_is_tried(
+    data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, tried = subject("A"), []
+    generate = engine.generate
+
+    def refuse(prompts, sampling):  # type: ignore[no-untyped-def]
+        tried.append(len(prompts[0]))
+        if len(prompts[0]) >= 32:
+            raise OutOfMemoryError("CUDA out of memory.")
+        return generate(prompts, sampling)
+
+    monkeypatch.setattr(engine, "generate", refuse)
+    probe = make_probe("efficiency", {**SETTINGS, "contexts": [16, 32, 64]})
+    records = ask(probe, engine, data)
+    reason = "out of memory at 32 tokens: CUDA out of memory."
+    assert [record.answer.get("not_evaluable", "") for record in records] == ["", reason, reason]
+    assert tried == [16] * 4 + [32]
+
+
+def test_a_batch_without_room_to_look_for_it_costs_nothing_else(
+    data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = subject("A")
+
+    def refuse(context: int) -> LargestBatch:
+        raise OutOfMemoryError
+
+    monkeypatch.setattr(engine, "largest_batch", refuse)
+    (record,) = ask(make_probe("efficiency", {**SETTINGS, "contexts": [16], "largest_batch": True}), engine, data)
+    assert len(record.answer["runs"]) == 3
+    assert "batch" not in record.answer
+
+
+def test_memory_is_beside_what_weights_and_state_take(
+    data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = subject("A")
+    monkeypatch.setattr(engine, "peak_bytes", lambda: 2**30)
+    engine.weight_bytes = 2**29
+    probe = make_probe("efficiency", SETTINGS)
+    seen = [{each.metric: each for each in probe.observe(record)} for record in ask(probe, engine, data)]
+    assert [at["peak_memory"].numerator for at in seen] == [1.0, 1.0]
+    held = [(2**29 + context * 2 * 16 * 4) / 2**30 for context in (16, 64)]
+    assert [at["held"].numerator for at in seen] == pytest.approx(held)
 
 
 def test_contexts_must_be_positive(data: ProbeData) -> None:

@@ -53,10 +53,15 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     outcome = run_study("cost-at-length", overrides, tmp_path, until="report", terminal=Terminal(quiet=True))
     facts = load(Path(outcome.data["report"]).with_name("report.json"))
     assert [subject.kind for subject in facts.subjects] == ["shape", "shape"]
+    # What transformers computes of a shape is counted as what Longspan computes of it.
+    assert facts.subjects[0].forward_flops == facts.subjects[1].forward_flops != {}
     assert decide(facts).verdict == "costs"
     (section,) = facts.probes
     at = {(each.subject, each.x) for each in section.summary.measurements if each.metric == "first_token"}
     assert at == {("a", 8.0), ("b", 8.0), ("b", 16.0)}
+    (missing,) = [entry for entry in facts.ledger if entry.text == "Contexts whose cost was not measured."]
+    assert [(row["subject"], row["context"]) for row in missing.table] == [("a", 16)]
+    assert "9 GiB wanted" in str(missing.table[0]["reason"])
 
 
 @pytest.mark.parametrize(

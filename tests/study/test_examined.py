@@ -98,6 +98,7 @@ def test_a_checkpoint_and_its_export_answer_as_the_subject_they_come_from(
     assert theirs.parameters is not None
     assert theirs.parameters.total == ours.parameters.total
     assert theirs.letters == ours.letters == "AM"
+    assert theirs.forward_flops == ours.forward_flops != {}
     # transformers keeps one tap more of the convolution over its 80 channels than is needed.
     assert {theirs.state_bytes[context] - size for context, size in ours.state_bytes.items()} == {80 * 4}
     for facts_of in asked.subjects:
@@ -245,6 +246,9 @@ def test_a_server_that_goes_away_stops_the_study_and_the_same_command_goes_on(
         assert len(set(keys)) == len(keys)
     assert {subject.label: subject.kind for subject in facts.subjects} == {"served": "endpoint", "here": "pretrained"}
     costs = measured(facts, "efficiency")
-    assert len(costs["here"]) == len({"prefill_rate", "first_token", "output_token", "bandwidth"}) * 2 + 2
+    assert (
+        len(costs["here"])
+        == len({"prefill_rate", "first_token", "output_token", "bandwidth", "copy_share", "held"}) * 2 + 2
+    )
     # The stub's whole stream comes at once, so only what it says counts; its state is not known.
     assert set(measured(facts, "perplexity")) == {"served", "here"}

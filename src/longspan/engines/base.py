@@ -292,6 +292,10 @@ class Engine(ABC):
         """Most bytes of the device in use since `forget_peak`; None: not known (a server, a CPU)."""
         return None
 
+    def copy_rate(self) -> float | None:
+        """Bytes/s of a copy on the device, read and written, as measured here; None: not known (a server)."""
+        return None
+
     def refuse(self, capability: str) -> UserError:
         """The error for something this engine cannot do."""
         have = ", ".join(sorted(self.capabilities)) or "nothing"

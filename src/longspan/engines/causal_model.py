@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longspan.engines.precision import fits_in_fp32, in_fp32
 from longspan.foundation.randomness import torch_generator
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
 TRIED_TOKENS, TRIED_CUT, TRIED_PADDING = 24, 11, 4
-SAME = {torch.float32: 1e-4, torch.float64: 1e-4}
-SAME_ROUNDED = 0.05
-"""Largest relative difference of logits (root mean square) between ways that are the same but for rounding."""
+SAME, SAME_ROUNDED = 1e-4, 0.05
+"""Largest relative difference of logits (root mean square) between ways that are the same: in fp32, and rounded."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,17 @@ class CausalModel:
         names = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in names
         self._state_name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
-        self._same = SAME.get(self.dtype, SAME_ROUNDED)
+        self._rounded = self.dtype.itemsize < 4 and not fits_in_fp32(model)
+        self._same = SAME_ROUNDED if self._rounded else SAME
         self._body: Callable[..., Any] = self.model
         self._head: Any = None
         self._factor, self._cap = _head_settings(self.model.config)
-        with torch.inference_mode():
+        with nullcontext() if self._rounded else in_fp32(model), torch.inference_mode():
             self.head_found = self._find_head()
             self.keeps_state, self.takes_parts = self._find_ways()
             self.takes_padding = self.keeps_state and self._find_padding()
+        if self.dtype.itemsize < 4 and not self._rounded and self.keeps_state:
+            self._close_what_fails()
 
     def hidden(self, tokens_BT: Tensor, state: Any = None, *, keep: bool = False, **more: Any) -> tuple[Tensor, Any]:
         """Last hidden states (B, T, D), which `logits` and `nll` take, and the state after the tokens.
@@ -174,7 +179,7 @@ class CausalModel:
             self.notes.append(f"a text cannot go through in parts ({(str(error).splitlines() or [''])[0]})")
             return True, False
         # With rounding, several tokens at a time may be about as far off as one at a time, which is known to be right.
-        bound = self._same if self.dtype in SAME else max(2 * stepped, SAME_ROUNDED / 5)
+        bound = max(2 * stepped, SAME_ROUNDED / 5) if self._rounded else self._same
         if parted > bound:
             self.notes.append(
                 f"a text in parts gives other logits than the whole (relative difference {parted:.1g}), so a prompt "
@@ -197,13 +202,21 @@ class CausalModel:
             self.notes.append(f"texts cannot be padded ({reason}), so those of unlike lengths are continued one by one")
             return False
         apart = _relative(torch.cat(found, 1), torch.cat([each[:, -len(found) :] for each in wanted]))
-        if apart > (self._same if self.dtype in SAME else SAME_ROUNDED / 2):
+        if apart > (SAME_ROUNDED / 2 if self._rounded else self._same):
             self.notes.append(
                 f"padding before a text changes its logits (relative difference {apart:.1g}), so texts of unlike "
                 "lengths are continued one by one"
             )
             return False
         return True
+
+    @torch.inference_mode()
+    def _close_what_fails(self) -> None:
+        """Ways that are right in fp32 and raise in the model's own precision."""
+        self._same = math.inf
+        keeps_state, takes_parts = self._find_ways()
+        self.keeps_state, self.takes_parts = keeps_state, self.takes_parts and takes_parts
+        self.takes_padding = self.takes_padding and keeps_state and self._find_padding()
 
     def _tried(self) -> Tensor:
         generator = torch_generator(0, "causal_model", self.vocab_size)

@@ -70,14 +70,14 @@ class Graphs:
         setting = choice()
         wanted = setting == "on" or (setting == "auto" and device.type == "cuda")
         room = prompt + new
-        kept = self._kept
         if not wanted or new < 2 or (self._borrower is not None and self._borrower() is not None):
             return None
-        if kept is not None and kept.rows == rows and room <= kept.slots < room + 2 * SLOT_STEP:
+        if self._kept is not None and self._kept.rows == rows and room <= self._kept.slots < room + 2 * SLOT_STEP:
             self._borrower = weakref.ref(borrower)
-            return kept
+            return self._kept
         if setting == "auto" and (new < FEWEST_STEPS or rows >= (self._too_many_rows or rows + 1)):
             return None
+        # Nothing here may hold the steps of before, or both have their memory at once.
         self.drop()
         slots = -(-room // SLOT_STEP) * SLOT_STEP
         limit = self._model.config.max_positions if self._model.position_embedding is not None else None

@@ -19,6 +19,7 @@ from torch import Tensor
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Capability, Engine, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
+from longspan.engines.copy_rate import copy_rate
 from longspan.engines.generation import Continuation, forget_peak, peak_bytes, synchronise
 from longspan.engines.graphs import Graphs
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
@@ -222,6 +223,11 @@ class NativeEngine(Engine):
             self, self._model, prompt_BT, sampling, index=index, chunk=self.batch_tokens, graphs=self._graphs
         )
 
+    @property
+    def module(self) -> LanguageModel:
+        """The model itself, for looking at."""
+        return self._model
+
     def state_bytes(self, context: int) -> int:
         """See `Engine.state_bytes`."""
         size = torch.empty(0, dtype=self._dtype).element_size()
@@ -234,6 +240,10 @@ class NativeEngine(Engine):
     def peak_bytes(self) -> int | None:
         """See `Engine.peak_bytes`."""
         return peak_bytes(self.device)
+
+    def copy_rate(self) -> float:
+        """See `Engine.copy_rate`."""
+        return copy_rate(self.device)
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying."""

@@ -24,7 +24,8 @@ from longspan.foundation.extras import require
 from longspan.foundation.files import digest, read_json, sha256_file
 from longspan.foundation.progress import Report, silent
 from longspan.models.budget import Parameters
-from longspan.models.interchange import DESCRIPTIONS, DTYPES, FETCHED, read_tokenizer, resolve
+from longspan.models.config import ModelConfig
+from longspan.models.interchange import DESCRIPTIONS, DTYPES, FETCHED, read_config, read_tokenizer, resolve
 from longspan.models.interchange.config_keys import CONFIG
 
 if TYPE_CHECKING:
@@ -90,6 +91,21 @@ class Described:
     def shape(self) -> StateShape | None:
         """Its state, None where it is not known."""
         return None if self.config is None else StateShape.of(self.config)
+
+    @cached_property
+    def counted_as(self) -> tuple[ModelConfig, int] | None:
+        """The model of Longspan's own of the same layers and sizes, and its vocabulary, for counting what it computes.
+
+        None of an endpoint, and of an architecture that Longspan's models cannot be.
+        """
+        if self.source.shape is not None:
+            return self.source.shape_config()
+        if self.source.kind == "endpoint":
+            return None
+        try:
+            return read_config(self.folder)
+        except UserError:
+            return None
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

@@ -3,6 +3,11 @@
 Long texts go through in parts, several at a time, on from a kept state, token by token: by the model's definition all
 give the same, and in practice an architecture, a kernel or a server may not. Each way is compared with the text alone
 and whole, on tokens of the study's own corpus.
+
+In lower precision no two orders of computation agree, and how far they are apart grows with depth: no fixed bound tells
+rounding from a fault. So the same weights are asked in fp32 as well. There the two must agree to `EXACT`, which shows a
+fault of the logic whatever the rounding; and in its own precision a way may be at most `FARTHER` times as far from fp32
+as the text alone and whole is, which shows a fault that only this precision has.
 """
 
 from __future__ import annotations
@@ -14,10 +19,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from longspan.corpus.shards import TokenShards
 from longspan.engines.base import Engine, Tokens
 from longspan.engines.native import NativeEngine
+from longspan.engines.precision import fits_in_fp32, in_fp32
 from longspan.engines.transformers import TransformersEngine
 from longspan.foundation.progress import Progress, Report, silent
 
@@ -27,8 +34,13 @@ STEPPED = 24
 """Tokens that go through one at a time."""
 EXACT = 1e-4
 """Largest difference of a token's likelihood in fp32, nats, or as a share of the largest likelihood above 1."""
+FARTHER = 2.0
+"""Mean distance from fp32 in lower precision, as a multiple of that of the text alone and whole."""
 ROUNDED = 0.02
-"""Mean difference in nats per token, in lower precision."""
+"""Mean difference in nats per token, in lower precision where fp32 cannot be asked."""
+
+
+Verdict = Literal["equal", "differs", "not used"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +51,21 @@ class Check:
         name: the two ways, e.g. `chunked = whole`.
         verdict: `equal`, `differs`, or `not used` where the engine never asks that way.
         largest, mean: difference of a token's likelihood, nats.
-        allowed: what the largest (fp32) or the mean (lower precision) may be.
-        note: why a way is not used.
+        allowed: what the largest (fp32), `away` (lower precision) or the mean (lower precision, fp32 unknown) may be.
+        rounding, away: in lower precision, how far the text alone and whole is from fp32, and how far the other way
+            is; means, nats.
+        in_fp32: largest difference of the two ways in fp32.
+        note: why a way is not used, or what lower precision means here.
     """
 
     name: str
-    verdict: Literal["equal", "differs", "not used"]
+    verdict: Verdict
     largest: float | None = None
     mean: float | None = None
     allowed: float | None = None
+    rounding: float | None = None
+    away: float | None = None
+    in_fp32: float | None = None
     note: str = ""
 
 
@@ -72,18 +90,34 @@ def check_equivalence(engine: Engine, tokens: Tokens, report: Report = silent) -
     """
     limit = engine.context_limit or len(tokens)
     text = np.concatenate([engine.document_prefix, tokens]).astype(np.int64)[:limit]
-    checks = []
-    ways = {
+    ways: dict[str, Way] = {
         "batched = single": _batched,
         "cached = cold": _cached,
         "chunked = whole": _chunked,
         "streaming = parallel": _streaming,
         "left-padded = unpadded": _padded,
     }
-    for done, (name, way) in enumerate(ways.items()):
-        report(Progress("oracle", done, len(ways), "checks"))
-        checks.append(_judged(engine, name, way(engine, text)))
-    return checks
+    steps = 2 * len(ways)
+    found: dict[str, Pair | str] = {}
+    for name, way in ways.items():
+        report(Progress("oracle", len(found), steps, "checks"))
+        found[name] = way(engine, text)
+    module = _module(engine)
+    exact: dict[str, Pair | str] = {}
+    if module is not None and not _exact(engine) and fits_in_fp32(module):
+        with in_fp32(module):
+            for name, way in ways.items():
+                report(Progress("oracle", len(found) + len(exact), steps, "checks"))
+                exact[name] = _attempted(way, engine, text)
+    return [_judged(engine, name, pair, exact.get(name, "not asked in fp32")) for name, pair in found.items()]
+
+
+def _attempted(way: Way, engine: Engine, text: NDArray[np.int64]) -> Pair | str:
+    """In a precision that the subject is never asked in, a kernel may lack what it needs."""
+    try:
+        return way(engine, text)
+    except Exception as error:  # whatever a kernel raises: then there is no fp32 to compare with
+        return f"not asked in fp32 ({(str(error).splitlines() or [type(error).__name__])[0]})"
 
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -150,16 +184,46 @@ def _batch_tokens(engine: NativeEngine, size: int) -> Iterator[None]:
         engine.batch_tokens = before
 
 
-def _judged(engine: Engine, name: str, found: Pair | str) -> Check:
+def _judged(engine: Engine, name: str, found: Pair | str, exact: Pair | str) -> Check:
     if isinstance(found, str):
         return Check(name, "not used", note=found)
-    here, there = found
-    difference = np.abs(here - there)
-    largest, mean = float(difference.max()), float(difference.mean())
+    largest, mean = _apart(*found)
     if _exact(engine):
-        allowed = EXACT * max(1.0, float(np.abs(there).max()))
+        allowed = _allowed(found[1])
         return Check(name, "equal" if largest <= allowed else "differs", largest, mean, allowed)
-    return Check(name, "equal" if mean <= ROUNDED else "differs", largest, mean, ROUNDED)
+    if isinstance(exact, str):
+        note = f"{exact}: rounding and a small fault look alike"
+        return Check(name, "equal" if mean <= ROUNDED else "differs", largest, mean, ROUNDED, note=note)
+    right = exact[1]
+    away, rounding = _apart(found[0], right)[1], _apart(found[1], right)[1]
+    in_fp32 = _apart(*exact)[0]
+    equal = in_fp32 <= _allowed(right) and away <= FARTHER * rounding
+    note = (
+        f"{'equal within rounding' if equal else 'differs'}: {mean:.2g} nats apart in the mean, {away:.2g} from fp32 "
+        f"where the text alone and whole is {rounding:.2g}; in fp32 apart by {in_fp32:.1g} at most"
+    )
+    verdict: Verdict = "equal" if equal else "differs"
+    return Check(name, verdict, largest, mean, FARTHER * rounding, rounding, away, in_fp32, note)
+
+
+def _apart(here: NDArray[np.float64], there: NDArray[np.float64]) -> tuple[float, float]:
+    """Largest and mean difference."""
+    difference = np.abs(here - there)
+    return float(difference.max()), float(difference.mean())
+
+
+def _allowed(right: NDArray[np.float64]) -> float:
+    return EXACT * max(1.0, float(np.abs(right).max()))
+
+
+def _module(engine: Engine) -> nn.Module | None:
+    """Of an engine that computes in this process."""
+    if isinstance(engine, NativeEngine):
+        return engine.module
+    if isinstance(engine, TransformersEngine):
+        module: nn.Module = engine.model.model
+        return module
+    return None
 
 
 def _exact(engine: Engine) -> bool:

@@ -70,5 +70,9 @@ def largest_native_batch(model: LanguageModel, graphs: Graphs, context: int) -> 
         torch.cuda.synchronize(weight.device)
         return (time.perf_counter() - began) / BATCH_STEPS
 
-    free = torch.cuda.mem_get_info(weight.device)[0]
-    return search(seconds_per_step, max(2, int(free * 0.97) // row))
+    return search(seconds_per_step, guessed_rows(weight.device, row))
+
+
+def guessed_rows(device: torch.device, row: int) -> int:
+    """How many states of `row` bytes the free memory of a device has room for, at least 2."""
+    return max(2, int(torch.cuda.mem_get_info(device)[0] * 0.97) // row)

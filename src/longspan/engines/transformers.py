@@ -6,7 +6,7 @@ Legend: B rows, T tokens, D width of hidden states, V vocabulary, N positions.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,15 +29,15 @@ from longspan.engines.base import (
 from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
 from longspan.engines.causal_generation import CausalGeneration
 from longspan.engines.causal_model import CausalModel, mark, restore, select
+from longspan.engines.copy_rate import copy_rate
 from longspan.engines.generation import forget_peak, peak_bytes
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
+from longspan.engines.room import BATCH_STEPS, guessed_rows, search
 from longspan.engines.state_shapes import StateShape
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
 
 IGNORE = -100
-MOST_ROWS, BATCH_STEPS = 4_096, 8
-"""Sequences at a time beyond which no larger batch is sought, and steps that each is timed for."""
 PART_TOKENS = 4_096
 """Positions of a forward pass: the mask of a part over 131,072 tokens takes half a gigabyte at this."""
 COPIED_TOKENS = 65_536
@@ -176,27 +176,34 @@ class TransformersEngine(Engine):
         self._check_requests(prefixes, continuations)
         return self._ask(prompts, sampling, None, prefixes, continuations)
 
-    @torch.inference_mode()
-    def seconds_per_step(self, context: int, rows: int, new_tokens: int) -> float:
-        """Mean time of a decoding step of so many sequences at once, each after `context` random tokens.
+    def steps_after(self, context: int, new_tokens: int) -> Callable[[int], float]:
+        """Mean seconds of a decoding step by the number of sequences, each after the same `context` random tokens.
 
         Raises:
-            RuntimeError: the device has not enough memory for it.
+            UserError: no state can be kept.
+            torch.cuda.OutOfMemoryError: the device has not enough memory for them.
         """
         if not self.model.keeps_state:
             raise UserError(f"{self.name} keeps no state", "models that do", "measure one sequence at a time")
-        generator = torch_generator(0, "seconds_per_step", context)
+        generator = torch_generator(0, "steps_after", context)
         prompt_BT = torch.randint(0, self.tokenizer.vocab_size, (1, context), generator=generator)
-        state = select(self._prefill(prompt_BT)[1], torch.zeros(rows, dtype=torch.int64))
-        token_BT = prompt_BT[:, -1:].expand(rows, 1)
-        hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
-        self._synchronise()
-        began = time.perf_counter()
-        for _ in range(new_tokens):
-            token_BT = self.model.logits(hidden_B1D[:, -1:]).argmax(-1)
+        with torch.inference_mode():
+            one = self._prefill(prompt_BT)[1]
+
+        @torch.inference_mode()
+        def seconds_per_step(rows: int) -> float:
+            state = select(one, torch.zeros(rows, dtype=torch.int64), share=False)
+            token_BT = prompt_BT[:, -1:].expand(rows, 1)
             hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
-        self._synchronise()
-        return (time.perf_counter() - began) / new_tokens
+            self._synchronise()
+            began = time.perf_counter()
+            for _ in range(new_tokens):
+                token_BT = self.model.logits(hidden_B1D[:, -1:]).argmax(-1)
+                hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
+            self._synchronise()
+            return (time.perf_counter() - began) / new_tokens
+
+        return seconds_per_step
 
     def forget_peak(self) -> None:
         """See `Engine.forget_peak`."""
@@ -206,23 +213,16 @@ class TransformersEngine(Engine):
         """See `Engine.peak_bytes`."""
         return peak_bytes(self.model.device)
 
+    def copy_rate(self) -> float:
+        """See `Engine.copy_rate`."""
+        return copy_rate(self.model.device)
+
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying, since running out of memory there does no harm."""
         if self.model.device.type != "cuda" or not self.model.keeps_state:
             return None
-        fits, seconds, too_many = 0, 0.0, MOST_ROWS + 1
-        rows = 1
-        while fits + 1 < too_many:
-            try:
-                seconds = self.seconds_per_step(context, rows, BATCH_STEPS)
-                fits = rows
-            except torch.cuda.OutOfMemoryError:
-                too_many = rows
-            torch.cuda.empty_cache()
-            rows = 2 * fits if too_many > MOST_ROWS else (fits + too_many) // 2
-            if too_many <= MOST_ROWS and too_many - fits <= max(1, fits // 16):
-                break
-        return LargestBatch(fits, fits / seconds) if fits else LargestBatch(0)
+        seconds_per_step, row = self.steps_after(context, BATCH_STEPS), self.state_bytes(context)
+        return search(seconds_per_step, 1 if row is None else guessed_rows(self.model.device, row))
 
     def state_bytes(self, context: int) -> int | None:
         """See `Engine.state_bytes`."""

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field
 from torch.cuda import OutOfMemoryError, empty_cache
 
-from longspan.engines.base import Engine, Generation, Sampling
+from longspan.engines.base import Engine, Generation, LargestBatch, Sampling
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register
+from longspan.probes.base import Answer, Asked, Item, Probe, ProbeData, register
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -32,7 +32,9 @@ class Efficiency(Probe):
     and as measured.
 
     A run does not count where the engine cannot time it (a server that sends its answer at once), where it failed, or
-    where the server had more than `MOST_CACHED` of the prompt in its cache; the record says so.
+    where the server had more than `MOST_CACHED` of the prompt in its cache. A context beyond the subject's limit, one
+    after another for which the device's memory was too small, and one that is predicted to take too long are not
+    evaluable. The record says so, and why.
 
     Attributes:
         contexts: prompt lengths; None: 1/2, 1, 2, 4 and 8 times the training context.
@@ -41,6 +43,8 @@ class Efficiency(Probe):
         warm_ups: runs before them.
         once_above: a first run at a context that takes more seconds than this is repeated once, and the second alone
             counts: what takes long needs few repeats, and the first may have compiled kernels.
+        longest: a context is not evaluable where one run of it is predicted to take more seconds than this: as many
+            times those of the context before as it is longer, which is the least it can be.
         largest_batch: also find how many sequences fit at a time, at every context or at those named, where the engine
             can: native and transformers on CUDA, by trying; vLLM, by the room in its cache.
     """
@@ -58,6 +62,7 @@ class Efficiency(Probe):
     repeats: int = Field(5, ge=3)
     warm_ups: int = Field(2, ge=0)
     once_above: float | None = Field(None, gt=0)
+    longest: float | None = Field(None, gt=0)
     largest_batch: bool | tuple[int, ...] = False
 
     @property
@@ -70,7 +75,9 @@ class Efficiency(Probe):
             Metric("fixed", "Time per output token without context", "ms", "median", "lower", compare=False),
             Metric("growth", "Time per output token that 1,000 tokens add", "ms", "median", "lower", compare=False),
             Metric("bandwidth", "Weights and state read", "GB/s", "median", "higher", x_name="context", compare=False),
+            Metric("copy_share", "The same of the copy rate", "%", "median", "higher", x_name="context", compare=False),
             Metric("peak_memory", "Peak memory", "GiB", "median", "lower", x_name="context", compare=False),
+            Metric("held", "Weights and state, computed", "GiB", "median", "lower", x_name="context", compare=False),
             *self._batch_metrics(),
         )
 
@@ -95,29 +102,66 @@ class Efficiency(Probe):
         """One context at a time."""
         return iter([[item] for item in items])
 
-    def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
-        """Seconds of each run, and state bytes; no runs where the subject cannot take the context."""
-        return [self._measured(engine, item.details["context"], data) for item in items]
+    def ask(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> Iterator[list[Answer]]:
+        """See `Probe.ask`; what a context cost says whether the next is asked."""
+        self.check(engine)
+        before = None
+        for item in items:
+            began = time.perf_counter()
+            before = self._measured(engine, item.details["context"], data, before)
+            yield [Answer(item.id, before, time.perf_counter() - began)]
 
-    def _measured(self, engine: Engine, context: int, data: ProbeData) -> dict[str, Any]:
+    def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
+        """Seconds of each run, and state bytes; no runs where the context is not evaluable."""
+        return [answer.content for answers in self.ask(engine, items, data) for answer in answers]
+
+    def _measured(
+        self, engine: Engine, context: int, data: ProbeData, before: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
-        limit = engine.context_limit
-        if limit is not None and context + self.new_tokens - 1 > limit:
-            return content
+        copy_rate = engine.copy_rate()
+        if reason := self._not_evaluable(engine, context, before):
+            return {**content, "not_evaluable": reason}
         try:
             if reason := self._run(engine, context, data, content):
                 return {**content, "not_counted": reason}
         except OutOfMemoryError as error:
+            reason = f"out of memory at {context:,} tokens: {str(error).splitlines()[0]}"
+            content = {**content, "runs": [], "not_evaluable": reason}
+        if "not_evaluable" in content:
+            # Only here, where no frame of the failed call holds its tensors any more.
             empty_cache()
-            return {**content, "runs": [], "not_counted": f"out of memory: {str(error).splitlines()[0]}"}
+            return content
         if (peak := engine.peak_bytes()) is not None:
             content["peak_bytes"] = peak
         content["state_bytes"] = engine.state_bytes(context)
         content["weight_bytes"] = engine.weight_bytes
+        content["copy_rate"] = copy_rate
         sought = self.largest_batch if isinstance(self.largest_batch, bool) else context in self.largest_batch
-        if sought and (batch := engine.largest_batch(context)) is not None:
+        if sought and (batch := _largest_batch(engine, context)) is not None:
             content["batch"] = [batch.sequences, batch.tokens_per_second]
         return content
+
+    def _not_evaluable(self, engine: Engine, context: int, before: Mapping[str, Any] | None) -> str:
+        """Why a context is not asked, by the subject's limit and by what the context before it cost."""
+        limit = engine.context_limit
+        if limit is not None and context + self.new_tokens - 1 > limit:
+            return f"the subject takes {limit:,} tokens"
+        if before is None or context <= before["context"]:
+            return ""
+        if (reason := before.get("not_evaluable", "")).startswith(("out of memory", "predicted")):
+            return str(reason)
+        runs = list(_runs(before))
+        if self.longest is None or not runs:
+            return ""
+        measured = sum(runs[-1][:2])
+        predicted = measured * context / before["context"]
+        if predicted <= self.longest:
+            return ""
+        return (
+            f"predicted to take {predicted:.0f} s and more, {self.longest:.0f} allowed: {before['context']:,} tokens "
+            f"took {measured:.1f} s"
+        )
 
     def _run(self, engine: Engine, context: int, data: ProbeData, content: dict[str, Any]) -> str:
         """All runs at a context, into `content`; why they do not count, empty where they do."""
@@ -151,11 +195,15 @@ class Efficiency(Probe):
                 values.append(("output_token", 1e3 * decode, further))
             if further > 0 and answer.get("weight_bytes") and answer.get("state_bytes") is not None:
                 values.append(("bandwidth", read * further / 1e9, decode))
+                if answer.get("copy_rate"):
+                    values.append(("copy_share", 100 * read * further / answer["copy_rate"], decode))
             for metric, numerator, denominator in values:
                 if denominator > 0:
                     yield Observation(record.subject, record.seed, item, item, metric, x, numerator, denominator)
         if answer.get("peak_bytes") is not None:
             yield self.observation(record, "peak_memory", answer["peak_bytes"] / 2**30, 1.0, cluster=record.item, x=x)
+        if answer.get("weight_bytes") and answer.get("state_bytes") is not None:
+            yield self.observation(record, "held", read / 2**30, 1.0, cluster=record.item, x=x)
         if self.largest_batch and "batch" in answer:
             sequences, rate = answer["batch"]
             for metric, value in (("largest_batch", sequences), ("batch_rate", rate)):
@@ -208,6 +256,14 @@ def _runs(answer: Mapping[str, Any]) -> Iterator[tuple[float, float, int]]:
     """(seconds to the first token, seconds of the others, how many others) of each run."""
     for run in answer["runs"]:
         yield run[0], run[1], run[2] if len(run) > 2 else answer["new_tokens"] - 1
+
+
+def _largest_batch(engine: Engine, context: int) -> LargestBatch | None:
+    """None as well where the memory is too small to find it out."""
+    try:
+        return engine.largest_batch(context)
+    except OutOfMemoryError:
+        return None
 
 
 def _not_counted(written: Generation, context: int) -> str:

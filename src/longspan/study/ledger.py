@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan.corpus.prepare import PreparedCorpus
+from longspan.records.store import RecordStore
 from longspan.report.data import LedgerEntry
 from longspan.study.plan import Plan
+from longspan.study.stages import RECORDS
 
 Row = dict[str, str | int | float | None]
 
@@ -22,6 +24,7 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
     entries += _packing(plan, runs)
     entries += _training(plan, runs)
     entries += _shared(plan, runs)
+    entries += _not_measured(plan, runs)
     return entries
 
 
@@ -58,7 +61,11 @@ def agreement(checks: list[dict[str, Any]]) -> str:
     if differ:
         return f"ORACLE FAILED: {', '.join(differ)}"
     equal = [check["name"] for check in checks if check["verdict"] == "equal"]
-    return f"oracle: {', '.join(equal)}" if equal else "oracle: nothing could be compared"
+    if not equal:
+        return "oracle: nothing could be compared"
+    # What is no difference in lower precision is measured against the rounding of the model itself.
+    rounded = any(check.get("rounding") is not None for check in checks)
+    return f"oracle: {', '.join(equal)}{' (within rounding)' if rounded else ''}"
 
 
 def _oracle(plan: Plan, runs: Path) -> list[LedgerEntry]:
@@ -118,6 +125,20 @@ def _shared(plan: Plan, runs: Path) -> list[LedgerEntry]:
                 rows.append({**who, "prompt tokens": asked, "computed once": shared, "share": round(shared / asked, 3)})
     text = "Prompt tokens that were computed once for several prompts which begin alike."
     return [LedgerEntry("info", "probes", text, rows)] if rows else []
+
+
+def _not_measured(plan: Plan, runs: Path) -> list[LedgerEntry]:
+    """Contexts whose cost is not known, and why."""
+    rows: list[Row] = []
+    for planned in plan.subjects:
+        if (job := planned.probes.get("efficiency")) is None:
+            continue
+        asked = job.result(runs)["fingerprint"]
+        for record in RecordStore(job.folder(runs) / RECORDS):
+            answer = record.answer if record.fingerprint == asked else {}
+            if reason := answer.get("not_evaluable") or answer.get("not_counted"):
+                rows.append({"subject": planned.subject.who, "context": answer["context"], "reason": reason})
+    return [LedgerEntry("info", "probes", "Contexts whose cost was not measured.", rows)] if rows else []
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> Row:

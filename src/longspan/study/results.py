@@ -16,6 +16,7 @@ from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TRAINING
 from longspan.foundation.files import digest, read_json
 from longspan.models.budget import Parameters, forward_flops_per_token, state_bytes
+from longspan.models.config import ModelConfig
 from longspan.probes.base import Probe
 from longspan.records.observation import Observation, Summary, summarise
 from longspan.records.store import Record, RecordStore
@@ -142,8 +143,10 @@ def _model_facts(label: str, planned: PlannedSubject, runs: Path) -> SubjectFact
             facts,
             letters="".join(model.layers()),
             state_bytes={context: float(state_bytes(model, context, dtype)) for context in COST_CONTEXTS},
-            forward_flops={context: forward_flops_per_token(model, vocab_size, context) for context in COST_CONTEXTS},
+            forward_flops=_forward_flops(model, vocab_size),
         )
+    if planned.elsewhere and planned.elsewhere.counted_as:
+        facts = replace(facts, forward_flops=_forward_flops(*planned.elsewhere.counted_as))
     shape = planned.elsewhere.shape if planned.elsewhere else None
     if shape is None:
         return facts
@@ -151,6 +154,10 @@ def _model_facts(label: str, planned: PlannedSubject, runs: Path) -> SubjectFact
     size = 4 if source.dtype == "fp32" else 2
     predicted = {context: float(shape.bytes(context, size)) for context in COST_CONTEXTS}
     return replace(facts, letters=shape.letters, state_bytes=predicted, dtype=source.dtype)
+
+
+def _forward_flops(model: ModelConfig, vocab_size: int) -> dict[int, float]:
+    return {context: forward_flops_per_token(model, vocab_size, context) for context in COST_CONTEXTS}
 
 
 def _parameters(counted: Parameters) -> ParameterFacts:
