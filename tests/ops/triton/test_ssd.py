@@ -57,6 +57,23 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
     )
 
 
+@pytest.mark.parametrize("chance", [0.02, 1.0])
+def test_rows_cut_into_segments(chance, assert_same, device, documents, monkeypatch, normal, served):
+    """The last is shorter; states of documents pass through several of them, or end inside."""
+    from longspan.ops.triton import ssd as kernels
+
+    monkeypatch.setattr(kernels, "LEAST_CHUNKS", 2)
+    time = 11 * (64 if device.type == "cuda" else 16) - 3
+    doc = documents(1, time, chance)
+    before = doc[:, 0].to(device)
+    assert_same(
+        lambda *z: ssd(*z[:6], doc_BT=doc.to(device), initial_state_BHPN=z[6], initial_doc_B=before),
+        lambda *z: ssd(*z[:6], doc_BT=doc, initial_state_BHPN=z[6], initial_doc_B=doc[:, 0], backend="reference"),
+        [*inputs(normal, 1, time, 1, 16, 1, 16), normal(1, 1, 16, 16)],
+        [FP32] * 7,
+    )
+
+
 @pytest.mark.parametrize("enough", [1, 1000])
 def test_groups_of_heads_and_whole_chunks(enough, assert_same, monkeypatch, normal, served):
     """One program for the heads of a chunk, or each head its own."""

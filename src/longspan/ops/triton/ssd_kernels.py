@@ -21,17 +21,23 @@ from longspan.ops.triton.tiles import dot, load, store
 
 @triton.jit
 def states(
-    x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, time, chunks, plane,
+    x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, alone_ptr, kept_ptr, time, chunks, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, FINAL: tl.constexpr, WHOLE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, ALONE: tl.constexpr, FINAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and after the last."""
+    """The state before every chunk, and after the last.
+
+    Few long rows are cut into segments: first each goes ALONE, from nothing, and leaves the state it comes to and what
+    it keeps of one before; then each begins with what the segments before it come to.
+    """
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
+    per_segment = tl.cdiv(chunks, SEGMENTS)
+    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
     i = tl.arange(0, Q)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     x = x_ptr + row * x_row + h * P
@@ -41,20 +47,31 @@ def states(
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if INITIAL:
         state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    weight, carry = tl.load(by_head + i) * tl.load(by_head + TO_END * plane + i), tl.load(carries)
-    for chunk in range(chunks):
-        if KEEP:
+    if SEGMENTS > 1 and not ALONE:
+        for earlier in range(segment):
+            there = (row * SEGMENTS + earlier) * H + h
+            state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    weight = tl.load(by_head + first * Q + i) * tl.load(by_head + TO_END * plane + first * Q + i)
+    carry, kept = tl.load(carries + first), 1.0
+    for chunk in range(first, end):
+        if not ALONE:
             store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
         t = chunk * Q + i
         x_QP = load(x, t, x_token, p, time, P, WHOLE)
         B_QN = load(B, t, B_token, n, time, N, WHOLE)
         driving = x_QP.to(tl.float32) * weight[:, None]
         state = state * carry + dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
+        kept *= carry
         following = tl.minimum(chunk + 1, chunks - 1)
         weight = tl.load(by_head + following * Q + i) * tl.load(by_head + TO_END * plane + following * Q + i)
         carry = tl.load(carries + following)
-    if FINAL:
+    if FINAL and end == chunks:
         store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+    if ALONE:
+        there = (row * SEGMENTS + segment) * H + h
+        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, state)
+        if tl.program_id(0) == 0:
+            tl.store(kept_ptr + there, kept)
 
 
 @triton.jit
@@ -89,17 +106,19 @@ def outputs(
 
 @triton.jit
 def state_gradients(
-    dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, time, chunks, plane,
-    dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
+    dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, alone_ptr, kept_ptr, time, chunks,
+    plane, dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr, WHOLE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, FINAL: tl.constexpr, ALONE: tl.constexpr, INITIAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state after every chunk, and of the one before the first."""
+    """The gradient of the state after every chunk, and of the one before the first; segments as in `states`."""
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
+    per_segment = tl.cdiv(chunks, SEGMENTS)
+    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
     i = tl.arange(0, Q)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     dy = dy_ptr + row * dy_row + h * P
@@ -109,19 +128,30 @@ def state_gradients(
     dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if FINAL:
         dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    weight, carry = tl.load(reads + (chunks - 1) * Q + i), tl.load(carries + chunks - 1)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
-        store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
+    if SEGMENTS > 1 and not ALONE:
+        for back in range(SEGMENTS - 1 - segment):
+            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
+            dstate = dstate * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    weight, carry, kept = tl.load(reads + (end - 1) * Q + i), tl.load(carries + end - 1), 1.0
+    for back in range(end - first):
+        chunk = end - 1 - back
+        if not ALONE:
+            store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
         t = chunk * Q + i
         dy_QP = load(dy, t, dy_token, p, time, P, WHOLE)
         C_QN = load(C, t, C_token, n, time, N, WHOLE)
         reading = dy_QP.to(tl.float32) * weight[:, None]
         dstate = dstate * carry + dot(tl.trans(reading.to(DTYPE)), C_QN, DTYPE, OPERAND, PRECISION)
+        kept *= carry
         following = tl.maximum(chunk - 1, 0)
         weight, carry = tl.load(reads + following * Q + i), tl.load(carries + following)
-    if INITIAL:
+    if INITIAL and first == 0:
         store(dinitial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
+    if ALONE:
+        there = (row * SEGMENTS + segment) * H + h
+        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, dstate)
+        if tl.program_id(0) == 0:
+            tl.store(kept_ptr + there, kept)
 
 
 @triton.jit
