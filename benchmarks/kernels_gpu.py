@@ -715,7 +715,7 @@ VARIANTS: dict[str, Callable[[Run], None]] = {
     "variants scan": variants_scan,
 }
 PARTS = {**CHECKS, **TIMES, **VARIANTS}
-SIDE_BY_SIDE = 6
+SIDE_BY_SIDE = 8
 """Checks at a time: they mostly compile."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,6 @@ from longspan.models.mixers.base import MixerState, init_linear
 from longspan.models.norms import LayerNorm, RMSNorm
 from longspan.models.segments import Segments
 from longspan.ops import kernels
-
-Result = TypeVar("Result")
 
 
 class MLP(nn.Module):
@@ -99,9 +97,11 @@ class Block(nn.Module):
         """`forward` in training; around a mixer that no compiler can follow, what stands before and after it."""
         self.mixer.prepare(segments, x_BTD)
         if self.mixer.traceable(x_BTD.device):
-            return _compiled(Block._layer, backend)(self, x_BTD, segments)
+            whole: Callable[..., Tensor] = _compiled(Block._layer, backend)
+            return whole(self, x_BTD, segments)
         mixed_BTD, _ = self.mixer(_compiled(Block._normed, backend)(self, x_BTD), segments, None)
-        return _compiled(Block._finish, backend)(self, x_BTD, mixed_BTD)
+        rest: Callable[..., Tensor] = _compiled(Block._finish, backend)
+        return rest(self, x_BTD, mixed_BTD)
 
     def chains(self, device: torch.device) -> bool:
         """Whether `train_chained` can train this layer: compiled, on kernels, with nothing between sum and norm."""
@@ -119,9 +119,11 @@ class Block(nn.Module):
         assert self.compiled is not None
         self.mixer.prepare(segments, x_BTD)
         if self.mixer.traceable(x_BTD.device):
-            return _compiled(Block._chained, self.compiled)(self, x_BTD, normed_BTD, segments, following)
+            whole: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._chained, self.compiled)
+            return whole(self, x_BTD, normed_BTD, segments, following)
         mixed_BTD, _ = self.mixer(normed_BTD, segments, None)
-        return _compiled(Block._finish_chained, self.compiled)(self, x_BTD, mixed_BTD, following)
+        rest: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._finish_chained, self.compiled)
+        return rest(self, x_BTD, mixed_BTD, following)
 
     def _chained(
         self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
@@ -156,7 +158,6 @@ class Block(nn.Module):
 
 
 @cache
-def _compiled(function: Callable[..., Result], backend: str) -> Callable[..., Result]:
+def _compiled(function: Callable[..., Any], backend: str) -> Any:
     """One compilation for all layers of one kind: a compiler looks at the function's code, not at the layer."""
-    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-    return compiled  # type: ignore[no-any-return]
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton import ssd_kernels as kernels
-from longspan.ops.triton.decays import Decays, heads_of_program, pointer
+from longspan.ops.triton.decays import Decays, heads_of_program, pointer, square_warps
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import block
 
@@ -252,7 +252,7 @@ def run_backward(
     kernels.step_gradients[(plan.chunks, rows)](
         dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None, num_warps=4,
+        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None, num_warps=square_warps(plan.cut.chunk),
         num_stages=1,
     )  # fmt: skip
     if inputs.bias is not None:
