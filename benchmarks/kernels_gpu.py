@@ -547,6 +547,32 @@ def variants_conv(run: Run) -> None:
             launched.FORWARD, launched.BACKWARD = usual
 
 
+def variants_norm(run: Run) -> None:
+    """Warps of a row and programs of the backward, of the gated norm and of that of a sum."""
+    from longspan.ops.triton import rms_norm as launched
+
+    usual = launched._warps, launched.PROGRAMS
+    y, z, weight = normal(8, 4096, INNER), normal(8, 4096, INNER), normal(INNER, dtype=FP32)
+    dy, dz = torch.empty_like(y).view(-1, INNER), torch.empty_like(z).view(-1, INNER)
+    x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    for warps, programs in ((4, 1056), (8, 1056), (8, 2112), (2, 1056), (2, 2112), (4, 2112)):
+        launched._warps, launched.PROGRAMS = (lambda _, warps=warps: warps), programs
+        try:
+            run.add(
+                "norms of 32,768 tokens",
+                gated_forward_ms=median_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16), rep=20),
+                gated_backward_ms=median_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz), rep=20),
+                sum_forward_ms=median_ms(lambda: launched.add_rms_norm(x, branch, scale, 1e-5, BF16), rep=20),
+                sum_backward_ms=median_ms(
+                    lambda: launched.add_rms_norm_backward(x, branch, x, scale, 1e-5, FP32, BF16), rep=20
+                ),
+                warps=warps,
+                programs=programs,
+            )
+        finally:
+            launched._warps, launched.PROGRAMS = usual
+
+
 def bench_norm(run: Run) -> None:
     from longspan.models.norms import GatedRMSNorm
 
@@ -712,6 +738,7 @@ TIMES: dict[str, Callable[[Run], None]] = {
 VARIANTS: dict[str, Callable[[Run], None]] = {
     "variants conv": variants_conv,
     "variants ssd": variants_ssd,
+    "variants norm": variants_norm,
     "variants scan": variants_scan,
 }
 PARTS = {**CHECKS, **TIMES, **VARIANTS}

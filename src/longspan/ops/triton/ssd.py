@@ -252,7 +252,8 @@ def run_backward(
     kernels.step_gradients[(plan.chunks, rows)](
         dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None, num_warps=square_warps(plan.cut.chunk),
+        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None,
+        num_warps=square_warps(plan.cut.chunk),
         num_stages=1,
     )  # fmt: skip
     if inputs.bias is not None:
