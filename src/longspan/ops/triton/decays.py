@@ -110,8 +110,8 @@ class Decays(NamedTuple):
             dt_BTH, pointer(bias_H, dt_BTH), pointer(A_H, dt_BTH), pointer(doc_BT, dt_BTH),
             pointer(initial_doc_B, dt_BTH), planes, carry, run, time, *dt_BTH.stride()[:2], planes.stride(0),
             H=heads, Q=chunk, HEADS=heads_of_program(heads), SOFTPLUS=bias_H is not None, RATES=A_H is not None,
-            DOCS=doc_BT is not None, BEFORE=doc_BT is not None and initial_doc_B is not None, num_warps=square_warps(chunk),
-            num_stages=1,
+            DOCS=doc_BT is not None, BEFORE=doc_BT is not None and initial_doc_B is not None,
+            num_warps=square_warps(chunk), num_stages=1,
         )  # fmt: skip
         return Decays(planes, carry, run)
 
