@@ -212,7 +212,7 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
         x=alt.value("width"), text="text:N"))  # fmt: skip
     tip = [alt.Tooltip("name:N", title="what"), alt.Tooltip("text:N", title="value"), alt.Tooltip("detail:N")]
     layers.append(base.mark_bar(opacity=0, height=step).encode(x=alt.value(0), x2=alt.value("width"), tooltip=tip))
-    return _single(layers, values, step * len(values), width_of([r["text"] for r in values]) + 8, top=4)
+    return single(layers, values, step * len(values))
 
 
 def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict
         base.transform_filter("datum.label != ''").mark_text(align="left", dx=9, fontWeight=600)
         .encode(y=alt.Y("label_y:Q"), text="label:N", color=colour),
     ]  # fmt: skip
-    return _single(layers, values, height, width_of([r["label"] for r in values]))
+    return single(layers, values, height)
 
 
 def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str, Any]:
@@ -327,7 +327,7 @@ def finish(
 ) -> dict[str, Any]:
     """A layered chart, or the same in panels with shared axes."""
     if panels == 1:
-        return _single(layers, values, height, label_width)
+        return single(layers, values, height)
     layered = alt.layer(*layers).properties(height=height, width=160)
     chart = layered.facet(
         facet=alt.Facet("p:N", sort=list(arms.panels), title=None),
@@ -339,11 +339,10 @@ def finish(
     return plain(chart, values)
 
 
-def _single(
-    layers: Sequence[Any], values: Sequence[Row], height: int, label_width: int, top: int = 4
-) -> dict[str, Any]:
+def single(layers: Sequence[Any], values: Sequence[Row], height: int) -> dict[str, Any]:
+    """A layered chart as wide as its place."""
     chart = alt.layer(*layers, data=alt.NamedData("rows")).properties(
-        height=height, width="container", padding={"left": 2, "top": top, "bottom": 4, "right": 2}
+        height=height, width="container", padding={"left": 2, "top": 4, "bottom": 4, "right": 2}
     )
     spec = plain(chart, values)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
