@@ -100,11 +100,11 @@ class MqarProbe(TaskProbe):
             replace(
                 accuracy("load", "Accuracy against load", LOAD),
                 mark=EVERY_BIT,
-                mark_name="the bound, every bit of the state in use,",
+                mark_name="every bit of the state in use",
             ),
             Metric(
                 "half",
-                "Bits asked for where half of the answers are right",
+                "Load with half of the answers right",
                 "bits",
                 "derived",
                 "higher",
@@ -112,7 +112,7 @@ class MqarProbe(TaskProbe):
                 bound="state_bits",
                 counted="rows",
             ),
-            Metric("state_bits", "Bits of the state", "bits", "exact", "higher", compare=False, counted="rows"),
+            Metric("state_bits", "State", "bits", "exact", "higher", compare=False, counted="rows"),
         )
 
     def drawn(self, trained: Task | None, seed: int) -> list[Item]:

@@ -28,11 +28,11 @@ def bound_figure(name: str, section: ProbeSection, metric: Metric, arms: Arms) -
         return None
     limit = next(each for each in section.metrics if each.name == metric.bound)
     rows = [_row(m, limits[m.subject], metric, limit, arms) for m in found]
-    x, y = Axis(limit.title.lower(), "log", "~s"), Axis(metric.unit, "log", "~s")
+    x, y = Axis(f"{limit.title.lower()} ({limit.unit})", "log", "~s"), Axis(metric.unit, "log", "~s")
     caption = (
         "Points: the median over training seeds; bars: from the lowest to the highest seed. Both axes are logarithmic; "
-        f"grey lines hold equal shares of the {limit.title.lower()}: subjects along one of them reach more in "
-        "proportion to what limits them. No subject can be above 100 %."
+        f"grey lines hold equal shares of the {limit.title.lower()}, so that subjects along one of them hold in "
+        "proportion to it. No subject can be above 100 %."
     )
     if any(row["open"] for row in rows):
         caption += " Rings: half or more of the seeds lie beyond what was asked, so that the place is not known."
@@ -109,8 +109,9 @@ def _lines(domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list
 
 def _table(rows: Sequence[Row], metric: Metric, limit: Metric) -> tables.Table:
     ordered = sorted(rows, key=lambda row: (row["x"], row["name"]))
+    titles = (f"{limit.title.lower()} ({limit.unit})", f"{metric.unit} [lowest, highest seed]", "share", "seeds")
     return tables.Table(
-        ("<subject", limit.title.lower(), f"{metric.title.lower()} [lowest, highest seed]", "share", "seeds", "<note"),
+        ("<subject", *titles, "<note"),
         tuple((r["name"], r["xtext"], r["text"], r["share"], str(r["seeds"]), r["note"]) for r in ordered),
         tuple(r["name"] for r in ordered),
         tuple(
