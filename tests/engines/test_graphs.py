@@ -1,4 +1,4 @@
-"""Claims about captured steps: when decoding takes them, that old ones are gone before new ones, that those alike stay."""
+"""Claims about captured steps: when decoding takes them, that old ones go before new ones, that those alike stay."""
 
 from __future__ import annotations
 

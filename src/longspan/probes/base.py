@@ -158,6 +158,11 @@ class Probe(Config, ABC):
         del summary
         return ()
 
+    def derive_of_runs(self, runs: Sequence[Sequence[Record]]) -> tuple[Measurement, ...]:
+        """Numbers of the metrics of kind `derived` that are read off each run by itself: all records of one seed."""
+        del runs
+        return ()
+
     def observe_together(self, records: Sequence[Record]) -> Iterable[Observation]:
         """What only all records of one subject and seed together show; pure as `observe`."""
         del records
