@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,13 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_searched_for_garbage() -> None:
+    """Commands collect garbage before they measure memory: half a second each time where so much is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +86,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # A command in a process that was forked from one which has the imports behind it: starting Python with torch from
 # nothing costs seconds each time. The code is sent as text, since a fork knows no test module.
 _FORKED = """
-import os, sys
+import gc, os, sys
+gc.freeze()
 os.chdir(folder)
 os.environ.update(OMP_NUM_THREADS="1", LONGSPAN_NO_REEXEC="1")
 for descriptor, path in ((1, out), (2, err)):

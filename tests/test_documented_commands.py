@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import importlib
 import io
 import json
@@ -192,6 +193,8 @@ def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: No
     monkeypatch.setenv("LONGSPAN_RUNS", str(folder / "runs"))
     # Drawing the figure files takes most of the time of a tiny run; tests/report draws them.
     monkeypatch.setattr("longspan.report.page._write_figure", lambda *arguments: None)
+    # What earlier commands imported is not searched for garbage again and again.
+    gc.freeze()
     return folder
 
 
