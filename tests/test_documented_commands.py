@@ -186,13 +186,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: None) -> Path:
+def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: None, no_figures: None) -> Path:
     """In the user's folder, with one folder of runs for all commands, so that equal jobs run once."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LONGSPAN_NO_REEXEC", "1")
     monkeypatch.setenv("LONGSPAN_RUNS", str(folder / "runs"))
-    # Drawing the figure files takes most of the time of a tiny run; tests/report draws them.
-    monkeypatch.setattr("longspan.report.page._write_figure", lambda *arguments: None)
     # What earlier commands imported is not searched for garbage again and again.
     gc.freeze()
     return folder
