@@ -70,6 +70,18 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longspan.report.page._write_figure", lambda *arguments: None)
 
 
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page takes longer than a tiny run; one that holds the question stands in for it."""
+
+    def write(report: Any, folder: Path) -> Path:
+        page = folder / "report.html"
+        page.write_text(report.question, encoding="utf-8")
+        return page
+
+    monkeypatch.setattr("longspan.report.page.write_report", write)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The development texts that lie beside the checkout (`../shared/data`); tests that need them skip elsewhere."""

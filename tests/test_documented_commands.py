@@ -32,7 +32,6 @@ from longspan.engines.trained_run import TrainedRun, describe_run
 from longspan.foundation.files import write_json
 from longspan.models.interchange import write_folder
 from longspan.models.language_model import LanguageModel, ModelConfig
-from longspan.report.data import ReportInput
 from longspan.study.expand import expand
 from longspan.study.schema import load_study
 from longspan.study.shipped import shipped_studies
@@ -282,13 +281,6 @@ def shrunk(command: Command) -> list[str]:
     return [*words, *settings_of_size, *extra, *alone]
 
 
-def write_no_page(report: ReportInput, folder: Path) -> Path:
-    """In place of `write_report`."""
-    page = folder / "report.html"
-    page.write_text(report.question, encoding="utf-8")
-    return page
-
-
 # --- trained runs, for the commands that use one ----------------------------------------------------------------------
 
 TINY_BENCH = (
@@ -385,10 +377,14 @@ def test_the_documentation_shows_commands() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0] == "longspan"], ids=str)
 def test_documented_command_works(
-    command: Command, at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command,
+    at_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     if command.words != WITH_PAGE:
-        monkeypatch.setattr("longspan.report.page.write_report", write_no_page)
+        request.getfixturevalue("no_page")
     words = shrunk(command) if command.is_study else list(command.words[1:])
     if command.words[1] == "bench":
         words += TINY_BENCH
