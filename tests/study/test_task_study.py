@@ -34,12 +34,7 @@ probes:
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    def no_page(report: ReportInput, folder: Path) -> Path:
-        (folder / "report.html").write_text(report.question)
-        return folder / "report.html"
-
-    monkeypatch.setattr("longspan.report.page.write_report", no_page)
+def study(tmp_path: Path, no_page: None) -> str:
     path = tmp_path / "task.yaml"
     path.write_text(STUDY)
     return str(path)
