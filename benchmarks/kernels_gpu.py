@@ -272,6 +272,10 @@ def check_norm(run: Run) -> None:
         leaves = [normal(2, 500, width, dtype=dtype), normal(2, 500, width, dtype=dtype), normal(width, dtype=FP32)]
         compare(run, f"gated norm {dtype}", lambda *z: apply(GatedRMSNorm, *z), plain, leaves)
         compare(run, f"norm {dtype}", lambda *z: apply(RMSNorm, *z), plain, [leaves[0], leaves[2]])
+    from longspan.ops.triton.rms_norm import add_rms_norm
+
+    leaves = [normal(2, 500, WIDTH, dtype=FP32), normal(2, 500, WIDTH), normal(WIDTH, dtype=FP32)]
+    compare(run, "norm of a sum", lambda *z: add_rms_norm(*z, 1e-5, BF16), summed_and_normed, leaves)
 
 
 def check_layer(run: Run) -> None:
@@ -412,35 +416,47 @@ def variants_ssd(run: Run) -> None:
     from longspan.ops.triton import ssd as launched
 
     usual = launched.CUTS[BF16]
+    long = {"chunk": 128, "output_warps": (8, 3), "gradient_warps": (8, 2), "group_warps": (8, 3)}
     changes: list[dict[str, Any]] = [
-        {},
-        {"group_warps": (4, 4)},
-        {"group_warps": (4, 2)},
-        {"output_heads": 4},
-        {"output_heads": 6},
-        {"output_heads": 8, "output_warps": (4, 4)},
-        {"output_heads": 12},
-        {"state_warps": (4, 4)},
-        {"state_warps": (4, 2)},
-        {"gradient_warps": (4, 1)},
+        {"all_warps": None},
+        {"all_warps": (4, 2)},
+        {"all_warps": (4, 3)},
+        {**long, "all_warps": None},
+        {**long, "all_warps": (8, 2)},
+        {"all_warps": None, "output_heads": 12},
     ]
-    inputs = {shape: ssd_inputs(*shape, HEADS, HEAD_DIM, STATE) for shape in SHAPES}
-    for change in changes:
-        launched.CUTS[BF16] = usual._replace(**change)
+    shapes = (*SHAPES, (1, 32_768))
+    inputs = {shape: ssd_inputs(*shape, HEADS, HEAD_DIM, STATE) for shape in shapes}
+    slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
+    expected: dict[tuple[int, int], list[Tensor]] = {}
+    few = launched.MULTIPROCESSORS
+    for change in (*changes, {"segments": False}):
+        segments = change.get("segments", True)
+        launched.MULTIPROCESSORS = few if segments else 0
+        launched.CUTS[BF16] = usual if not segments else usual._replace(**change)
         try:
-            for (rows, time), leaves in inputs.items():
+            for shape, leaves in inputs.items():
+                if not segments and shape[0] > 1:
+                    continue
                 given = launched.Inputs(*leaves, None, None, None, None)
                 y, _, states = launched.run_forward(given)
-                into, ddt = launched.Gradients.like(given), torch.empty_like(leaves[1])
+                into, ddt, dy = launched.Gradients.like(given), torch.empty_like(leaves[1]), slopes[shape]
+                dA, dD, *_ = launched.run_backward(given, states, dy, None, into, ddt)
+                found = [z.clone() for z in (y, *into, ddt, dA, dD)]
+                known = expected.setdefault(shape, found)
+                apart = max(
+                    float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
+                )
                 forward = median_ms(lambda given=given: launched.run_forward(given), rep=30)
                 backward = median_ms(
-                    lambda g=given, s=states, y=y, i=into, d=ddt: launched.run_backward(g, s, y, None, i, d), rep=30
+                    lambda g=given, s=states, y=dy, i=into, d=ddt: launched.run_backward(g, s, y, None, i, d), rep=30
                 )
-                run.add(f"ssd cut {rows}x{time}", forward_ms=forward, backward_ms=backward, change=str(change))
+                name = f"ssd cut {shape[0]}x{shape[1]}"
+                run.add(name, forward_ms=forward, backward_ms=backward, apart=apart, change=str(change))
         except Exception as error:
             run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
         finally:
-            launched.CUTS[BF16] = usual
+            launched.CUTS[BF16], launched.MULTIPROCESSORS = usual, few
 
 
 def variants_scan(run: Run) -> None:
@@ -531,6 +547,32 @@ def variants_conv(run: Run) -> None:
             launched.FORWARD, launched.BACKWARD = usual
 
 
+def variants_norm(run: Run) -> None:
+    """Warps of a row and programs of the backward, of the gated norm and of that of a sum."""
+    from longspan.ops.triton import rms_norm as launched
+
+    usual = launched._warps, launched.PROGRAMS
+    y, z, weight = normal(8, 4096, INNER), normal(8, 4096, INNER), normal(INNER, dtype=FP32)
+    dy, dz = torch.empty_like(y).view(-1, INNER), torch.empty_like(z).view(-1, INNER)
+    x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    for warps, programs in ((4, 1056), (8, 1056), (8, 2112), (2, 1056), (2, 2112), (4, 2112)):
+        launched._warps, launched.PROGRAMS = (lambda _, warps=warps: warps), programs
+        try:
+            run.add(
+                "norms of 32,768 tokens",
+                gated_forward_ms=median_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16), rep=20),
+                gated_backward_ms=median_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz), rep=20),
+                sum_forward_ms=median_ms(lambda: launched.add_rms_norm(x, branch, scale, 1e-5, BF16), rep=20),
+                sum_backward_ms=median_ms(
+                    lambda: launched.add_rms_norm_backward(x, branch, x, scale, 1e-5, FP32, BF16), rep=20
+                ),
+                warps=warps,
+                programs=programs,
+            )
+        finally:
+            launched._warps, launched.PROGRAMS = usual
+
+
 def bench_norm(run: Run) -> None:
     from longspan.models.norms import GatedRMSNorm
 
@@ -539,6 +581,27 @@ def bench_norm(run: Run) -> None:
     y, z = normal(32, 2048, INNER), normal(32, 2048, INNER)
     floor = run.floor_ms(8 * 65_536 * INNER * 2, 0)
     time_both(run, "gated norm", lambda *t: [norm(*t)], [y, z], floor)
+
+
+def summed_and_normed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
+    """As plain ops."""
+    total = x + branch
+    return [total, (F.rms_norm(total, total.shape[-1:], eps=1e-5) * weight).to(branch.dtype)]
+
+
+def bench_add_norm(run: Run) -> None:
+    """The residual stream with a branch added, and its norm: one op, and as a compiler fuses plain ops."""
+    from longspan.ops.triton.rms_norm import add_rms_norm
+
+    # Forward x, branch, sum, norm; backward sum, both gradients that come, both that go.
+    floor = run.floor_ms(32_768 * WIDTH * (4 + 2 + 4 + 2 + 4 + 4 + 2 + 4 + 2), 0)
+    leaves = [normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)]
+    time_both(run, "sum and norm, 32,768 tokens", lambda *z: add_rms_norm(*z, 1e-5, BF16), leaves, floor)
+    compiled = torch.compile(summed_and_normed, dynamic=False)
+    time_both(run, "sum and norm, compiled", compiled, leaves, floor)
+    leaves, slopes = [z.requires_grad_() for z in leaves], [torch.randn_like(z) for z in leaves[:2]]
+    profile(run, "sum and norm", lambda: torch.autograd.grad(add_rms_norm(*leaves, 1e-5, BF16), leaves, slopes))
+    profile(run, "sum and norm, compiled", lambda: torch.autograd.grad(compiled(*leaves), leaves, slopes))
 
 
 def bench_layer(run: Run) -> None:
@@ -663,6 +726,7 @@ TIMES: dict[str, Callable[[Run], None]] = {
     "ssd": bench_ssd,
     "profile ssd": profile_ssd,
     "norm": bench_norm,
+    "add norm": bench_add_norm,
     "layer": bench_layer,
     "scan": bench_scan,
     "delta": bench_delta,
@@ -674,10 +738,11 @@ TIMES: dict[str, Callable[[Run], None]] = {
 VARIANTS: dict[str, Callable[[Run], None]] = {
     "variants conv": variants_conv,
     "variants ssd": variants_ssd,
+    "variants norm": variants_norm,
     "variants scan": variants_scan,
 }
 PARTS = {**CHECKS, **TIMES, **VARIANTS}
-SIDE_BY_SIDE = 6
+SIDE_BY_SIDE = 8
 """Checks at a time: they mostly compile."""
 
 

@@ -6,11 +6,11 @@
 
 The real training loop (`longspan.training.loop.train`) trains a hybrid of about 130 M parameters on random tokens, one
 document per row, 8 × 4096 positions per GPU and step, bf16 autocast, fused AdamW: with one GPU while the others idle,
-then with all of them under DDP and under FSDP2. Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
-efficiency is tokens/s with all over (processes × tokens/s with one). `exposed` is the time per step in which a NCCL
-kernel ran and no other kernel did, from a profile of 3 steps on rank 0. Last, the same global batches (fp32, short
-rows) give the same losses with one GPU (which accumulates) and with all. Each part prints as soon as it is measured;
-the last line is one JSON object.
+then with all of them under DDP and under FSDP2. One GPU replays a CUDA graph, which several do not (`--graph no`: nor
+does one). Tokens/s is the median over windows of 5 steps after 3 warm-up steps; efficiency is tokens/s with all over
+(processes × tokens/s with one). `exposed` is the time per step in which a NCCL kernel ran and no other kernel did, from
+a profile of 3 steps on rank 0. Last, the same global batches (fp32, short rows) give the same losses with one GPU
+(which accumulates) and with all. Each part prints as soon as it is measured; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ def run(
             "context": options.context,
             "steps": options.steps,
             "compile": {"auto": "auto", "yes": True, "no": False}[options.compile],
+            "graph": {"auto": "auto", "no": False}[options.graph],
             **settings,
         }
     )
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--steps", type=int, default=63)
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on GPUs")
+    parser.add_argument("--graph", choices=["auto", "no"], default="auto", help="of one GPU")
     parser.add_argument("--seconds", type=float, default=160, help="stop then, whatever is missing")
     options = parser.parse_args()
     began = time.monotonic()

@@ -9,12 +9,13 @@ A step is forward, backward, clipping to norm 1 and fused AdamW under bf16 autoc
 pairs of both with a narrower MLP; `small` are the shapes of the study hybrid-patterns (384 x 8, vocabulary 49,152, rows
 of 512). Ours keep documents of about 700 tokens apart (400 in rows of 512); theirs see whole rows, which is less to do
 in every layer but attention. `compiled` is each side's `torch.compile`: ours as `train` does it, theirs of the whole
-model. transformers' Mamba2 runs without the compiled extras it asks for, on its own fallback. First the rate of an
-8192-cubed bf16 product is measured; `share` is a step's FLOPs (docs/numbers.md) over its time and that rate. Times are
-medians of CUDA events over steps in a row; `first` is what the first step took, compiling included (shorter where the
-compiler's cache knows the shape); `peak` is the allocator's. `train` is the real loop with its feed, metrics and
-checkpoints. A part that fails says so and the next one runs; parts that would start after `--seconds` are named. The
-last line is one JSON object, which also goes to $OUT/training_step_gpu.json where OUT is set.
+model; `graph` is forward and backward as one CUDA graph, as in `train`. transformers' Mamba2 runs without the compiled
+extras it asks for, on its own fallback. First the rate of an 8192-cubed bf16 product is measured; `share` is a step's
+FLOPs (docs/numbers.md) over its time and that rate. Times are medians of CUDA events over steps in a row; `first` is
+what the first step took, compiling included (shorter where the compiler's cache knows the shape); `peak` is the
+allocator's. `train` is the real loop with its feed, metrics and checkpoints. A part that fails says so and the next one
+runs; parts that would start after `--seconds` are named. The last line is one JSON object, which also goes to
+$OUT/training_step_gpu.json where OUT is set.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,9 +44,12 @@ from longspan.models.language_model import LanguageModel, ModelConfig
 from longspan.ops import kernels
 from longspan.training.compilation import compile_layers
 from longspan.training.config import TrainingConfig
+from longspan.training.feeding import Fed
 from longspan.training.loop import train
 from longspan.training.metrics import read_metrics
+from longspan.training.micro_steps import PLAIN_STEPS, CudaRecorder, GraphedMicroSteps, PlainMicroSteps
 from longspan.training.optimizer import clip_gradients
+from longspan.training.precision import autocast_for
 
 SHAPES = {
     "A": ModelConfig(pattern="A" * 12, width=768, heads=12, mlp_width=2048),
@@ -157,7 +162,9 @@ def profile(run: Run, name: str, step: Callable[[], object], top: int = 24) -> N
 # Subjects
 
 
-def own(run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False) -> None:
+def own(
+    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
+) -> None:
     vocab = run.vocab(shape)
     model = LanguageModel(run.shapes[shape], vocab, seed=0, device=run.device)
     model.train()
@@ -165,22 +172,34 @@ def own(run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: 
         compile_layers(model)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    autocast = autocast_for("bf16", run.device)
     tokens = torch.randint(0, vocab, (rows, length), device=run.device)
-    # Made ahead, as the loop's feed makes them.
-    ready = [model.segments(tokens, documents(rows, length, seed), keep_ids=run.cuda) for seed in range(4)]
+
+    def fed(seed: int) -> Fed:
+        """Made ahead, as the loop's feed makes it."""
+        segments = model.segments(tokens, documents(rows, length, seed), keep_ids=run.cuda)
+        with autocast():
+            model.prepare(segments, tokens)
+        return Fed(cast("Batch", None), tokens, tokens, segments, tokens.numel())
+
+    # The graph takes the batch it is captured with for its own place.
+    place, ready = fed(4), [fed(seed) for seed in range(4)]
+    micro: PlainMicroSteps | GraphedMicroSteps = PlainMicroSteps(model.loss, autocast, run.device)
+    if graphed and run.cuda:
+        record = CudaRecorder(run.device)
+        micro = GraphedMicroSteps(micro, parameters, record=record, quiet=nullcontext, demanded=True)
     turns = 0
 
     def step() -> None:
         nonlocal turns
-        with torch.autocast(run.device.type, dtype=torch.bfloat16):
-            nll, _ = model.loss(tokens, tokens, ready[turns % 4])
-        (nll / tokens.numel()).backward()  # type: ignore[no-untyped-call]
+        micro.run(place if turns <= PLAIN_STEPS else ready[turns % 4], tokens.numel(), first=True)
         clip_gradients(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        micro.clear(optimizer)
         turns += 1
 
-    name = f"{shape} {rows}x{length} ours {'compiled' if compiled else 'eager'}"
+    kind = f"{'compiled' if compiled else 'eager'}{', graph' if graphed else ''}"
+    name = f"{shape} {rows}x{length} ours {kind}"
     measure(run, name, shape, rows, length, step)
     if profiled:
         profile(run, name, step)
@@ -312,28 +331,36 @@ def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
     """(name, what to do, seconds it may well take), most important first."""
     short, long, small = ((8, 4096), (1, 32_768), (128, 512)) if run.cuda else ((2, 160), (1, 320), (4, 64))
 
-    def compared(shape: str, size: tuple[int, int], where: str, fast: float = 35) -> list[Any]:
+    def compared(shape: str, size: tuple[int, int], where: str) -> list[Any]:
         return [
-            (f"{shape} {where} ours compiled", lambda: own(run, shape, *size, True, shape == "M"), 30),
-            (f"{shape} {where} theirs compiled", lambda: theirs(run, shape, *size, True), fast),
+            (f"{shape} {where} ours graph", lambda: own(run, shape, *size, True), 30),
+            (f"{shape} {where} theirs compiled", lambda: theirs(run, shape, *size, True), 35),
         ]
 
     def eager(shape: str, size: tuple[int, int], where: str) -> list[Any]:
         return [
             (f"{shape} {where} theirs eager", lambda: theirs(run, shape, *size, False), 10),
-            (f"{shape} {where} ours eager", lambda: own(run, shape, *size, False), 20),
+            (f"{shape} {where} ours eager", lambda: own(run, shape, *size, False, graphed=False), 20),
         ]
 
+    def without(shape: str, size: tuple[int, int], where: str) -> tuple[str, Callable[[], None], float]:
+        return (f"{shape} {where} ours no graph", lambda: own(run, shape, *size, True, graphed=False), 15)
+
     return [
+        ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 25),
+        *((f"small {p} ours graph", lambda p=p: own(run, f"small {p}", *small, True), 20) for p in ("A", "M", "AM")),
+        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True), 15),
+        ("M 8x4096 train", lambda: loop(run, "M", *short), 20),
+        without("M", short, "8x4096"),
+        without("small M", small, "128x512"),
+        ("small M profile", lambda: own(run, "small M", *small, True, True), 15),
         *compared("A", short, "8x4096"),
+        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True), 25),
         *compared("A", long, "1x32768"),
-        ("M 8x4096 ours compiled", lambda: own(run, "M", *short, True, True), 20),
-        ("M 1x32768 ours compiled", lambda: own(run, "M", *long, True), 20),
-        ("M 8x4096 train", lambda: loop(run, "M", *short), 15),
-        *((f"small {p} ours compiled", lambda p=p: own(run, f"small {p}", *small, True), 15) for p in ("A", "M", "AM")),
-        ("AM 8x4096 ours compiled", lambda: own(run, "AM", *short, True), 25),
         ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
-        ("AM 1x32768 ours compiled", lambda: own(run, "AM", *long, True), 25),
+        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True), 25),
+        without("A", short, "8x4096"),
+        without("small A", small, "128x512"),
         ("small A theirs compiled", lambda: theirs(run, "small A", *small, True), 25),
         ("M 8x4096 theirs eager", lambda: theirs(run, "M", *short, False), 15),
         *eager("A", short, "8x4096"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_searched_for_garbage() -> None:
+    """Commands collect garbage before they measure memory: half a second each time where so much is imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> None:
     """A command that ends in this process ignores Ctrl-C from then on, as do background jobs of a shell.
@@ -35,6 +45,41 @@ def ctrl_c_is_heard() -> None:
     Commands that a test starts inherit that and would never hear the Ctrl-C that they are sent.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def plugins_forgotten() -> Iterator[None]:
+    """Leave the registries, and what was imported from plugin files, as they were."""
+    from longspan.corpus.tasks import base as tasks
+    from longspan.models.mixers import base as mixers
+    from longspan.probes import base as probes
+
+    kept = [(registry, registry.all()) for registry in (tasks._TASKS, mixers._MIXERS, probes._PROBES)]
+    modules = set(sys.modules)
+    yield
+    for registry, classes in kept:
+        registry._classes = dict(classes)
+    for name in set(sys.modules) - modules:
+        if name.startswith("longspan_plugin_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the figure files takes most of the time of a tiny run; tests/report draws them."""
+    monkeypatch.setattr("longspan.report.page._write_figure", lambda *arguments: None)
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page takes longer than a tiny run; one that holds the question stands in for it."""
+
+    def write(report: Any, folder: Path) -> Path:
+        page = folder / "report.html"
+        page.write_text(report.question, encoding="utf-8")
+        return page
+
+    monkeypatch.setattr("longspan.report.page.write_report", write)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +105,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # A command in a process that was forked from one which has the imports behind it: starting Python with torch from
 # nothing costs seconds each time. The code is sent as text, since a fork knows no test module.
 _FORKED = """
-import os, sys
+import gc, os, sys
+gc.freeze()
 os.chdir(folder)
 os.environ.update(OMP_NUM_THREADS="1", LONGSPAN_NO_REEXEC="1")
 for descriptor, path in ((1, out), (2, err)):
@@ -70,6 +116,9 @@ sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 
 import torch
 torch.set_num_threads(1)
 from longspan import cli
+if not figures:
+    from longspan.report import page
+    page._write_figure = lambda *arguments: None
 sys.argv = ["longspan", *arguments]
 cli.main()
 """
@@ -78,11 +127,12 @@ cli.main()
 class Forked:
     """`longspan ARGUMENTS` in a folder, running; what it writes to its streams is read when it has ended."""
 
-    def __init__(self, streams: Path, folder: Path, arguments: tuple[str, ...]) -> None:
+    def __init__(self, streams: Path, folder: Path, arguments: tuple[str, ...], figures: bool) -> None:
         self._streams = streams
         names = {
             "folder": str(folder),
             "arguments": arguments,
+            "figures": figures,
             "out": str(streams / "out"),
             "err": str(streams / "err"),
         }
@@ -96,7 +146,9 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        # As of `subprocess`: nothing where it has just ended.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -127,10 +179,10 @@ Start = Callable[..., Forked]
 
 @pytest.fixture(scope="session")
 def start_longspan(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Starts `longspan ARGUMENTS` in a folder."""
+    """Starts `longspan ARGUMENTS` in a folder; without `figures` a report has its page and no drawn files."""
 
-    def start(folder: Path, *arguments: str) -> Forked:
-        return Forked(tmp_path_factory.mktemp("streams"), folder, arguments)
+    def start(folder: Path, *arguments: str, figures: bool = True) -> Forked:
+        return Forked(tmp_path_factory.mktemp("streams"), folder, arguments, figures)
 
     return start
 
@@ -139,8 +191,10 @@ def start_longspan(tmp_path_factory: pytest.TempPathFactory) -> Start:
 def run_longspan(start_longspan: Start) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `longspan ARGUMENTS` in a folder to its end; fails where it does, unless `check` is false."""
 
-    def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        process = start_longspan(folder, *arguments)
+    def run(
+        folder: Path, *arguments: str, check: bool = True, figures: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        process = start_longspan(folder, *arguments, figures=figures)
         out, err = process.communicate(timeout=280)
         assert process.returncode is not None
         assert not check or process.returncode == 0, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import importlib
 import io
 import json
@@ -12,43 +13,27 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from pydantic import BaseModel
 
 from longspan import cli
-from longspan.corpus.dedup import DedupConfig
-from longspan.corpus.prepare import SplitConfig
 from longspan.corpus.sources import (
     SOURCES,
-    HuggingFaceSource,
-    JsonlSource,
     SyntheticSource,
-    TextSource,
-    WikipediaSource,
 )
 from longspan.corpus.tokenizer import TokenizerConfig, train_tokenizer
 from longspan.engines.run_index import ListedRun, list_runs
-from longspan.engines.source import EndpointArguments, ModelSource, TransformersArguments, VllmArguments
 from longspan.engines.trained_run import TrainedRun, describe_run
 from longspan.foundation.files import write_json
-from longspan.foundation.plugins import load_file
-from longspan.models import budget
 from longspan.models.interchange import write_folder
 from longspan.models.language_model import LanguageModel, ModelConfig
-from longspan.models.matching import MatchConfig
-from longspan.models.mixers import base as mixers
-from longspan.probes import base as probes
-from longspan.report.data import ReportInput
 from longspan.study.expand import expand
-from longspan.study.schema import SECTIONS, load_study
+from longspan.study.schema import load_study
 from longspan.study.shipped import shipped_studies
 from longspan.training.checkpoint import TrainingState, save_checkpoint
 
@@ -176,6 +161,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the examples, and the study files that the pages show (first line `# NAME.yaml`)."""
     place = tmp_path_factory.mktemp("user")
     shutil.copytree(EXAMPLES, place / "docs" / "examples")
+    # Another folder of runs that holds the same jobs.
+    (place / "runs").mkdir()
+    (place / "elsewhere").symlink_to(place / "runs")
     for page in (ROOT / "README.md", *DOCS.glob("*.md")):
         for block in blocks(page, "yaml"):
             if named := re.match(r"# (\S+\.ya?ml)\n", block):
@@ -184,31 +172,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: None, no_figures: None) -> Path:
     """In the user's folder, with one folder of runs for all commands, so that equal jobs run once."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LONGSPAN_NO_REEXEC", "1")
     monkeypatch.setenv("LONGSPAN_RUNS", str(folder / "runs"))
-    # Drawing the figure files takes most of the time of a tiny run; tests/report draws them.
-    monkeypatch.setattr("longspan.report.page._write_figure", lambda *arguments: None)
-    with plugins_forgotten():
-        yield folder
-
-
-@contextmanager
-def plugins_forgotten() -> Iterator[None]:
-    """Leave the registries, and what was imported from plugin files, as they were."""
-    probes.registered()
-    letters, kinds, modules = dict(mixers._MIXERS), dict(probes._PROBES), set(sys.modules)
-    try:
-        yield
-    finally:
-        for registry, kept in ((mixers._MIXERS, letters), (probes._PROBES, kinds)):
-            registry.clear()
-            registry.update(kept)
-        for name in set(sys.modules) - modules:
-            if name.startswith("longspan_plugin_"):
-                del sys.modules[name]
+    # What earlier commands imported is not searched for garbage again and again.
+    gc.freeze()
+    return folder
 
 
 # --- texts that stand in for a user's own, and for what would come over the network -----------------------------------
@@ -303,14 +274,11 @@ def shrunk(command: Command) -> list[str]:
         settings_of_size = [setting for setting in settings_of_size if not setting.startswith(OF_TEXT)]
         # Nothing but the MLPs is free, and at this width they are small beside any mixer.
         extra += ["model.match=null", "model.masked_heads=1", *TINY_TASKS[corpus["task"]].split()]
-    return [*words, *settings_of_size, *extra]
-
-
-def write_no_page(report: ReportInput, folder: Path) -> Path:
-    """In place of `write_report`."""
-    page = folder / "report.html"
-    page.write_text(report.question, encoding="utf-8")
-    return page
+    # Starting processes takes longer than all else here; tests/study starts some.
+    if "processes" in given:
+        extra.append("processes=1")
+    alone = ["--jobs=1"] if "--jobs" in words else []
+    return [*words, *settings_of_size, *extra, *alone]
 
 
 # --- trained runs, for the commands that use one ----------------------------------------------------------------------
@@ -409,10 +377,14 @@ def test_the_documentation_shows_commands() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0] == "longspan"], ids=str)
 def test_documented_command_works(
-    command: Command, at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command,
+    at_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     if command.words != WITH_PAGE:
-        monkeypatch.setattr("longspan.report.page.write_report", write_no_page)
+        request.getfixturevalue("no_page")
     words = shrunk(command) if command.is_study else list(command.words[1:])
     if command.words[1] == "bench":
         words += TINY_BENCH
@@ -457,151 +429,7 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-# --- the tables of keys -----------------------------------------------------------------------------------------------
-
-TABLES: dict[str, type[BaseModel]] = {
-    **SECTIONS,
-    "corpus.splits": SplitConfig,
-    "corpus.dedup": DedupConfig,
-    "model.match": MatchConfig,
-    **{
-        f"probes.{kind}": probe
-        for kind, probe in probes.registered().items()
-        if probe.__module__.startswith("longspan")
-    },
-}
-
-
-def default_of(model: type[BaseModel], name: str) -> str:
-    """A default as the tables show it."""
-    field = model.model_fields[name]
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return "below"
-    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
-
-
-def table_below(page: str, heading: str) -> dict[str, str]:
-    """key -> default of the first table under a heading."""
-    (text,) = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", (DOCS / page).read_text("utf-8"), re.M | re.S)
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\| `.*$", text, re.M)]
-    return {row[0].strip("`"): row[1] for row in rows if row[0].count("`") == 2}
-
-
-@pytest.mark.parametrize("section", TABLES)
-def test_key_tables_equal_the_code(section: str) -> None:
-    model = TABLES[section]
-    shown = table_below("write-a-study.md", f"`{section}`")
-    names = [name for name in model.model_fields if name != "kind" or not section.startswith("probes.")]
-    if section == "corpus":
-        shown = {key: default for key, default in shown.items() if key in names}
-    assert shown == {name: default_of(model, name) for name in names}
-
-
-@pytest.mark.parametrize(
-    ("heading", "model", "base"),
-    [
-        ("transformers", TransformersArguments, None),
-        ("openai", EndpointArguments, None),
-        ("vllm", VllmArguments, EndpointArguments),
-    ],
-)
-def test_tables_of_arguments_equal_the_code(heading: str, model: type[BaseModel], base: type[BaseModel] | None) -> None:
-    names = [name for name in model.model_fields if base is None or name not in base.model_fields]
-    expected = {name: re.sub(r"\.0`$", "`", default_of(model, name)) for name in names}
-    # Where the environment names it the default is that name.
-    expected |= {"python": "`LONGSPAN_VLLM`"} if "python" in expected else {}
-    assert table_below("examine-a-pretrained-model.md", heading) == expected
-
-
-def test_the_table_of_subjects_has_every_key() -> None:
-    text = (DOCS / "write-a-study.md").read_text("utf-8").partition("\n## Subjects\n")[2].partition("\n## ")[0]
-    cells = [row.split("|")[1] for row in re.findall(r"^\| `.*$", text, re.M)]
-    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == set(ModelSource.model_fields)
-
-
-def test_source_tables_equal_the_code() -> None:
-    names = [name for name in WikipediaSource.model_fields if name != "source"]
-    shown = table_below("wikipedia.md", "Settings of `source: wikipedia`")
-    assert shown == {name: default_of(WikipediaSource, name) for name in names}
-    page = (DOCS / "write-a-study.md").read_text("utf-8")
-    for source in (TextSource, JsonlSource, SyntheticSource, HuggingFaceSource):
-        (row,) = re.findall(rf"^\| `{source.model_fields['source'].default}` \|(.*)$", page, re.M)
-        for name in source.model_fields.keys() - {"source", "max_documents"}:
-            assert f"`{name}`" in row, name
-            if not source.model_fields[name].is_required() and source.model_fields[name].default is not None:
-                assert default_of(source, name) in row, name
-
-
 # --- the examples -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def example_mixer() -> Iterator[str]:
-    with plugins_forgotten():
-        load_file(EXAMPLES / "mixer.py")
-        yield "E"
-
-
-def tiny_model(pattern: str) -> LanguageModel:
-    settings = {
-        "pattern": pattern, "width": 16, "heads": 2, "state": 8, "mamba_head_dim": 8, "mlp_width": 16,
-        "mixers": {"E": {"average_heads": 4, "average_chunk": 8}},
-    }  # fmt: skip
-    return LanguageModel(ModelConfig.parse(settings, "model"), 29, 0)
-
-
-DOC_T = torch.tensor([0] * 9 + [1] + [2] * 7 + [3] * 4, dtype=torch.int32)
-
-
-@pytest.mark.parametrize("pattern", ["E", "EE", "AEM", "[AE]M"])
-def test_the_example_mixer_keeps_the_laws(pattern: str, example_mixer: str) -> None:
-    model = tiny_model(pattern)
-    time = torch.arange(len(DOC_T))
-    tokens_BT = ((time * 7 + 3) % 29)[None]
-    with torch.no_grad():
-        whole, _ = model(tokens_BT, DOC_T[None])
-
-        later, _ = model(torch.where(time >= 11, (tokens_BT + 5) % 29, tokens_BT), DOC_T[None])
-        assert torch.equal(whole[:, :11], later[:, :11]), "causality"
-
-        other, _ = model(torch.where(DOC_T == 0, (tokens_BT + 5) % 29, tokens_BT), DOC_T[None])
-        assert torch.equal(whole[:, DOC_T != 0], other[:, DOC_T != 0]), "isolation"
-        assert not torch.equal(whole[:, DOC_T == 0], other[:, DOC_T == 0])
-
-        leaking, _ = model(tokens_BT, DOC_T[None], isolation="none")
-        assert not torch.equal(leaking[:, DOC_T != 0], whole[:, DOC_T != 0]), "isolation none lets the state flow on"
-
-        for isolation in ("full", "none"):
-            whole, _ = model(tokens_BT, DOC_T[None], isolation=isolation)
-            for length in (1, 4, 10):
-                state, parts = model.initial_state(), []
-                for part, ids in zip(tokens_BT.split(length, 1), DOC_T[None].split(length, 1), strict=True):
-                    hidden, state = model(part, ids, state, isolation=isolation)
-                    parts.append(hidden)
-                assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-5, f"decode = prefill in steps of {length}"
-
-
-def test_the_example_mixer_isolates_gradients_and_trains(example_mixer: str) -> None:
-    model = tiny_model("E")
-    tokens_BT = ((torch.arange(len(DOC_T)) * 7 + 3) % 29)[None]
-    targets_BT = tokens_BT.roll(-1, 1)
-    nll, _ = model.loss(tokens_BT, targets_BT, DOC_T[None], "full")
-    nll.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
-    assert next(g for name, g in gradients.items() if name.endswith("mixer.rate")).abs().min() > 0
-
-
-def test_the_example_mixer_accounts_for_its_state(example_mixer: str) -> None:
-    model = tiny_model("EE")
-    tokens_BT = torch.zeros(1, 12, dtype=torch.long)
-    with torch.no_grad():
-        _, state = model(tokens_BT, None, model.initial_state())
-    assert state.bytes() == budget.state_bytes(model.config, 12)
-    assert budget.forward_flops_per_token(model.config, 29, 64) > 0
 
 
 @pytest.mark.parametrize("name", ["mixer", "probe", "benchmarks"])

@@ -36,6 +36,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
     for command in ("run", "prepare", "train", "probe", "report", "studies", "doctor"):
         assert command in result.stdout
+    assert "..." not in result.stdout.partition("Commands:")[2], "a line is cut short"
 
 
 def test_a_command_loads_neither_compiler_nor_statistics_before_it_needs_them() -> None:
@@ -63,24 +64,32 @@ def test_wrong_use_exits_2() -> None:
     assert longspan("run").returncode == 2
 
 
-def failing(error: str) -> subprocess.CompletedProcess[str]:
-    """`longspan studies` in which listing the studies fails."""
+def failing(error: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`longspan studies`, or another command on a study, in which the look at the shipped studies fails."""
     code = (
         "import errno, sys\n"
         "import longspan.study.shipped as shipped\n"
         "from longspan.cli import main\n"
-        "def fail(): raise " + error + "\n"
-        "shipped.list_studies = fail\n"
-        "sys.argv = ['longspan', 'studies']\n"
+        "def fail(*names): raise " + error + "\n"
+        "shipped.list_studies = shipped.find_study = fail\n"
+        f"sys.argv = ['longspan', *{words or ('studies',)}]\n"
         "main()"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_ctrl_c_exits_3_wherever_it_strikes() -> None:
-    result = failing("KeyboardInterrupt")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "quickstart"), "stopped; run the same command again to go on from here\n"),
+        # What keeps nothing does not say that it would go on.
+        (("budget", "quickstart"), "stopped\n"),
+    ],
+)
+def test_ctrl_c_exits_3_wherever_it_strikes(words: tuple[str, ...], said: str) -> None:
+    result = failing("KeyboardInterrupt", *words)
     assert result.returncode == 3
-    assert result.stderr == "stopped; run the same command again to go on from here\n"
+    assert result.stderr == said
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.foundation.errors import LongspanError, Stopped, UserError
+from longspan.commands.ending import run_to_its_end
+from longspan.commands.options import (
+    DEFAULT_RUNS,
+    Debug,
+    Duplicates,
+    Jobs,
+    Json,
+    Overrides,
+    RecordedRun,
+    RunOnly,
+    Runs,
+    Select,
+    StudyName,
+    Subject,
+)
+from longspan.foundation.machine import follows, tune_allocator
 
 if TYPE_CHECKING:
     from longspan.study.run import Stage
@@ -23,34 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-StudyName = Annotated[
-    str, typer.Argument(help="a shipped study (see `longspan studies`) or a .yaml file", metavar="STUDY")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings to change, e.g. tokens=2e6 variant=cpu", metavar="KEY=VALUE")
-]
-Subject = Annotated[
-    str, typer.Argument(help="runs/jobs/train-..., runs/STUDY, or Hugging Face weights (folder or id)", metavar="RUN")
-]
-RunOnly = Annotated[str, typer.Argument(help="runs/jobs/train-... or runs/STUDY", metavar="RUN")]
-Select = Annotated[
-    list[str] | None,
-    typer.Argument(help="which subject of runs/STUDY, e.g. pattern=AMAM seed=0", metavar="KEY=VALUE"),
-]
-RecordedRun = Annotated[str, typer.Argument(help="a folder or file with records, or runs/STUDY", metavar="RUN")]
-Duplicates = Annotated[str, typer.Option("--duplicates", help="items answered more than once: all, first or drop")]
-Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="LONGSPAN_RUNS")]
-Jobs = Annotated[
-    int,
-    typer.Option(
-        "--jobs", min=1, help="jobs at a time on a CPU, each with its share of the cores; pays for small models"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DEFAULT_RUNS = Path("runs")
-INTERRUPTED = 130
 
 
 @app.command()
@@ -70,7 +54,7 @@ def run(
 def prepare(
     study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
 ) -> None:
-    """Prepare the corpus of a study: download, clean, deduplicate, tokenize, store."""
+    """Prepare the corpus of a study. Download, clean, deduplicate, tokenize, store."""
     _stages(study, overrides, runs, json, "prepare")
 
 
@@ -83,7 +67,7 @@ def train(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train the subjects of a study (and prepare its corpus, if that is missing)."""
+    """Train the subjects of a study. Its corpus is prepared, if that is missing."""
     _stages(study, overrides, runs, json, "train", jobs)
 
 
@@ -96,7 +80,7 @@ def probe(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Ask the trained subjects of a study (and do what is missing before)."""
+    """Ask the trained subjects of a study. What is missing before is done."""
     _stages(study, overrides, runs, json, "probe", jobs)
 
 
@@ -104,7 +88,7 @@ def probe(
 def report(
     study: StudyName, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False
 ) -> None:
-    """Write the report of a study from its records; trains and asks nothing."""
+    """Write the report of a study from its records. Trains and asks nothing."""
     from longspan.study.shipped import find_study
 
     find_study(study)
@@ -133,7 +117,7 @@ def generate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt with a trained run (or Hugging Face weights); text goes to stdout as it is written."""
+    """Continue a prompt with a trained run or Hugging Face weights. Text goes to stdout as it is written."""
     from longspan.commands.generate import generate as write
     from longspan.commands.generate import read_prompt
     from longspan.engines.base import Sampling
@@ -171,7 +155,7 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a trained run as a Hugging Face folder, which stock transformers loads, and compare what it computes."""
+    """Write a trained run as a Hugging Face folder. Stock transformers loads it; what it computes is compared."""
     from longspan.commands.export import export as write
     from longspan.commands.export import find_trained_run
     from longspan.engines.run_index import parse_selectors
@@ -202,7 +186,7 @@ def budget(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what the subjects of a study cost before anything runs: parameters, FLOPs, state bytes, time, match."""
+    """Show what a study costs before anything runs. Parameters, FLOPs, state bytes, time and match of its subjects."""
     from longspan.study.shipped import find_study
 
     find_study(study)
@@ -240,8 +224,8 @@ def bench(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure training, prefill, decoding and memory on this machine; the last line is one JSON object."""
-    _tune_allocator()
+    """Measure training, prefill, decoding and memory here. The last line is one JSON object."""
+    tune_allocator()
     from longspan.commands.bench.run import bench as measure
     from longspan.commands.bench.setting import read_setting
 
@@ -288,7 +272,7 @@ def import_(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make records of answers that were recorded elsewhere, to score and compare them like any other."""
+    """Make records of answers that were recorded elsewhere. They are scored and compared like any other."""
     from longspan.commands.import_answers import import_answers
 
     import_answers(files, form, to, subject=subject, context=context, duplicates=duplicates, json=json)
@@ -306,7 +290,7 @@ def compare(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare subjects on the items that both answered: paired differences, McNemar, Holm, detectable difference."""
+    """Compare subjects on the items that both answered. Paired differences, McNemar, Holm, detectable difference."""
     from longspan.commands.compare import compare as compare_runs
 
     compare_runs(runs, metric=metric, scorer=scorer, duplicates=duplicates, across=across, json=json)
@@ -318,7 +302,7 @@ def compare(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with `--model longspan`; all that follows goes to it unchanged."""
+    """Run lm-evaluation-harness with `--model longspan`. All that follows goes to it unchanged."""
     from longspan.commands.lm_eval import run_harness
 
     run_harness(context.args)
@@ -341,7 +325,7 @@ def studies(json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def doctor(runs: Runs = DEFAULT_RUNS, json: Json = False, debug: Debug = False) -> None:
-    """Show what this machine has, and what each missing extra would bring."""
+    """Show what this machine has and what extras would bring."""
     from longspan.study.environment import doctor as examine
     from longspan.terminal import print_json, print_table
 
@@ -357,9 +341,7 @@ def _stages(study: str, overrides: list[str] | None, runs: Path, json: bool, unt
 
     # A misspelt name is answered before anything heavy is imported.
     find_study(study)
-    _tune_allocator()
-    from longspan.foundation.machine import follows
-
+    tune_allocator()
     if follows():
         from longspan.study.executors.torchrun import follow
 
@@ -382,82 +364,11 @@ def _print_outcome(outcome: Any, json: bool) -> None:
         print_summary(outcome)
 
 
-def _tune_allocator() -> None:
-    """Start again under allocator settings that keep freed memory in the process (glibc reads them only at start)."""
-    from longspan.foundation.machine import ALLOCATOR
-
-    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ or "LONGSPAN_NO_REEXEC" in os.environ:
-        return
-    if sys.orig_argv[:1] and os.path.exists(sys.executable):
-        environment = {**os.environ, "GLIBC_TUNABLES": ALLOCATOR}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
 def main() -> None:
-    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped, can be resumed)."""
+    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped by Ctrl-C)."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    try:
-        # Typer turns Ctrl-C into the code that shells use for it.
-        if app(standalone_mode=False) == INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
-        _let_exit()
-        _print_error(Stopped("stopped; run the same command again to go on from here"))
-        sys.exit(Stopped.exit_code)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except BrokenPipeError:
-        # Whoever read the output has gone (`| head`); Python would complain about it once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        _let_exit()
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        sys.exit(_explain(error))
-
-
-def _let_exit() -> None:
-    """From here on one more Ctrl-C changes nothing but the exit code and the last line, so it is passed over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _explain(error: Exception) -> int:
-    """Say what went wrong; the exit code."""
-    from longspan.foundation.failures import machine_error
-
-    told = error if isinstance(error, LongspanError) else _usage_error(error) or machine_error(error)
-    if told is not None:
-        _print_error(told)
-        return told.exit_code
-    print(
-        f"error: unexpected {type(error).__name__}: {error}\n  this is a defect of Longspan, not of your input\n"
-        "  fix: run again with --debug and report the traceback",
-        file=sys.stderr,
-    )
-    return 1
-
-
-def _usage_error(error: Exception) -> UserError | None:
-    """Wrong use of the command line, as Typer found it."""
-    if not type(error).__module__.startswith(("typer", "click")) or not hasattr(error, "format_message"):
-        return None
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "longspan"
-    usage = context.get_usage().removeprefix("Usage: ") if context is not None else "longspan COMMAND"
-    allowed = " ".join(usage.split())
-    if commands := getattr(context and context.command, "commands", None):
-        allowed = ", ".join(commands)
-    return UserError(error.format_message().rstrip("."), allowed, f"see `{path} --help`")
-
-
-def _print_error(error: LongspanError) -> None:
-    if isinstance(error, UserError):
-        print(f"error: {error.given}\n  allowed: {error.allowed}\n  fix: {error.fix}", file=sys.stderr)
-    else:
-        print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr)
+    run_to_its_end(app)
 
 
 if __name__ == "__main__":

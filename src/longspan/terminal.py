@@ -102,7 +102,7 @@ class Terminal:
             Stopped: the person asked to stop; the stage leaves its files whole.
         """
         if self._stop:
-            raise Stopped("stopped; run the same command again to go on from here")
+            raise Stopped(Stopped.GO_ON)
         if self.quiet:
             return
         shown = self._jobs.setdefault(job.key, _Shown())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from longspan.commands.bench import run
 from longspan.commands.bench.ceilings import Ceilings
 from longspan.commands.bench.measured import share_of_ceiling
-from longspan.commands.bench.run import LEFT_OUT, bench, measure
+from longspan.commands.bench.plan import LEFT_OUT, expected_seconds, plan, to_go_on
+from longspan.commands.bench.run import bench, measure
 from longspan.commands.bench.setting import models_of, read_setting
 from longspan.foundation.errors import UserError
 from longspan.models.budget import count_parameters, state_bytes
@@ -20,6 +23,9 @@ TINY: dict[str, Any] = {
     "patterns": "AM,MM", "contexts": "32", "parameters": "130k", "device": "cpu", "dtype": None, "seconds": 0.01,
     "vocab_size": 258, "batch_tokens": 64, "new_tokens": 3,
 }  # fmt: skip
+
+
+AT_BEST = Ceilings("", 1e12, 1e11)
 
 
 def tiny(**changes: Any) -> Any:
@@ -87,8 +93,48 @@ def test_a_rate_at_the_ceiling_is_a_share_of_one() -> None:
 
 def test_what_the_time_does_not_allow_is_named() -> None:
     setting = tiny(seconds=0.0)
-    found = measure(setting, models_of(setting), Ceilings("", 1.0, 1.0), peers=False, say=lambda text: None)
+    models = models_of(setting)
+    found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
     assert [each.failure for each in found] == [LEFT_OUT] * 6
+    command = "longspan bench --patterns AM,MM --contexts 32 --seconds 10 --device cpu --parameters 130000 "
+    assert to_go_on(setting, models, AT_BEST, found) == f"{command}--vocab-size 258 --batch-tokens 64 --new-tokens 3"
+    assert to_go_on(setting, models, AT_BEST, [replace(each, failure="") for each in found]) is None
+
+
+def test_everything_is_measured_at_the_shortest_context_before_any_at_a_longer_one() -> None:
+    pytest.importorskip("transformers")
+    setting = tiny(patterns="AA,MS", contexts="64,32")
+    cells = [
+        (cell.context, cell.pattern, cell.who.partition(" ")[0])
+        for cell in plan(setting, models_of(setting), peers=True)
+    ]
+    one = [("AA", "longspan"), ("MS", "longspan"), ("AA", "transformers")]
+    assert cells == [(context, *each) for context in (32, 64) for each in one]
+
+
+def test_what_would_take_longer_than_is_left_gives_way_to_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tiny(patterns="AM,MM,AA", seconds=30.0)
+    models = models_of(setting)
+    monkeypatch.setattr(run, "expected_seconds", lambda cell, *others: 60.0 if cell.pattern != "AA" else 1.0)
+    monkeypatch.setattr(run, "_measure_one", lambda config, pattern, *others: [pattern])
+    found: list[Any] = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
+    assert [each if isinstance(each, str) else each.failure for each in found] == ["AM", *[LEFT_OUT] * 3, "AA"]
+
+
+def test_longer_contexts_are_expected_to_take_longer() -> None:
+    setting = tiny(patterns="AA", contexts="32,4096")
+    models = models_of(setting)
+    short, long = (
+        expected_seconds(cell, models["AA"], setting, AT_BEST) for cell in plan(setting, models, peers=False)
+    )
+    assert 0 < short < long
+
+
+def test_a_gpu_gets_widths_of_whole_tiles() -> None:
+    setting = replace(tiny(patterns="A12,M12,(AM)6", parameters="110M", vocab_size=32_768), device=torch.device("cuda"))
+    models = models_of(setting)
+    assert (models["A12"].width, models["A12"].heads, models["A12"].hidden) == (768, 12, 2048)
+    assert all(model.hidden % 64 == 0 for model in models.values())
 
 
 def test_a_peer_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,15 +143,17 @@ def test_a_peer_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(run, "trained", broken)
     setting = tiny(patterns="AM", seconds=0.3)
-    found = measure(setting, models_of(setting), Ceilings("", 1.0, 1.0), peers=False, say=lambda text: None)
+    found = measure(setting, models_of(setting), AT_BEST, peers=False, say=lambda text: None)
     assert [each.failure for each in found] == ["TypeError: no such kernel here", "", ""]
     assert found[1].rate is not None
 
 
 def test_transformers_computes_the_same_models_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    setting = tiny(patterns="AA,MS", seconds=6.0)
-    found = measure(setting, models_of(setting), Ceilings("", 1.0, 1.0), peers=True, say=lambda text: None)
+    setting = tiny(patterns="AA,MS", seconds=1.5)
+    # However busy the machine, the time is never over.
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    found = measure(setting, models_of(setting), AT_BEST, peers=True, say=lambda text: None)
     theirs = [each for each in found if each.who == "transformers LlamaForCausalLM"]
     # No class of transformers computes MS.
     assert {each.who for each in found} == {"longspan", "transformers LlamaForCausalLM"}

@@ -138,6 +138,11 @@ def test_an_earlier_export_is_replaced_only_when_asked(
     assert longspan(*words) == 2
     assert "--force" in capsys.readouterr().err
     assert longspan(*words, "--force") == 0
+    capsys.readouterr()
+    assert longspan("export", str(tmp_path / "out"), "--to", str(tmp_path / "again")) == 2
+    shown = capsys.readouterr().err
+    assert "is a Hugging Face folder already" in shown
+    assert "use it as it is" in shown
 
 
 def test_a_folder_that_computes_something_else_is_not_written(

@@ -182,7 +182,7 @@ def test_the_meta_device_allocates_nothing():
         ({"conv": 40}, "mixers.M.conv = 40"),
         ({"mixers": {"A": {"head": 2}}}, "unknown key `model.mixers.A.head`"),
         ({"mixers": {"B": {"positions": "nope"}}}, "mixers.B has no mixer"),
-        ({"mixers": {"B": {"mixer": "attentive"}}}, "mixers.B.mixer = 'attentive'"),
+        ({"mixers": {"B": {"mixer": "attentive"}}}, "mixers.B.mixer: no mixer is called 'attentive'"),
         ({"pattern": ["AM"]}, "model.pattern: the list"),
         ({"mixers": {"[AM]": {"heads": 2}}}, "mixers.[AM]"),
         ({"mixers": {"AM": {"mixer": "attention"}}}, "mixers.AM"),

@@ -17,8 +17,10 @@ from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import LanguageModel, ModelConfig
 from longspan.probes.base import ProbeData, make_probe
+from longspan.probes.mqar import half_right
 from longspan.records.observation import Measurement, Summary, summarise
 from longspan.records.statistics import wilson
+from longspan.records.store import Record
 
 TASKS: dict[str, dict[str, Any]] = {
     "copy": {"task": "copy", "vocab_size": 2, "min_length": 1, "max_length": 4},
@@ -234,7 +236,7 @@ def test_mqar_is_asked_cell_by_cell_and_against_the_state(tmp_path: Path, ask: A
     # Two values out of nine; the parrot holds four bytes a token.
     assert one.answer["bits"] == pytest.approx(2 * np.log2(9))
     (load,) = [seen.x for seen in probe.observe(one) if seen.metric == "load"]
-    assert load == pytest.approx(2 * np.log2(9) / (4 * 16 / 1024), rel=0.01)
+    assert load == pytest.approx(100 * 2 * np.log2(9) / (8 * 4 * 16), rel=0.01)
     found = measured(probe, records)
     assert found["accuracy", 4.0].n == 8
     assert found["accuracy", 1.0].n == 16
@@ -265,3 +267,41 @@ def test_mqar_that_cannot_be_is_refused(settings: dict[str, Any], words: str, tm
 def test_mqar_of_another_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="with the task copy"):
         make_probe("mqar").items(data_of(TASKS["copy"], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rights", "expected"),
+    [
+        ([1.0, 0.9, 0.3], (10 * 2 ** (2 / 3), 0)),
+        # Fewer pairs than in training can be answered worse; they are not the load that a state breaks under.
+        ([0.3, 0.5, 0.1], (10.0, 0)),
+        ([0.4, 0.3, 0.2], (5.0, -1)),
+        ([0.9, 0.8, 0.7], (20.0, 1)),
+    ],
+)
+def test_half_right_is_the_last_load_with_half(rights: list[float], expected: tuple[float, int]) -> None:
+    assert half_right(list(zip((5.0, 10.0, 20.0), rights, strict=True))) == (pytest.approx(expected[0]), expected[1])
+
+
+def recalling(subject: str, seed: int, kept: int) -> list[Record]:
+    """Rows of a subject that keeps some pairs and no more, with a state of 4,000 bits."""
+    answers = [
+        {"size": size, "bits": 5.0 * size, "state_bits": 4000, "forced": [int(i < kept) for i in range(size)]}
+        for size in (1, 2, 4, 8, 16)
+    ]
+    return [
+        Record(key="", probe="mqar", protocol={}, item=f"{answer['size']}", subject=subject, seed=seed, fingerprint="",
+               answer=answer, seconds=0.0)
+        for answer in answers
+    ]  # fmt: skip
+
+
+def test_a_subject_holds_the_median_of_its_seeds() -> None:
+    runs = [recalling("small", seed, kept) for seed, kept in enumerate((2, 4, 1))] + [recalling("large", 0, 16)]
+    found = {(m.metric, m.subject): m for m in make_probe("mqar").derive_of_runs(runs)}
+    small, large = found["half", "small"], found["half", "large"]
+    # What keeps k pairs of n answers half of 2k.
+    assert (small.low, small.value, small.high) == pytest.approx((10.0, 20.0, 40.0))
+    assert (small.seeds, small.note) == (3, "")
+    assert (large.value, large.note) == (80.0, "1 of 1 seeds above half at the most asked")
+    assert found["state_bits", "small"].value == 4000.0

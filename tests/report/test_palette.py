@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import pytest
 from longspan.models.mixers import registered
 from longspan.report.arms import arrange
 from longspan.report.data import ReportInput
-from longspan.report.palette import NAMES, letter_names, level_shades, mixer_shade, pattern_shades, split_layers
+from longspan.report.palette import (
+    NAMES,
+    contrast,
+    letter_names,
+    level_shades,
+    mixer_shade,
+    pattern_shades,
+    split_layers,
+)
 
 # Full colour-vision deficiency in linear sRGB: Machado, Oliveira and Fernandes (2009).
 DEFICIENCIES = {
@@ -77,3 +86,34 @@ def test_crossed_factors_become_colours_and_panels(leakage_report: ReportInput) 
     assert arms.panels == ("isolation full", "isolation attention", "isolation state", "isolation none")
     assert arms["MMMM/full"].short == "MMMM"
     assert arms["MMMM/full"].variable == arms["MMMM/none"].variable
+
+
+COPYING = {"AA": "attention", "HH": "attention", "BB": "attention", "RR": "attention", "NN": "attention",
+           "MM": "mamba2", "LL": "lstm", "mm": "mamba1", "MH": "mamba2 attention"}  # fmt: skip
+RECALL = {"AA": "attention", "MM": "mamba2", "PP": "mamba2", "QQ": "mamba2", "mm": "mamba1", "DD": "gated_deltanet",
+          "LL": "lstm", "AM": "attention mamba2"}  # fmt: skip
+
+
+@pytest.mark.parametrize("mixers", [COPYING, RECALL], ids=["copying", "recall"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_one_mixer_with_several_settings_has_colours_apart(mixers: dict[str, str], theme: str) -> None:
+    named = {pattern: (2 * names.split())[:2] for pattern, names in mixers.items()}
+    shades = pattern_shades(named)
+    paper = {"light": "#ffffff", "dark": "#14171b"}[theme]
+    assert all(contrast(getattr(shade, theme), paper) > 2 for shade in shades.values())
+    for deficiency, least in (("none", 15), ("protanopia", 7), ("deuteranopia", 7)):
+        matrix = np.array(DEFICIENCIES.get(deficiency, np.eye(3)))
+        seen = {p: lab(getattr(s, theme), matrix) for p, s in shades.items()}
+        for a, b in itertools.combinations(seen, 2):
+            assert np.linalg.norm(seen[a] - seen[b]) > least, (deficiency, a, b)
+
+
+def test_subjects_of_the_same_mixers_differ_in_dashes_and_points_too(quickstart_report: ReportInput) -> None:
+    one = quickstart_report.subjects[0]
+    alike = [replace(one, label=name, letters=2 * name, factors={"pattern": name}, mixers=("attention",) * 2)
+             for name in "AHB"]  # fmt: skip
+    other = replace(one, label="M", letters="MM", factors={"pattern": "M"}, mixers=("mamba2",) * 2)
+    arms = arrange(replace(quickstart_report, subjects=[*alike, other]))
+    assert len({arms.dashes[arms[name].stroke] for name in "AHB"}) == 3
+    assert len({arms[name].shape for name in "AHB"}) == 3
+    assert arms["M"].style == 0

@@ -17,6 +17,8 @@ from longspan.study.run import run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_the_shapes_are_of_one_size() -> None:
     sizes = [count_parameters(*source.shape_config()).total for source in load_study("cost-at-length").sources]

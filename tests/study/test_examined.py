@@ -21,6 +21,8 @@ from longspan.study.run import run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 _spec = importlib.util.spec_from_file_location("stub_server", Path(__file__).parents[1] / "engines" / "stub_server.py")
 assert _spec is not None
 assert _spec.loader is not None

@@ -8,7 +8,8 @@ import pytest
 
 from longspan.foundation.errors import UserError
 from longspan.study.expand import expand
-from longspan.study.schema import ExaminedConfig, load_study
+from longspan.study.schema import load_study
+from longspan.study.sections import ExaminedConfig
 
 LONGEST = 131_072
 

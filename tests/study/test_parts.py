@@ -10,7 +10,7 @@ from longspan.engines.run_index import find_run
 from longspan.foundation.errors import UserError
 from longspan.report.arms import arrange
 from longspan.report.content import lay_out
-from longspan.report.data import ReportInput, load
+from longspan.report.data import load
 from longspan.report.tables import summary_rows
 from longspan.study.expand import expand
 from longspan.study.run import run_study
@@ -76,12 +76,7 @@ def test_parts_are_left_out_or_changed_by_name(study: str) -> None:
         expand(load_study(study, ["also.recall.traning.steps=7"]))
 
 
-def test_both_parts_end_in_one_report(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_page(report: ReportInput, folder: Path) -> Path:
-        (folder / "report.html").write_text(report.question)
-        return folder / "report.html"
-
-    monkeypatch.setattr("longspan.report.page.write_report", no_page)
+def test_both_parts_end_in_one_report(study: str, tmp_path: Path, no_page: None) -> None:
     outcome = run_study(study, [], tmp_path / "runs", until="report", terminal=Terminal(quiet=True))
     folder = Path(outcome.data["report"]).parent
     facts = load(folder / "report.json")

@@ -21,6 +21,8 @@ from longspan.study.run import run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 pytest.importorskip("huggingface_hub")
 FIRST, SECOND = "a" * 39 + "1", "a" * 39 + "2"
 STUDY = """

@@ -9,7 +9,6 @@ import pytest
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models.config import ModelConfig
-from longspan.models.mixers import base
 from longspan.study.plugin_laws import check_own_mixers
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/mixer.py"
@@ -64,12 +63,6 @@ BROKEN = {
 }
 
 
-@pytest.fixture
-def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Letters that are registered here are forgotten again."""
-    monkeypatch.setattr(base, "_MIXERS", dict(base.registered()))
-
-
 def config(letter: str) -> ModelConfig:
     return ModelConfig(pattern=f"{letter}A", width=16, heads=2, mlp="none")
 
@@ -80,7 +73,7 @@ def plugin(folder: Path, letter: str, body: str, held: str = "0") -> Path:
     return path
 
 
-@pytest.mark.usefixtures("scratch")
+@pytest.mark.usefixtures("plugins_forgotten")
 @pytest.mark.parametrize("letter", sorted(BROKEN))
 def test_a_mixer_that_breaks_a_law_is_refused_by_it(tmp_path: Path, letter: str) -> None:
     body, law = BROKEN[letter]
@@ -92,7 +85,7 @@ def test_a_mixer_that_breaks_a_law_is_refused_by_it(tmp_path: Path, letter: str)
     assert "docs/add-a-mixer.md" in caught.value.fix
 
 
-@pytest.mark.usefixtures("scratch")
+@pytest.mark.usefixtures("plugins_forgotten")
 def test_state_bytes_are_measured(tmp_path: Path) -> None:
     body = "return self.out_proj(x), None if state is None else Last(x[:, -1])"
     load_file(plugin(tmp_path, "W", body, held="8"))
@@ -100,7 +93,7 @@ def test_state_bytes_are_measured(tmp_path: Path) -> None:
         check_own_mixers([config("W")])
 
 
-@pytest.mark.usefixtures("scratch")
+@pytest.mark.usefixtures("plugins_forgotten")
 def test_weights_that_write_the_output_must_be_there(tmp_path: Path) -> None:
     path = plugin(tmp_path, "Y", "return self.projection(x), state")
     path.write_text(path.read_text().replace("out_proj", "projection"))
@@ -110,7 +103,7 @@ def test_weights_that_write_the_output_must_be_there(tmp_path: Path) -> None:
     assert "`projection.weight`" in caught.value.allowed
 
 
-@pytest.mark.usefixtures("scratch")
+@pytest.mark.usefixtures("plugins_forgotten")
 def test_a_mixer_without_its_methods_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bare.py"
     path.write_text(
@@ -121,6 +114,7 @@ def test_a_mixer_without_its_methods_is_refused(tmp_path: Path) -> None:
         check_own_mixers([config("Z")])
 
 
+@pytest.mark.usefixtures("plugins_forgotten")
 def test_the_documented_example_passes() -> None:
     load_file(EXAMPLE)
     check_own_mixers([config("E")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,7 @@ def test_the_plan_is_printed_before_anything_is_trained(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     lines = finished[1].stderr.splitlines()
+    assert any(re.fullmatch(r"note: training needs .* FLOP, about .*; validation and probes .* top", s) for s in lines)
     table = next(i for i, line in enumerate(lines) if "1 × attention, 1 × mamba2" in line)
     trained = next(i for i, line in enumerate(lines) if line.startswith("done: train"))
     assert table < trained
@@ -98,7 +100,7 @@ def test_running_again_does_nothing_and_gives_the_same(
     folder, _ = finished
     before = results(folder)
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "runs/jobs").rglob("done.json")}
-    again = run_longspan(folder, "run", "mini.yaml")
+    again = run_longspan(folder, "run", "mini.yaml", figures=False)
     assert "9 of 9 jobs were done before" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs/jobs").rglob("done.json")} == stamps
     assert results(folder) == before
@@ -108,7 +110,7 @@ def test_only_what_an_override_changes_runs_again(
     run_longspan: Run, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     folder, _ = finished
-    changed = run_longspan(folder, "run", "mini.yaml", "probes.suffix_identification.num_items=10")
+    changed = run_longspan(folder, "run", "mini.yaml", "probes.suffix_identification.num_items=10", figures=False)
     assert "7 of 9 jobs were done before" in changed.stderr
 
 
@@ -118,7 +120,7 @@ def test_report_alone_rebuilds_the_page(
     folder, _ = finished
     page = folder / "runs/mini/report.html"
     page.unlink()
-    outcome = json.loads(run_longspan(folder, "report", "mini.yaml", "--json").stdout)
+    outcome = json.loads(run_longspan(folder, "report", "mini.yaml", "--json", figures=False).stdout)
     assert page.is_file()
     assert outcome["report"].endswith("runs/mini/report.html")
 
@@ -295,13 +297,13 @@ def test_a_file_that_is_gone_from_a_finished_job_says_what_to_remove_and_that_he
 def test_the_report_of_another_version_of_a_study_moves_aside(run_longspan: Run, copied: Path) -> None:
     page = (copied / "runs/mini/report.html").read_bytes()
     (copied / "mini.yaml").write_text(STUDY.replace("num_items: 20", "num_items: 12"))
-    changed = run_longspan(copied, "run", "mini.yaml")
+    changed = run_longspan(copied, "run", "mini.yaml", figures=False)
     (aside,) = (copied / "runs").glob("mini-was-*")
     assert f"runs/{aside.name}" in changed.stderr
     assert (aside / "report.html").read_bytes() == page
     assert "num_items: 12" in (copied / "runs/mini/study.yaml").read_text()
     (copied / "mini.yaml").write_text(STUDY)
-    back = run_longspan(copied, "run", "mini.yaml")
+    back = run_longspan(copied, "run", "mini.yaml", figures=False)
     assert "mini-was-" in back.stderr
     assert len(list((copied / "runs").glob("mini-was-*"))) == 2
 

@@ -8,9 +8,10 @@ import pytest
 
 from longspan.foundation.errors import UserError
 from longspan.study.expand import expand
+from longspan.study.overlay import resolve_key
 from longspan.study.plan import make_plan
 from longspan.study.run_folder import claim_study_folder
-from longspan.study.schema import load_study, resolve_key
+from longspan.study.schema import load_study
 
 SMALL = """
 question: Does it unfold?

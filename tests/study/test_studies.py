@@ -15,6 +15,8 @@ from longspan.study.run import check_items, run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 TINY = [
     "vocab_size=320", "model.width=32", "model.heads=2", "model.state=8", "model.mamba_head_dim=16",
     "model.mlp_width=48", "training.context=64", "training.batch_tokens=512", "training.evaluate_every=10",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from longspan.foundation.errors import DivergenceError, Stopped, UserError
 from longspan.foundation.progress import Progress
 from longspan.foundation.randomness import numpy_generator
+from longspan.training import distributed
 from longspan.training.config import TrainingConfig
 from longspan.training.metrics import read_metrics
 from longspan.training.ranks import LostRank, Ranks
@@ -60,13 +61,33 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert len({(r.steps, r.tokens, r.targets, r.best.step, r.best.num_targets) for r in results}) == 1
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(small: ModuleType, tmp_path: Path, alone: Path, parallel: str) -> None:
+@pytest.mark.parametrize(("parallel", "least"), [("ddp", None), ("fsdp", None), ("fsdp", 1)])
+def test_two_processes_do_what_one_does(
+    small: ModuleType, tmp_path: Path, alone: Path, parallel: str, least: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if least is not None:
+        # As a large model: every layer by itself, given back after its forward pass.
+        monkeypatch.setattr(distributed, "UNIT_BYTES", least)
+        monkeypatch.setattr(distributed, "GATHERED_BYTES", 0)
     first, second = small.together(tmp_path, 2, **plain(small, parallel=parallel))
     assert isinstance(first, TrainingResult), first
     assert first == second
     assert first.device.startswith("2 × cpu")
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "least", "wanted"),
+    [
+        ([5, 5, 5, 5], 10, [[0, 1], [2, 3]]),
+        ([5, 5, 5], 10, [[0, 1, 2]]),
+        ([20, 3, 20, 20], 10, [[0], [1, 2], [3]]),
+        ([1, 1], 10, [[0, 1]]),
+        ([], 10, []),
+    ],
+)
+def test_small_layers_are_gathered_together(sizes: list[int], least: int, wanted: list[list[int]]) -> None:
+    assert [list(unit) for unit in distributed.units(sizes, least)] == wanted
 
 
 def stop_after(calls: int) -> Callable[[int], Callable[[Progress], None]]:

@@ -22,6 +22,7 @@ from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.extras import require
 from longspan.foundation.randomness import torch_generator
 from longspan.models.interchange import DTYPES, Written, read_folder, write_folder
+from longspan.models.interchange.config_keys import CONFIG
 from longspan.models.language_model import LanguageModel
 from longspan.terminal import print_json
 
@@ -62,6 +63,12 @@ def find_trained_run(name: str, select: dict[str, str]) -> TrainedRun:
     """
     folder = Path(name).expanduser()
     run = locate_run(folder, select)
+    if run is None and (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds {CONFIG}: it is a Hugging Face folder already",
+            "a run's folder, or a study's folder with selectors",
+            "use it as it is; for another dtype or context export its run again, with --force where it may be replaced",
+        )
     if run is None:
         problem = f"{folder} holds neither {SUBJECT} nor {SUBJECTS}" if folder.exists() else f"{folder} is not there"
         raise UserError(problem, "a run's folder, or a study's folder with selectors", "check the path")

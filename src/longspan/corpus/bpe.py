@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longspan.corpus.words import WordCache
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, UserError, first_line
+from longspan.foundation.hub import fetch_file
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece-like vocabularies write for a space
@@ -161,14 +162,11 @@ def find_tokenizer_file(name: str, revision: str | None) -> Path:
     allowed = "a tokenizer.json, a folder that holds one, or a Hugging Face id like `HuggingFaceTB/SmolLM-135M`"
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith(".json"):
         raise UserError(f"tokenizer {name} does not exist", allowed, "check the path")
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
+        return fetch_file(name, "tokenizer.json", revision)
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, refused
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"tokenizer {name} is neither a path nor can it be fetched from the hub ({reason})",
+            f"tokenizer {name} is neither a path nor can it be fetched from the hub ({first_line(error)})",
             allowed,
             "check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN for gated models)",
         ) from error

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
 
 class LongspanError(Exception):
     """Base of every error that Longspan raises on purpose; `exit_code` is what the command line returns."""
@@ -47,6 +54,8 @@ class DivergenceError(LongspanError):
 
 
 class Stopped(LongspanError):
-    """The user asked to stop; everything written so far is kept and the same command goes on from here."""
+    """The user asked to stop; everything written so far is kept."""
 
     exit_code = 3
+    GO_ON: ClassVar = "stopped; run the same command again to go on from here"
+    """What a command that keeps its work says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 """glibc tunables that keep freed memory in the process: 1.1 to 1.3 times the training speed on CPU."""
@@ -21,3 +22,12 @@ def num_launched() -> int:
 def follows() -> bool:
     """Whether torchrun started this process to help another one."""
     return num_launched() > 1 and os.environ["RANK"] != "0"
+
+
+def tune_allocator() -> None:
+    """Start again under allocator settings that keep freed memory in the process (glibc reads them only at start)."""
+    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ or "LONGSPAN_NO_REEXEC" in os.environ:
+        return
+    if sys.orig_argv[:1] and os.path.exists(sys.executable):
+        environment = {**os.environ, "GLIBC_TUNABLES": ALLOCATOR}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -17,6 +17,7 @@ from longspan.models.config import ModelConfig
 from longspan.models.mixers.base import MixerState, init_linear
 from longspan.models.norms import LayerNorm, RMSNorm
 from longspan.models.segments import Segments
+from longspan.ops import kernels
 
 
 class MLP(nn.Module):
@@ -96,9 +97,45 @@ class Block(nn.Module):
         """`forward` in training; around a mixer that no compiler can follow, what stands before and after it."""
         self.mixer.prepare(segments, x_BTD)
         if self.mixer.traceable(x_BTD.device):
-            return _compiled(Block._layer, backend)(self, x_BTD, segments)
+            whole: Callable[..., Tensor] = _compiled(Block._layer, backend)
+            return whole(self, x_BTD, segments)
         mixed_BTD, _ = self.mixer(_compiled(Block._normed, backend)(self, x_BTD), segments, None)
-        return _compiled(Block._finish, backend)(self, x_BTD, mixed_BTD)
+        rest: Callable[..., Tensor] = _compiled(Block._finish, backend)
+        return rest(self, x_BTD, mixed_BTD)
+
+    def chains(self, device: torch.device) -> bool:
+        """Whether `train_chained` can train this layer: compiled, on kernels, with nothing between sum and norm."""
+        # FSDP gives a layer another class; such a layer has its parameters only while it runs itself.
+        whole = type(self) is Block and isinstance(self.mixer_norm, RMSNorm)
+        return whole and self.compiled is not None and not self.dropout and kernels.wanted(device)
+
+    def train_chained(
+        self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` in training from the normed stream to the stream and its norm for the layer that follows.
+
+        A sum and the norm that reads it are one pass over memory that way, and so are their gradients.
+        """
+        assert self.compiled is not None
+        self.mixer.prepare(segments, x_BTD)
+        if self.mixer.traceable(x_BTD.device):
+            whole: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._chained, self.compiled)
+            return whole(self, x_BTD, normed_BTD, segments, following)
+        mixed_BTD, _ = self.mixer(normed_BTD, segments, None)
+        rest: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._finish_chained, self.compiled)
+        return rest(self, x_BTD, mixed_BTD, following)
+
+    def _chained(
+        self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        return self._finish_chained(x_BTD, self.mixer(normed_BTD, segments, None)[0], following)
+
+    def _finish_chained(self, x_BTD: Tensor, mixed_BTD: Tensor, following: RMSNorm) -> tuple[Tensor, Tensor]:
+        if self.mlp is None:
+            return following.of_sum(x_BTD, mixed_BTD)
+        assert isinstance(self.mlp_norm, RMSNorm)
+        x_BTD, normed_BTD = self.mlp_norm.of_sum(x_BTD, mixed_BTD)
+        return following.of_sum(x_BTD, self.mlp(normed_BTD))
 
     def _dropped(self, branch_BTD: Tensor) -> Tensor:
         # Without dropout even the call costs as much as a norm when one token is decoded.
@@ -121,7 +158,6 @@ class Block(nn.Module):
 
 
 @cache
-def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any], backend: str) -> Any:
     """One compilation for all layers of one kind: a compiler looks at the function's code, not at the layer."""
-    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-    return compiled  # type: ignore[no-any-return]
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)

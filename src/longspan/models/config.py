@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
+from longspan.foundation.registry import unknown_name
 from longspan.models.mixers import Mixer, registered
 from longspan.models.mixers.attention import Positions
 from longspan.models.mixers.parallel import ParallelSettings, side_by_side
@@ -121,7 +122,7 @@ class ModelConfig(Config):
             name = given.pop("mixer")
             by_name = {mixer.name: mixer for mixer in known.values()}
             if name not in by_name:
-                raise UserError(f"mixers.{letter}.mixer = {name!r}", ", ".join(sorted(by_name)), "name one of these")
+                raise unknown_name("mixer", name, sorted(by_name), where=f"mixers.{letter}.mixer")
             mixer = by_name[name]
         elif letter in known:
             mixer = known[letter]

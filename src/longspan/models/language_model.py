@@ -17,6 +17,7 @@ from longspan.foundation.randomness import torch_generator
 from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
 from longspan.models.mixers import Mixer
+from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
@@ -194,6 +195,8 @@ class LanguageModel(nn.Module):
             x_BTD = x_BTD + self.position_embedding(segments.positions)
         if self.training and self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout)
+        if state is None and torch.is_grad_enabled() and all(block.chains(x_BTD.device) for block in self.blocks):
+            return self._through_chain(x_BTD, segments), None
         after = []
         before = [None] * len(self.layers) if state is None else state.layers
         for block, layer_before in zip(self.layers, before, strict=True):
@@ -201,6 +204,15 @@ class LanguageModel(nn.Module):
             after.append(layer_state)
         hidden_BTD = self.norm(x_BTD)
         return hidden_BTD, None if state is None else ModelState(tuple(after), segments.past)
+
+    def _through_chain(self, x_BTD: Tensor, segments: Segments) -> Tensor:
+        """Hidden states after the last norm, where every layer hands the next one its normed input."""
+        norms = [*(block.mixer_norm for block in self.blocks), self.norm]
+        normed_BTD: Tensor = norms[0](x_BTD)
+        for block, following in zip(self.blocks, norms[1:], strict=True):
+            assert isinstance(following, RMSNorm)
+            x_BTD, normed_BTD = block.train_chained(x_BTD, normed_BTD, segments, following)
+        return normed_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., V); for training and scoring use `loss` and `token_nll`, which hold no such tensor."""

@@ -40,6 +40,17 @@ class RMSNorm(nn.Module):
             return y
         return _normalise(x, self._eps)[0].mul_(weight)
 
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """`x + branch` and its norm, the latter in the dtype that what reads it computes in."""
+        dtype = _computed_in(x)
+        if x.shape[-1] <= WIDEST_KERNEL and kernels.serve(x) and kernels.serve(branch):
+            from longspan.ops.triton.rms_norm import add_rms_norm
+
+            total, normed = add_rms_norm(x, branch, self.weight, self.eps, dtype)
+            return total, normed
+        total = x + branch
+        return total, self(total).to(dtype)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Ones."""

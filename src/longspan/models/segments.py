@@ -17,6 +17,10 @@ from longspan.ops.rotary import RopeScaling, Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]
 LONGEST_CONVOLUTION = 16
+BLOCK_LISTS = tuple(
+    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
+)
+"""Names of the tensors of torch's `BlockMask`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,20 @@ class Segments:
             doc_BT = self.attention_doc if self._host_doc is None else self._host_doc
             self._block_masks[window] = flex_block_mask(doc_BT, window=window, device=self.attention_doc.device)
         return self._block_masks[window]
+
+    def tensors(self) -> list[Tensor]:
+        """All that layers read on the device, what `rotation` and `block_mask` made so far included.
+
+        The order is the same for batches of one shape that were prepared alike, so that one can be copied over another.
+        """
+        ids = (self.attention_doc, self.key_doc, self.state_doc, self.previous_doc)
+        found = [self.positions, *(each for each in ids if each is not None)]
+        for rotation in self._rotations.values():
+            found += rotation
+        for mask in self._block_masks.values():
+            found += block_mask_tensors(mask)
+        distinct = {id(tensor): tensor for tensor in found}
+        return list(distinct.values())
 
     @classmethod
     def one_step(cls, positions_B1: Tensor, step: Step) -> Self:
@@ -229,6 +247,13 @@ class Segments:
             max_position=int(positions_BT.max()),
             _host_doc=attention_doc,
         )
+
+
+def block_mask_tensors(mask: Any) -> list[Tensor]:
+    """Of a `BlockMask`: its lists of blocks, and what its rule for single positions reads."""
+    lists = [getattr(mask, name) for name in BLOCK_LISTS]
+    rule = [cell.cell_contents for cell in mask.mask_mod.__closure__ or ()]
+    return [each for each in (*lists, *rule) if isinstance(each, Tensor)]
 
 
 def _position_in_run(doc_BT: Tensor) -> Tensor:

@@ -17,13 +17,11 @@ A probe of one's own is one file:
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +31,9 @@ from longspan.corpus.shards import TokenShards
 from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine, Generation
-from longspan.foundation.config import Config, did_you_mean, shown_value
+from longspan.foundation.config import Config, shown_value
 from longspan.foundation.errors import UserError
+from longspan.foundation.registry import Registry
 from longspan.records.observation import Measurement, Metric, Observation, Summary
 from longspan.records.store import Record
 
@@ -157,6 +156,11 @@ class Probe(Config, ABC):
     def derive(self, summary: Summary) -> tuple[Measurement, ...]:
         """Numbers of the metrics of kind `derived`, which no single item has: read off the summary of the others."""
         del summary
+        return ()
+
+    def derive_of_runs(self, runs: Sequence[Sequence[Record]]) -> tuple[Measurement, ...]:
+        """Numbers of the metrics of kind `derived` that are read off each run by itself: all records of one seed."""
+        del runs
         return ()
 
     def observe_together(self, records: Sequence[Record]) -> Iterable[Observation]:
@@ -287,33 +291,9 @@ def failure_of(written: Generation) -> dict[str, str]:
 
 # --- registry ---------------------------------------------------------------------------------------------------------
 
-_PROBES: dict[str, type[Probe]] = {}
-ProbeType = TypeVar("ProbeType", bound=type[Probe])
-
-
-def register(kind: str) -> Callable[[ProbeType], ProbeType]:
-    """Class decorator: studies may name the probe `kind`.
-
-    Raises:
-        UserError: another probe has that name.
-    """
-
-    def add(probe: ProbeType) -> ProbeType:
-        taken = _PROBES.get(kind)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (probe.__module__, probe.__qualname__):
-            raise UserError(f"a second probe called {kind!r}", "names that are free", f"rename it; taken: {taken}")
-        _PROBES[kind] = probe
-        return probe
-
-    return add
-
-
-def registered() -> Mapping[str, type[Probe]]:
-    """Every probe by its kind; those in this package are found by themselves."""
-    package = importlib.import_module("longspan.probes")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"longspan.probes.{module.name}")
-    return dict(_PROBES)
+_PROBES: Registry[Probe] = Registry("probe", package="longspan.probes")
+register = _PROBES.register
+registered = _PROBES.all
 
 
 def make_probe(name: str, settings: Any = None) -> Probe:
@@ -326,15 +306,11 @@ def make_probe(name: str, settings: Any = None) -> Probe:
     Raises:
         UserError: an unknown kind or setting, with the nearest one.
     """
-    kinds = registered()
     if settings is not None and not isinstance(settings, Mapping):
         problem = f"probes.{name} = {shown_value(settings)}"
         raise UserError(problem, "a mapping of settings", f"write `{name}: {{setting: value}}`")
     kind = str((settings or {}).get("kind", name))
-    if kind not in kinds:
-        fix = did_you_mean(kind, kinds, "name one of these, or load your own file under `plugins:`")
-        raise UserError(f"no probe is called {kind!r}", ", ".join(sorted(kinds)), fix)
-    return kinds[kind].parse({**(settings or {}), "kind": kind}, f"probes.{name}")
+    return _PROBES.find(kind).parse({**(settings or {}), "kind": kind}, f"probes.{name}")
 
 
 def reader(protocol: Mapping[str, Any], **reading: Any) -> Probe:

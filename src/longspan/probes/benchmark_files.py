@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan.corpus.sources.compressed import read_chunks, read_lines
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.extras import require
 from longspan.foundation.files import sha256_file
+from longspan.foundation.hub import fetch_file
 
 Rows = Sequence[dict[str, Any]]
 
@@ -95,13 +96,12 @@ def hub_file(dataset: str, filename: str, revision: str | None) -> Path:
         MissingExtra: the hub's client is not installed.
         DataError: it cannot be fetched.
     """
-    hub = require("hub", "huggingface_hub")
+    require("hub", "huggingface_hub")
     try:
-        return Path(hub.hf_hub_download(dataset, filename, repo_type="dataset", revision=revision))
+        return fetch_file(dataset, filename, revision, dataset=True)
     except Exception as error:  # the client raises many kinds: offline, not found, gated, refused
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"{filename} of the data set {dataset} cannot be fetched ({cause})",
+            f"{filename} of the data set {dataset} cannot be fetched ({first_line(error)})",
             "a reachable hub, or a local copy of that file",
             "check the network, or name a local copy with `data: PATH`",
         ) from error

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from longspan.engines.base import Engine, Tokens, require_finite
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.extras import require
 from longspan.probes.base import Asked, Item, Probe, ProbeData, register
 from longspan.probes.benchmark_files import Rows, file_digest, read_rows
@@ -256,9 +256,8 @@ class PG19(Probe):
         try:
             return list(datasets.load_dataset(HUB, split="test", revision=self.revision))
         except Exception as error:  # the library raises many kinds: offline, not found, refused
-            cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(
-                f"{HUB} cannot be loaded ({cause})",
+                f"{HUB} cannot be loaded ({first_line(error)})",
                 "a reachable hub, or a file of books",
                 "check the network, or name a file with `data: PATH`",
             ) from error

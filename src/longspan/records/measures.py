@@ -24,7 +24,8 @@ class Metric:
             `difference`: a ratio that is a difference of two proportions on the same items, within [-1, 1].
             `median`: median of numerator/denominator over repeats; low and high are the quartiles.
             `exact`: computed, not sampled; low and high equal the value.
-            `derived`: no item has it; the probe reads it off the other metrics (`Probe.derive`), interval included.
+            `derived`: no item has it; the probe reads it off the other metrics (`Probe.derive`) or off all records of a
+            training run (`Probe.derive_of_runs`), interval included.
         better: which direction is better.
         x_name: what `Observation.x` is (`position`, `context`), None for a single number.
         chance: what guessing scores, None where that has no meaning.
@@ -35,6 +36,8 @@ class Metric:
         y_unit: `%` where y is a share, else empty.
         floor: name of the probe's single-number metric that says what the same subject scores without what is tested,
             empty where nothing of the kind is asked.
+        bound: name of the probe's single-number metric that limits this one, empty where none does: the report draws
+            one against the other.
         counted: what its clusters are: documents, or the strings of a task.
         detail: True where the report shows it in a table beside the others and gives it no figure of its own.
         mark: an x that its figure reaches and marks, in place of what the probe marks; `mark_name` says what it is.
@@ -54,6 +57,7 @@ class Metric:
     y_name: str | None = None
     y_unit: Literal["", "%"] = ""
     floor: str = ""
+    bound: str = ""
     detail: bool = False
     sparse: bool = False
     counted: str = "documents"

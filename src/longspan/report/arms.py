@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from longspan.report import palette
 from longspan.report.data import ReportInput, SubjectFacts
 
-DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3))
+DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (12, 3))
+SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
+
+
+_STYLES = {str(style): dash for style, dash in enumerate(DASHES)}
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Arm:
         panel: levels of the factors shown as panels, empty where one panel holds all.
         dash: level of the factor shown as dashes, empty where there is none.
         variable: CSS variable of its colour, e.g. `--s0`.
+        style: its number among the colours of the same mixers, which lie near each other: the shape of its points, and
+            its dashes where no factor is shown as dashes.
     """
 
     label: str
@@ -28,6 +34,17 @@ class Arm:
     dash: str
     variable: str
     letters: str
+    style: int = 0
+
+    @property
+    def shape(self) -> str:
+        """Of its points."""
+        return SHAPES[self.style]
+
+    @property
+    def stroke(self) -> str:
+        """The name of its dashes."""
+        return self.dash or str(self.style)
 
     @property
     def short(self) -> str:
@@ -43,6 +60,7 @@ class Arms:
         columns: panels per row where the width allows it.
         panel_by: names of the factors shown as panels.
         shades: CSS variable -> colour.
+        dashes: `Arm.stroke` -> lengths of dashes and gaps.
     """
 
     arms: dict[str, Arm]
@@ -66,7 +84,7 @@ class Arms:
     def in_one_panel(self) -> Arms:
         """The same colours without panels and dashes, for quantities that the other factors do not change."""
         arms = {label: replace(arm, panel="", dash="") for label, arm in self.arms.items()}
-        return replace(self, arms=arms, panels=("",), columns=1, dash_by="", dashes={"": DASHES[0]})
+        return replace(self, arms=arms, panels=("",), columns=1, dash_by="", dashes=_STYLES)
 
     @property
     def labels(self) -> list[str]:
@@ -83,23 +101,41 @@ def arrange(report: ReportInput) -> Arms:
     colours = {s.label: s.factors[colour_by] if colour_by else s.label for s in subjects}
     if len({(colours[s.label], *(s.factors.get(name, "") for name in others)) for s in subjects}) < len(subjects):
         colours, colour_by, others = {s.label: s.label for s in subjects}, "", []
-    dash_by = others.pop() if len(others) >= 2 and len(levels[others[-1]]) <= len(DASHES) else ""
+    dash_by = others.pop() if len(others) >= 2 and len(levels[others[-1]]) < len(DASHES) else ""
     panel_of = {s.label: " · ".join(_level_text(name, s.factors[name]) for name in others) for s in subjects}
     dash_of = {s.label: s.factors[dash_by] if dash_by else "" for s in subjects}
     shades = _shades(subjects, colours)
     variables = {colour: f"--s{index}" for index, colour in enumerate(shades)}
+    styles = _styles(subjects, colours)
     arms = {
         s.label: Arm(
-            s.label, colours[s.label], panel_of[s.label], dash_of[s.label], variables[colours[s.label]], s.letters
+            s.label,
+            colours[s.label],
+            panel_of[s.label],
+            dash_of[s.label],
+            variables[colours[s.label]],
+            s.letters,
+            styles[colours[s.label]],
         )
         for s in subjects
     }
     panels = tuple(sorted({a.panel for a in arms.values()}, key=_panel_order(subjects, others, levels, panel_of)))
-    dashes = {level: DASHES[i] for i, level in enumerate(levels[dash_by])} if dash_by else {"": DASHES[0]}
+    dashes = {level: DASHES[i] for i, level in enumerate(levels[dash_by])} if dash_by else _STYLES
     columns = _columns(len(panels), len(levels[others[-1]]) if len(others) >= 2 else 0)
     return Arms(
         arms, panels, columns, colour_by, tuple(others), dash_by, dashes, {variables[c]: shades[c] for c in shades}
     )
+
+
+def _styles(subjects: list[SubjectFacts], colours: dict[str, str]) -> dict[str, int]:
+    """Colour -> its number among those of the same mixers."""
+    alike: dict[frozenset[str], list[str]] = {}
+    for subject in subjects:
+        members = alike.setdefault(frozenset(subject.mixers), [])
+        if subject.mixers and colours[subject.label] not in members:
+            members.append(colours[subject.label])
+    found = {colour: number % len(SHAPES) for members in alike.values() for number, colour in enumerate(members)}
+    return {colour: found.get(colour, 0) for colour in colours.values()}
 
 
 def _levels(subjects: list[SubjectFacts]) -> dict[str, list[str]]:

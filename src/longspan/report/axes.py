@@ -151,11 +151,12 @@ def value_at(pixel: float, domain: tuple[float, float], scale: Scale, height: fl
 
 
 def log_ticks(xs: Mapping[float, Any] | Sequence[float]) -> tuple[float, ...]:
-    """Ticks at the x values, thinned where there are many; at powers of four where the values are no round numbers."""
+    """Ticks at the x values, thinned where there are many; at powers where the values are no whole numbers."""
     values = sorted({x for x in xs if x > 0})
     if any(x != int(x) for x in values) and values[-1] >= 4 * values[0]:
-        first, last = math.ceil(math.log(values[0], 4)), math.floor(math.log(values[-1], 4))
-        return tuple(4.0**k for k in range(first, last + 1))
+        base = 10.0 if values[-1] >= 100 * values[0] else 4.0
+        first, last = math.ceil(math.log(values[0], base)), math.floor(math.log(values[-1], base) + 1e-9)
+        return tuple(base**k for k in range(first, last + 1))
     while len(values) > 9:
         values = values[::2]
     return tuple(values)

@@ -150,7 +150,8 @@ def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | 
         layers.append(band.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q"), y2="high:Q", fill=_fill()))
     layers.append(base.mark_line(strokeWidth=2, clip=True).encode(y=encode_y, color=colour, strokeDash=dash))
     if points:
-        layers.append(base.mark_point(filled=True, size=30, opacity=1).encode(y=encode_y, color=colour))
+        shape = alt.Shape("m:N", scale=None, legend=None)
+        layers.append(base.mark_point(filled=True, size=36, opacity=1).encode(y=encode_y, color=colour, shape=shape))
     layers.append(base.mark_point(filled=True, size=260, opacity=0).encode(y=encode_y, tooltip=_tooltip(x)))
     layers += _label_layers(encode_y, colour)
     return finish(layers, values, panels, arms, height, width_of([r["text"] for r in labels if r["kind"] == "label"]))
@@ -174,7 +175,9 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
     if reference is not None and zones:
         known += [reference - max(zones), reference + max(zones)]
     low, high = padded(min(known), max(known), 0.05)
-    if x.form == "~%" and min(known) >= 0:
+    if x.zero:
+        low = 0.0
+    elif x.form == "~%" and min(known) >= 0:
         low = max(low, 0.0)
     encode_y = alt.Y("i:O", axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
     scale, axis = alt.Scale(domain=[low, high], nice=False, zero=False), axis_of(x, (low, high), grid=True, count=6)
@@ -212,7 +215,7 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
         x=alt.value("width"), text="text:N"))  # fmt: skip
     tip = [alt.Tooltip("name:N", title="what"), alt.Tooltip("text:N", title="value"), alt.Tooltip("detail:N")]
     layers.append(base.mark_bar(opacity=0, height=step).encode(x=alt.value(0), x2=alt.value("width"), tooltip=tip))
-    return _single(layers, values, step * len(values), width_of([r["text"] for r in values]) + 8, top=4)
+    return single(layers, values, step * len(values))
 
 
 def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict[str, Any]:
@@ -236,10 +239,11 @@ def scatter(rows: Sequence[Row], x: Axis, y: Axis, *, height: int = 300) -> dict
         base.transform_filter("isValid(datum.low) && isValid(datum.high)").mark_rule(strokeWidth=1.5, opacity=0.6)
         .encode(y=alt.Y("low:Q"), y2="high:Q", color=colour),
         base.mark_point(filled=True, size=95, opacity=1).encode(y=encode_y, color=colour, tooltip=tip),
-        base.transform_filter("datum.label != ''").mark_text(align="left", dx=9, fontWeight=600)
-        .encode(y=alt.Y("label_y:Q"), text="label:N", color=colour),
+        *(base.transform_filter(f"datum.label != '' && datum.left === {str(left).lower()}")
+          .mark_text(align="right" if left else "left", dx=-9 if left else 9, fontWeight=600)
+          .encode(y=alt.Y("label_y:Q"), text="label:N", color=colour) for left in (False, True)),
     ]  # fmt: skip
-    return _single(layers, values, height, width_of([r["label"] for r in values]))
+    return single(layers, values, height)
 
 
 def differences(rows: Sequence[Row], x: Axis, y: Axis, columns: int) -> dict[str, Any]:
@@ -327,7 +331,7 @@ def finish(
 ) -> dict[str, Any]:
     """A layered chart, or the same in panels with shared axes."""
     if panels == 1:
-        return _single(layers, values, height, label_width)
+        return single(layers, values, height)
     layered = alt.layer(*layers).properties(height=height, width=160)
     chart = layered.facet(
         facet=alt.Facet("p:N", sort=list(arms.panels), title=None),
@@ -339,11 +343,10 @@ def finish(
     return plain(chart, values)
 
 
-def _single(
-    layers: Sequence[Any], values: Sequence[Row], height: int, label_width: int, top: int = 4
-) -> dict[str, Any]:
+def single(layers: Sequence[Any], values: Sequence[Row], height: int) -> dict[str, Any]:
+    """A layered chart as wide as its place."""
     chart = alt.layer(*layers, data=alt.NamedData("rows")).properties(
-        height=height, width="container", padding={"left": 2, "top": top, "bottom": 4, "right": 2}
+        height=height, width="container", padding={"left": 2, "top": 4, "bottom": 4, "right": 2}
     )
     spec = plain(chart, values)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
@@ -362,7 +365,7 @@ def plain(chart: Any, values: Sequence[Row]) -> dict[str, Any]:
 def _styled(row: Row, arms: Arms) -> Row:
     arm = arms[row["subject"]]
     return {"low": None, "high": None, **row, "s": row.get("series", arm.label), "c": f"var({arm.variable})",
-            "p": arm.panel, "d": arm.dash}  # fmt: skip
+            "p": arm.panel, "d": arm.stroke, "m": arm.shape}  # fmt: skip
 
 
 def _tooltip(x: Axis) -> list[Any]:
@@ -387,9 +390,16 @@ def _end_labels(
         key = (row["p"], row["subject"])
         if row["y"] is not None and (key not in last or row["x"] >= last[key]["x"]):
             last[key] = row
+    heights: dict[str, list[float]] = {}
+    for row in rows:
+        heights.setdefault(row["subject"], []).append(row["y"] or 0.0)
     labels: list[Row] = []
     for panel in dict.fromkeys(key[0] for key in last):
-        ends = sorted((row for key, row in last.items() if key[0] == panel), key=lambda r: r["y"])
+        # Lines that end together are named in the order in which they ran.
+        ends = sorted(
+            (row for key, row in last.items() if key[0] == panel),
+            key=lambda r: (round(r["y"], 3), sum(heights[r["subject"]]) / len(heights[r["subject"]])),
+        )
         places = spread([pixel(row["y"], domain, y.scale, height) for row in ends], 13.5, height)
         for row, place in zip(ends, places, strict=True):
             shared = {"p": panel, "c": row["c"], "s": row["s"], "d": row["d"], "y": row["y"], "x": row["x"]}
@@ -416,6 +426,8 @@ def _spread_scatter(
     for row in values:
         row["label"] = row["name"] if len(values) <= 8 or row["front"] else ""
         row["label_y"] = row["y"]
+        # A name that would run out at the right stands on the left.
+        row["left"] = pixel(row["x"], domain_x, x.scale, 1.0) > 0.7
     named = [row for row in values if row["label"]]
     for row in named:
         row["px"] = pixel(row["x"], domain_x, x.scale, 620)

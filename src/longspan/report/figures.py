@@ -9,6 +9,7 @@ from longspan.records.observation import Comparison, Measurement, Metric
 from longspan.report import charts, crossings, findings, heat, numbers, tables, truncation
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, log_ticks
+from longspan.report.bound_figure import bound_figure
 from longspan.report.charts import Figure
 from longspan.report.data import ProbeSection, ReportInput, SubjectFacts
 from longspan.report.decision import difference_text, quantity, value_text
@@ -26,6 +27,8 @@ X_TITLES = {
 }
 MOST_PAIRS = 15
 MOST_CURVES = 6
+MOST_HALF = 6
+"""Subjects whose lines can be told apart at half the width."""
 
 
 def answer_figure(report: ReportInput, arms: Arms) -> list[Figure]:
@@ -45,18 +48,17 @@ def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> l
     found: list[Figure] = []
     if scalars and not (primary and primary.section is section and primary.metric is scalars[0]):
         found.append(_dot_figure(slug(section.kind), Finding(section, scalars[0], None), arms))
-    found += [
-        _dot_figure(slug(f"{section.kind}-{metric.name}"), Finding(section, metric, None), arms)
-        for metric in scalars[1:]
-        if metric.kind == "derived"
-    ]
+    derived = [metric for metric in scalars[1:] if metric.kind == "derived"]
+    found += [_derived_figure(section, metric, arms) for metric in derived if not metric.bound]
     for metric in curves:
         xs = {m.x for m in findings.points(section, metric.name)}
         if len(xs) > 1 or metric.y_name is None:
-            found.append(_curve_figure(report, section, metric, arms, half=len(curves) > 1))
+            # Of many subjects the first curve has the whole width.
+            half = len(curves) > 1 and (len(arms) <= MOST_HALF or metric is not curves[0])
+            found.append(_curve_figure(report, section, metric, arms, half=half))
         if metric.y_name is not None and findings.cells(section, metric.name):
             found.append(_cell_figure(section, metric, arms))
-    return found
+    return found + [_derived_figure(section, metric, arms) for metric in derived if metric.bound]
 
 
 def scalar_table(section: ProbeSection, arms: Arms) -> tables.Table | None:
@@ -158,6 +160,12 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
         caption = f"{better} is better; bars are 95 % intervals; the thin line is {_chance_name(metric)}."
     title = quantity(finding)
     return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
+
+
+def _derived_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
+    name = slug(f"{section.kind}-{metric.name}")
+    against = bound_figure(name, section, metric, arms) if metric.bound else None
+    return against or _dot_figure(name, Finding(section, metric, None), arms)
 
 
 def _at_x(finding: Finding, arms: Arms) -> tables.Table:

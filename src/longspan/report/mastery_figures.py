@@ -130,7 +130,7 @@ def _samples(found: Sequence[_Learning], level: float, arms: Arms, table: tables
         "samples-to-mastery" if mastery else f"samples-to-{100 * level:g}",
         f"Training samples to {100 * level:g} % of strings right",
         caption,
-        charts.dots(rows, Axis("training samples", form="~s")),
+        charts.dots(rows, Axis("training samples", form="~s", zero=True)),
         table,
         1,
         charts.width_of([row["text"] for row in rows]) + 8,

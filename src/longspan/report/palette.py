@@ -62,6 +62,9 @@ _PATHS: dict[tuple[str, ...], tuple[float, float]] = {
 }
 _LEVELS = ((0.47, 0.14, 285.0), (0.68, 0.12, 200.0), (0.52, 0.15, 15.0), (0.75, 0.13, 95.0), (0.60, 0.13, 135.0))
 _DARK_LIFT = 0.13
+_DEEP_STEPS = ((0.0, 0.0), (0.12, -38.0), (-0.13, 34.0), (-0.24, -6.0), (0.10, 40.0))
+_LIGHT_STEPS = ((0.0, 0.0), (-0.15, -24.0), (-0.26, -36.0), (-0.07, 32.0), (-0.22, 22.0))
+"""Lightness and hue of further patterns of one mixer, whose own lightness is low or high."""
 HEAT_STEPS = 10
 """Colours of a sequential scale."""
 
@@ -85,11 +88,16 @@ def mixer_shade(mixer: str) -> Shade:
 
 
 def _variation(mixer: str, index: int) -> Shade:
+    """Further patterns of one mixer turn to both sides of its hue and away from its lightness."""
     drawn = zlib.crc32(mixer.encode())
     drawn_from_name = (0.45 + 0.07 * (drawn % 5), 0.10, 360.0 * (drawn // 5 % 997) / 997)
     lightness, chroma, hue = _MIXERS.get(mixer, drawn_from_name)
-    away = 1 if lightness < 0.55 else -1
-    return _shade(lightness + away * (0.0, 0.18, 0.09, 0.27)[index % 4], chroma, hue + 12.0 * (index // 4))
+    steps = _DEEP_STEPS if lightness < 0.6 else _LIGHT_STEPS
+    change, turn = steps[index % len(steps)]
+    around = hue + turn + 12.0 * (index // len(steps))
+    # A deep colour that is nearly black on white is nearly white on black.
+    dark = lightness + _DARK_LIFT + (-change if lightness < 0.6 else change)
+    return Shade(_hex(lightness + change, chroma, around), _hex(min(0.92, max(0.56, dark)), 0.92 * chroma, around))
 
 
 def split_layers(letters: str) -> list[str]:
@@ -112,7 +120,7 @@ def letter_names(letters: str, mixers: Sequence[str]) -> dict[str, str]:
 def pattern_shades(patterns: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, Shade]:
     """A colour for each pattern: its mixer's if it has one mixer, else one between its families.
 
-    Further patterns of the same one mixer (other depths, other settings) are lighter and darker. Hybrids of the same
+    Further patterns of the same one mixer (other depths, other settings) are variations of it. Hybrids of the same
     families whose shares are too alike are spread along the path and alternate in lightness.
 
     Args:

@@ -55,6 +55,8 @@ def held_engine(source: ModelSource, device: str, report: Report) -> Engine:
 
 def let_go() -> None:
     """Close the engine that is kept, if there is one."""
+    if not _held:
+        return
     while _held:
         _held.popitem()[1].close()
     # Models of others refer to themselves; their memory is wanted now.

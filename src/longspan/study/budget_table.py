@@ -24,7 +24,8 @@ from longspan.study.environment import hardware
 from longspan.study.expand import Match, Subject, expand, match_model
 from longspan.study.jobs import DONE, SPECIFICATION
 from longspan.study.plan import ASSUMED_EFFICIENCY, check_probes, describe_mixers, matmul_rate, trained_tokens
-from longspan.study.schema import Study, SubjectConfig
+from longspan.study.schema import Study
+from longspan.study.sections import SubjectConfig
 
 CONTEXTS = (512, 4096, 32_768, 131_072)
 ASSUMED_VOCABULARY = 32_768

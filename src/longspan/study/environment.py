@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from longspan.foundation.errors import UserError
@@ -21,7 +23,8 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Versions of Python and of the packages that decide results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -51,8 +54,12 @@ def hardware() -> dict[str, str]:
     return facts
 
 
-def git_state(folder: Path | None = None) -> dict[str, str]:
-    """Commit of the source tree and whether it has uncommitted changes; empty outside a checkout."""
+@functools.cache
+def git_state(folder: Path | None = None) -> Mapping[str, str]:
+    """Commit of the source tree and whether it has uncommitted changes; empty outside a checkout.
+
+    Asked once a process: what it runs is what it imported, whatever is committed since.
+    """
     folder = folder or Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -12,16 +12,9 @@ from longspan.engines.trained_run import Weights
 from longspan.foundation.errors import UserError
 from longspan.models.config import ModelConfig
 from longspan.models.matching import match
-from longspan.study.schema import (
-    AskedConfig,
-    ExaminedConfig,
-    Study,
-    SubjectConfig,
-    apply_settings,
-    apply_variant,
-    resolve_key,
-    set_path,
-)
+from longspan.study.overlay import apply_settings, apply_variant, resolve_key, set_path
+from longspan.study.schema import Study
+from longspan.study.sections import AskedConfig, ExaminedConfig, SubjectConfig
 
 PART = "part"
 """The factor that tells the parts of a study apart (`also:`)."""

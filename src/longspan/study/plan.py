@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.corpus.prepare import CorpusConfig
+from longspan.corpus.tasks.batches import VALIDATION_STRINGS
 from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
 from longspan.engines import opening
@@ -25,7 +27,8 @@ from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job, Kind
 from longspan.study.pinned import pinned, pinned_probes
 from longspan.study.plugin_laws import check_own_mixers
-from longspan.study.schema import DEFAULT_PRIMARY, ExaminedConfig, Study, SubjectConfig
+from longspan.study.schema import DEFAULT_PRIMARY, Study
+from longspan.study.sections import ExaminedConfig, SubjectConfig
 from longspan.training.config import TrainingConfig
 
 ASSUMED_EFFICIENCY = 0.35
@@ -159,13 +162,18 @@ def make_plan(study: Study, runs: Path) -> Plan:
     # Items must be the same for every subject, whatever context it was trained at.
     context = _items_context(study, expansion)
     subjects = [_plan_subject(subject, runs, study.plugins, context) for subject in expansion.subjects]
-    pending = sum(planned.training_flops for planned in subjects if not planned.train.is_done(runs))
+    waiting = [planned for planned in subjects if planned.training_flops and not planned.train.is_done(runs)]
     notes = list(expansion.merged)
-    seconds = pending / (matmul_rate() * ASSUMED_EFFICIENCY) if pending else 0.0
-    if pending:
-        notes.append(
-            f"training needs {scaled(pending, 'FLOP')}, about {duration(seconds)} on this machine; probes come on top"
+    seconds = 0.0
+    if waiting:
+        shares = [validation_share(planned, runs) for planned in waiting]
+        pending = sum(
+            planned.training_flops * (1 + (share or 0.0)) for planned, share in zip(waiting, shares, strict=True)
         )
+        seconds = pending / (matmul_rate() * ASSUMED_EFFICIENCY)
+        work = "training needs" if None in shares else "training and validation need"
+        beside = "validation and probes come on top" if None in shares else "probes come on top"
+        notes.append(f"{work} {scaled(pending, 'FLOP')}, about {duration(seconds)} on this machine; {beside}")
     return Plan(study, subjects, notes, seconds, context, tuple(expansion.merged))
 
 
@@ -244,6 +252,7 @@ def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], contex
         details={
             **places,
             "tracking": config.tracking.model_dump(mode="json"),
+            "graph": config.training.graph,
             "processes": config.training.processes,
             "parallel": config.training.parallel,
         },
@@ -332,6 +341,26 @@ def _probe_jobs(
         )
         for name, probe in probes.items()
     }
+
+
+def validation_share(planned: PlannedSubject, runs: Path) -> float | None:
+    """FLOPs of all validations as a share of those of training; None before the corpus is prepared.
+
+    A validated token takes one forward pass, a trained one three.
+    """
+    config = planned.subject.config
+    assert isinstance(config, SubjectConfig)
+    training, corpus = config.training, config.corpus
+    if isinstance(corpus, TaskCorpus):
+        spans = [corpus.task.span(size) for size in corpus.task.sizes()]
+        a_string = training.context if config.packing.method == "one_per_row" else sum(spans) / len(spans)
+        tokens = VALIDATION_STRINGS * a_string
+    elif planned.prepare.is_done(runs):
+        tokens = planned.prepare.result(runs)["splits"].get("validation", {}).get("tokens", 0)
+    else:
+        return None
+    evaluations = math.ceil(training.num_steps / training.evaluate_every)
+    return evaluations * tokens / (3 * trained_tokens(training))
 
 
 def trained_tokens(training: TrainingConfig) -> int:

@@ -34,7 +34,7 @@ from longspan.study.jobs import DONE, finished_job
 from longspan.study.ledger import agreement, ledger
 from longspan.study.plan import Plan, PlannedSubject, trained_tokens
 from longspan.study.run_folder import resolved_yaml
-from longspan.study.schema import ExaminedConfig
+from longspan.study.sections import ExaminedConfig
 from longspan.study.stages import RECORDS, open_corpus, probe_data
 from longspan.training.metrics import read_metrics
 
@@ -198,6 +198,7 @@ def _probe(
 ) -> tuple[ProbeSection, list[ItemRow]]:
     observations: list[Observation] = []
     answers: dict[str, list[tuple[PlannedSubject, Record]]] = defaultdict(list)
+    runs_records: list[list[Record]] = []
     probe: Probe | None = None
     context = 0
     for planned in plan.subjects:
@@ -219,10 +220,12 @@ def _probe(
             if len(answers) < ITEMS_SHOWN or record.item in answers:
                 answers[record.item].append((planned, record))
         observations += probe.observe_together(together)
+        runs_records.append(together)
     assert probe is not None
     factors = {planned.subject.label: planned.subject.factors for planned in plan.subjects}
     summary = summarise(observations, probe.metrics, factors=factors) if observations else Summary((), (), (), ())
-    summary = replace(summary, measurements=(*summary.measurements, *probe.derive(summary)))
+    derived = (*probe.derive(summary), *probe.derive_of_runs(runs_records))
+    summary = replace(summary, measurements=(*summary.measurements, *derived))
     section = ProbeSection(
         kind=name,
         # A second probe of a kind carries the name that the study gave it.

@@ -110,7 +110,8 @@ def train_stage(
         raise LongspanError(
             f"{job.title}: the tokenizer has {vocab_size} entries, the plan expected {specification['vocab_size']}"
         )
-    training = TrainingConfig.parse(specification["training"], "training")
+    how = {"graph": job.details.get("graph", "auto")}
+    training = TrainingConfig.parse({**specification["training"], **how}, "training")
     packing = PackingConfig.parse(specification["packing"], "packing")
     model = LanguageModel(ModelConfig.parse(specification["model"], "model"), vocab_size, seed=training.seed)
     tracking = TrackingConfig.parse(job.details["tracking"], "tracking")

@@ -63,6 +63,17 @@ class TrainingState:
     peak_memory_bytes: int = 0
     data: dict[str, Any] = field(default_factory=dict)
 
+    def judge(self, found: Validation, min_delta: float) -> bool:
+        """Take in an evaluation of this step; returns whether its loss is the lowest so far."""
+        self.evaluated_step, self.final = self.step, found
+        if self.patience_loss is None or found.loss < self.patience_loss - min_delta:
+            self.patience_loss, self.without_improvement = found.loss, 0
+        else:
+            self.without_improvement += 1
+        better = self.best is None or found.loss < self.best.loss
+        self.best = found if better else self.best
+        return better
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingState:
         """The inverse of `dataclasses.asdict`."""

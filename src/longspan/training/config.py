@@ -39,6 +39,9 @@ class TrainingConfig(Config):
         log_every: steps between lines in `metrics.jsonl`; loss is the mean over them.
         compile: `torch.compile` the layers; `auto` does on CUDA with Triton, and not on a CPU, where it hardly pays for
             its start.
+        graph: replay each micro-batch's kernels as one CUDA graph, so that a busy host cannot slow them: `auto` does
+            where one process trains on CUDA and no layer waits for the device, and says where it does not; `true`
+            demands it. The results are the same, so it is no part of a run's identity.
         processes: processes that train one model together, each on a device of its own and with an equal share of every
             batch's rows. The update is that of one process, so this is no part of what identifies a run: it may be
             resumed with another number.
@@ -70,6 +73,7 @@ class TrainingConfig(Config):
     log_every: PositiveInt = 10
     seed: NonNegativeInt = 0
     compile: bool | Literal["auto"] = "auto"
+    graph: bool | Literal["auto"] = Field(default="auto", exclude=True)
     processes: PositiveInt = Field(default=1, exclude=True)
     parallel: Parallel = Field(default="ddp", exclude=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
+
+UNIT_BYTES = 128 * 2**20
+"""FSDP2 gathers neighbouring layers together until they are as large."""
+GATHERED_BYTES = 2**30
+"""Models no larger stay gathered from the forward to the end of the backward pass."""
 
 
 class Objective(nn.Module):
@@ -90,7 +95,11 @@ class Spread:
     def settle(self) -> None:
         """Give whole layers back: after a forward pass without a backward one FSDP2 still holds some."""
         if self._ddp is None:
-            self.objective.reshard()  # type: ignore[operator]
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.objective.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def whole(self) -> dict[str, Tensor]:
         """name → the whole weight, on the CPU of rank 0; empty elsewhere. Weight by weight, so that each fits."""
@@ -122,12 +131,36 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def units(sizes: Sequence[int], least: int) -> list[range]:
+    """Neighbouring layers in groups of at least `least` bytes; what is left over goes with the last group."""
+    found: list[range] = []
+    start = 0
+    for stop in range(1, len(sizes) + 1):
+        if sum(sizes[start:stop]) >= least:
+            found.append(range(start, stop))
+            start = stop
+    if start < len(sizes):
+        start = found.pop().start if found else 0
+        found.append(range(start, len(sizes)))
+    return found
+
+
 def _shard(objective: Objective, ranks: Ranks, device: torch.device) -> None:
-    """Cuts each block's parameters, and those outside the blocks, over the ranks; they stay fp32, as do gradients."""
+    """Cuts groups of blocks, and the parameters outside the blocks, over the ranks; they stay fp32, as do gradients.
+
+    What is gathered at once costs the host the same whatever its size, so small layers go together, and a small model
+    is gathered once a step and not again for the backward pass.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.size,))
-    for block in objective.model.blocks:
-        fully_shard(block, mesh=mesh)
+    blocks: list[nn.Module] = list(objective.model.blocks)
+    frugal = _bytes(objective) > GATHERED_BYTES
+    for unit in units([_bytes(block) for block in blocks], UNIT_BYTES):
+        fully_shard(blocks[unit.start : unit.stop], mesh=mesh, reshard_after_forward=frugal)
     fully_shard(objective, mesh=mesh)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

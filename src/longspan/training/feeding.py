@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class Feed:
         self._state = batches.state_dict()
         self._ready: queue.Queue[tuple[Fed, dict[str, Any]] | BaseException] = queue.Queue(AHEAD)
         self._closed = threading.Event()
+        self._making = threading.Lock()
         self._thread: threading.Thread | None = None
         self._threads: int | None = None
 
@@ -92,6 +94,10 @@ class Feed:
         """The position in the data after the last batch that was taken."""
         return self._state
 
+    def quiet(self) -> AbstractContextManager[object]:
+        """Inside it the feed's thread leaves the device alone; what it is making it finishes before."""
+        return self._making
+
     def close(self) -> None:
         """Stop making batches."""
         self._closed.set()
@@ -118,6 +124,8 @@ class Feed:
             # Tensors of a batch are small: sharing their work out to threads on busy cores takes many times the work.
             torch.set_num_threads(1)
             while not self._closed.is_set():
-                self._ready.put((self._make(), self._batches.state_dict()))
+                with self._making:
+                    item = self._make(), self._batches.state_dict()
+                self._ready.put(item)
         except BaseException as error:
             self._ready.put(error)

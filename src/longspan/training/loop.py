@@ -1,46 +1,30 @@
-"""The training loop: steps, evaluations and checkpoints in an order that any interruption leaves whole."""
+"""Training a model from its first step, or from where it was interrupted, to its result."""
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from longspan.foundation.errors import DivergenceError, Stopped, UserError
+from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.files import digest
 from longspan.foundation.progress import Progress, Report, silent
 from longspan.foundation.randomness import stream_seed
-from longspan.ops import kernels
 from longspan.training.batches import ResumableBatches
 from longspan.training.checkpoint import (
-    TrainingState,
     load_weights,
-    read_state,
     recover_checkpoint,
-    save_checkpoint,
 )
-from longspan.training.compilation import compile_layers, resolve_compile
 from longspan.training.config import TrainingConfig
-from longspan.training.distributed import Loss, Spread
-from longspan.training.divergence import locate, locate_in_spread
-from longspan.training.evaluation import evaluate
-from longspan.training.feeding import Fed, Feed
 from longspan.training.identity import claim, run_configuration
 from longspan.training.interruption import Interruption
-from longspan.training.measurement import PeakMemory, Throughput, device_name, synchronizer
-from longspan.training.metrics import MetricsFile, NoMetrics, read_metrics
-from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from longspan.training.precision import autocast_for, resolve_dtype
 from longspan.training.ranks import ALONE, Ranks
-from longspan.training.result import TrainingResult, Validation
-from longspan.training.sharded_checkpoint import load_sharded_weights, load_state, save_sharded
+from longspan.training.result import TrainingResult
+from longspan.training.run import Run
 from longspan.training.trackers import Tracker
 
 if TYPE_CHECKING:
@@ -49,9 +33,6 @@ if TYPE_CHECKING:
     from longspan.models.segments import Isolation
 
 __all__ = ["TrainingConfig", "TrainingResult", "train"]
-
-WARMUP_STEPS = 3
-"""Steps at the start of a process that tokens/s leaves out."""
 
 
 def train(
@@ -141,7 +122,7 @@ def train(
             if ranks.agreed(requested or interruption.requested):
                 raise Stopped("asked to stop")
 
-        run = _Run(
+        run = Run(
             model=model,
             training=training,
             batches=make_batches(),
@@ -157,379 +138,3 @@ def train(
             clock=clock,
         )
         return run.to_end()
-
-
-class _Run:
-    """One process's part of a run. Between `_step` calls, state, weights and data position agree."""
-
-    def __init__(
-        self,
-        *,
-        model: LanguageModel,
-        training: TrainingConfig,
-        batches: ResumableBatches,
-        validation: Callable[[], Iterable[Batch]],
-        isolation: Isolation,
-        token_bytes: np.ndarray,
-        directory: Path,
-        device: torch.device,
-        report: Report,
-        trackers: Sequence[Tracker],
-        configuration: Mapping[str, Any],
-        ranks: Ranks,
-        clock: Callable[[], float],
-    ) -> None:
-        self.model, self.training, self.batches, self.validation = model, training, batches, validation
-        self.isolation, self.token_bytes, self.device, self.report = isolation, token_bytes, device, report
-        self.directory, self.last, self.best = directory, directory / "checkpoints/last", directory / "checkpoints/best"
-        self.trackers, self.configuration, self.clock, self.ranks = trackers, configuration, clock, ranks
-        model.train()
-        self.dtype = resolve_dtype(training.dtype, device)
-        self.autocast = autocast_for(self.dtype, device)
-        self.loss: Loss = model.loss
-        self.spread: Spread | None = None
-        if ranks.size > 1:
-            load_sharded_weights(self.last, configuration, model)
-            self.spread = Spread(model, ranks, device)
-            self.loss = self.spread.loss
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(model, training, device)
-        self.cache = compile_layers(model) if resolve_compile(training.compile, device) else None
-        self.compile_seconds: float | None = None
-        self.compile_logged = False
-        # A line for people that the next report carries.
-        self.news = f"{kernels.described(device)}, layers {'compiled' if self.cache else 'not compiled'}"
-        # (step, evaluated step) of the checkpoint in `last`.
-        self.saved = (0, 0)
-        self.state = self._resume()
-        self.feed = Feed(batches, model, isolation, device, self.autocast, ranks)
-        self.started = clock() - self.state.seconds
-        self.metrics: MetricsFile | NoMetrics = NoMetrics()
-        if ranks.is_first:
-            self.metrics = MetricsFile(directory / "metrics.jsonl", self.state.metrics_bytes)
-        self.memory = PeakMemory(device)
-        self.throughput = Throughput(
-            clock,
-            synchronizer(device),
-            WARMUP_STEPS,
-            seconds=self.state.measured_seconds,
-            positions=self.state.measured_positions,
-        )
-        self.numbers: dict[str, float] = {}
-        # Whether state, weights and data position agree, so that a checkpoint may be written.
-        self.consistent = True
-        self.unchecked: list[tuple[int, list[Batch]]] = []
-        self._fresh_sums()
-
-    def _resume(self) -> TrainingState:
-        state = load_state(
-            self.last, self.configuration, self.model, self.optimizer, self.device, self.ranks, self.training.seed
-        )
-        if state is None:
-            return TrainingState(sessions=1)
-        self.batches.load_state_dict(state.data)
-        self.saved = (state.step, state.evaluated_step)
-        state.sessions += 1
-        if state.best is not None and state.best.step == state.step and not self._has_best(state):
-            # Killed after `last` and before `best` was written, and both hold the same weights.
-            self._write(self.best, state)
-        return state
-
-    def _has_best(self, state: TrainingState) -> bool:
-        return self.best.exists() and bool(read_state(self.best)["state"]["step"] == state.step)
-
-    def to_end(self) -> TrainingResult:
-        """Run until the last step, early stopping, or an interruption."""
-        try:
-            for tracker in self.trackers:
-                tracker.start(self.directory, self.configuration, self.state.step)
-            while True:
-                if self._evaluation_due():
-                    self._evaluate()
-                if self.state.step % self.training.checkpoint_every == 0:
-                    self._save()
-                news, self.news = self.news, ""
-                self.report(Progress("train", self._tokens(), self._total(), "tok", self.numbers, message=news))
-                if self._finished():
-                    return self._result()
-                self.consistent = False
-                self._step()
-                self.consistent = True
-        except Stopped:
-            raise Stopped(self._stop()) from None
-        except KeyboardInterrupt:
-            # Several ranks cannot agree on a checkpoint in the middle of anything.
-            self.consistent &= self.ranks.size == 1
-            raise Stopped(self._stop()) from None
-        finally:
-            self.feed.close()
-            self.metrics.close()
-            for tracker in self.trackers:
-                tracker.close()
-
-    def _stop(self) -> str:
-        if self.consistent:
-            self._save()
-        where = f"step {self.saved[0]} of {self.training.num_steps}"
-        return f"stopped at {where}; run the same command again to go on from there"
-
-    # One optimizer step
-
-    def _step(self) -> None:
-        """One update. On CUDA nothing here waits for the device, except where a line is due in `metrics.jsonl`."""
-        step = self.state.step
-        started = self.clock() if self.cache is not None and self.compile_seconds is None else None
-        micro_batches = [self._next_batch() for _ in range(self.training.accumulation)]
-        targets = sum(fed.num_targets for fed in micro_batches)
-        lr = learning_rate(self.training, step)
-        set_learning_rate(self.optimizer, lr)
-        nll = torch.zeros((), device=self.device)
-        # What comes out of several ranks is the mean of their gradients.
-        share = max(1, targets) / self.ranks.size
-        for fed in micro_batches:
-            with self._synchronising(fed is micro_batches[-1]):
-                with self.autocast():
-                    nll_sum, _ = self.loss(fed.tokens, fed.targets, fed.segments)
-                (nll_sum / share).backward()  # type: ignore[no-untyped-call]
-            nll += nll_sum.detach()
-        norm = clip_gradients(self.parameters, self.training.clip)
-        self._guard(step, nll, norm, [fed.batch for fed in micro_batches])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.nll_sum += nll.double()
-        self.state.step += 1
-        self.state.targets += targets
-        self.state.samples += sum(fed.batch.samples for fed in micro_batches)
-        self.state.window_targets += targets
-        self.throughput.step(self.training.batch_tokens)
-        if started is not None:
-            self._compiled(started)
-        if self.state.step % self.training.log_every == 0 or self.state.step in (1, self.training.num_steps):
-            self._log(lr, norm)
-
-    def _synchronising(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if self.spread is None else self.spread.synchronising(last)
-
-    def _compiled(self, started: float) -> None:
-        """Say how long the first step of this process took, nearly all of it compiling."""
-        synchronizer(self.device)()
-        self.compile_seconds = self.clock() - started
-        self.news = f"first step in {self.compile_seconds:.1f} s, compiling its layers (kept in {self.cache})"
-
-    def _next_batch(self) -> Fed:
-        fed = self.feed.take()
-        shape, wanted = fed.batch.tokens.shape, (self.training.rows, self.training.context)
-        if shape != wanted:
-            raise UserError(
-                f"a batch of {shape[0]} rows × {shape[1]} positions",
-                f"{wanted[0]} × {wanted[1]}, from batch_tokens, accumulation and context",
-                "build the batches with `training.rows` and `training.context`",
-            )
-        return fed
-
-    def _guard(self, step: int, nll: torch.Tensor, norm: torch.Tensor, micro_batches: list[Batch]) -> None:
-        """Keep an update that is not finite from the weights.
-
-        The fused optimizer itself skips updates while `found_inf` is set, on the device. It is never cleared, so the
-        weights stay those before the first bad step until the host looks.
-        """
-        self.bad |= self.ranks.any(~(torch.isfinite(nll) & torch.isfinite(norm)))
-        self.first_bad += (self.first_bad < 0) * self.bad * (step + 1)
-        self.unchecked.append((step, micro_batches))
-        if self.device.type == "cuda":
-            self.optimizer.found_inf = self.bad.float()  # type: ignore[attr-defined]
-        else:
-            self._check()
-
-    def _check(self) -> None:
-        """Look whether a step since the last look was not finite. Waits for the device."""
-        if not self.unchecked:
-            return
-        first = int(self.first_bad.item())
-        if first < 0:
-            self.unchecked.clear()
-            return
-        batches = next(batches for step, batches in self.unchecked if step == first)
-        self.consistent = False
-        where = self._locate(batches)
-        raise DivergenceError(
-            f"training stopped at step {first + 1} of {self.training.num_steps}: loss or gradient is not finite, "
-            f"first seen in {where}\n"
-            f"  learning rate {learning_rate(self.training, first):.3g}; the update was not applied, "
-            f"the last checkpoint is of step {self.saved[0]}\n"
-            f"  fix: lower `training.peak_lr`, lengthen `training.warmup` or lower `training.clip`"
-        )
-
-    def _locate(self, batches: list[Batch]) -> str:
-        isolation, device, autocast = self.isolation, self.device, self.autocast
-        if self.spread is None:
-            return locate(self.model, batches, isolation=isolation, device=device, autocast=autocast)
-        return locate_in_spread(self.spread, batches, isolation=isolation, device=device, autocast=autocast)
-
-    def _fresh_sums(self) -> None:
-        # Each rank sums up its own rows from here on; what went before counts once.
-        before = self.state.window_nll if self.ranks.is_first else 0.0
-        self.nll_sum = torch.full((), before, dtype=torch.float64, device=self.device)
-        self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
-
-    # What happens between steps
-
-    def _log(self, lr: float, norm: torch.Tensor) -> None:
-        self._check()
-        rate = self.throughput.window()
-        loss = float(self.ranks.sum(self.nll_sum).item()) / max(1, self.state.window_targets)
-        self.state.window_nll, self.state.window_targets = 0.0, 0
-        self.nll_sum.zero_()
-        self._record(
-            {
-                "kind": "train",
-                "step": self.state.step,
-                "tokens": self._tokens(),
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": float(norm.item()),
-                "tokens_per_second": rate,
-                **self._start_up(),
-                "seconds": self.clock() - self.started,
-            }
-        )
-        self.numbers = {**self.numbers, "loss": loss} | ({"tok/s": rate} if rate else {})
-
-    def _start_up(self) -> dict[str, float]:
-        """What the first line of a process says beside: how long its first step took where that compiled something."""
-        if self.compile_seconds is None or self.compile_logged:
-            return {}
-        self.compile_logged = True
-        return {"first_step_seconds": self.compile_seconds}
-
-    def _record(self, record: Mapping[str, Any]) -> None:
-        self.metrics.append(record)
-        for tracker in self.trackers:
-            tracker.log(record)
-
-    def _evaluation_due(self) -> bool:
-        step = self.state.step
-        due = step % self.training.evaluate_every == 0 or step == self.training.num_steps
-        return step > self.state.evaluated_step and due
-
-    def _evaluate(self) -> None:
-        """Validate; the state changes only after all of it succeeded, so it can be interrupted and done again."""
-        self._check()
-        with self.throughput.paused():
-            found = evaluate(
-                self.model if self.spread is None else self.spread.objective,
-                self.validation(),
-                isolation=self.isolation,
-                token_bytes=self.token_bytes,
-                device=self.device,
-                autocast=self.autocast,
-                report=self.report,
-                step=self.state.step,
-                tokens=self._tokens(),
-                samples=self.state.samples,
-                ranks=self.ranks,
-                clock=self.clock,
-            )
-            if self.spread is not None:
-                self.spread.settle()
-        record = {"kind": "validation", **dataclasses.asdict(found)}
-        if not np.isfinite(found.loss):
-            raise DivergenceError(
-                f"the validation loss at step {found.step} is {found.loss}; training losses were finite"
-            )
-        self.consistent = False
-        self._record(record)
-        state = self.state
-        state.evaluated_step, state.final = state.step, found
-        if state.patience_loss is None or found.loss < state.patience_loss - self.training.min_delta:
-            state.patience_loss, state.without_improvement = found.loss, 0
-        else:
-            state.without_improvement += 1
-        strings = found.string_accuracy
-        self.numbers = {**self.numbers, **({"bpb": found.bits_per_byte} if strings is None else {"strings": strings})}
-        better = state.best is None or found.loss < state.best.loss
-        state.best = found if better else state.best
-        self.consistent = True
-        if better:
-            # `last` first: if the process dies in between, its weights are the best ones (`_resume`).
-            self._save()
-            with self.throughput.paused():
-                self._write(self.best, state)
-
-    def _save(self) -> None:
-        if self.saved == (self.state.step, self.state.evaluated_step):
-            return
-        self._check()
-        with self.throughput.paused():
-            state = self.state
-            state.window_nll = float(self.ranks.sum(self.nll_sum).item())
-            state.metrics_bytes = self.metrics.sync()
-            state.measured_seconds, state.measured_positions = self.throughput.seconds, self.throughput.positions
-            state.seconds = self.clock() - self.started
-            state.peak_memory_bytes = max(state.peak_memory_bytes, self.ranks.largest(self.memory.bytes()))
-            state.data = self.feed.state_dict()
-            self._write(self.last, state, self.optimizer)
-            self.saved = (state.step, state.evaluated_step)
-
-    def _write(self, folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer | None = None) -> None:
-        if self.spread is None:
-            save_checkpoint(folder, self.configuration, state, self.model, optimizer)
-        else:
-            save_sharded(folder, self.configuration, state, self.spread, optimizer, self.device)
-
-    # The end
-
-    def _stopped_early(self) -> bool:
-        patience = self.training.patience
-        return patience is not None and self.state.without_improvement >= patience
-
-    def _mastered(self) -> Validation | None:
-        """The last validation, if it reached `mastery`."""
-        found, wanted = self.state.final, self.training.mastery
-        reached = found is not None and wanted is not None and (found.string_accuracy or 0.0) >= wanted
-        return found if reached else None
-
-    def _finished(self) -> bool:
-        return self.state.step >= self.training.num_steps or self._stopped_early() or self._mastered() is not None
-
-    def _tokens(self) -> int:
-        return self.state.step * self.training.batch_tokens
-
-    def _total(self) -> int:
-        return self.training.num_steps * self.training.batch_tokens
-
-    def _result(self) -> TrainingResult:
-        self._save()
-        return self.ranks.on_first(self._write_result)
-
-    def _write_result(self) -> TrainingResult:
-        state = self.state
-        assert isinstance(state.final, Validation)
-        assert isinstance(state.best, Validation)
-        metrics = read_metrics(self.directory / "metrics.jsonl", "train")
-        rates = [record["tokens_per_second"] for record in metrics if record["tokens_per_second"]]
-        result = TrainingResult(
-            steps=state.step,
-            tokens=self._tokens(),
-            targets=state.targets,
-            final=state.final,
-            best=state.best,
-            stopped_early=state.step < self.training.num_steps,
-            tokens_per_second=statistics.median(rates) if rates else None,
-            tokens_per_second_overall=self.throughput.overall(),
-            peak_memory_bytes=state.peak_memory_bytes,
-            peak_memory_of=self.memory.kind,
-            seconds=state.seconds,
-            sessions=state.sessions,
-            dtype=self.dtype,
-            device=self._device_name(),
-            samples=state.samples,
-            mastered=self._mastered(),
-        )
-        result.write(self.directory / "result.json")
-        return result
-
-    def _device_name(self) -> str:
-        name, ranks = device_name(self.device), self.ranks
-        return name if ranks.size == 1 else f"{ranks.size} × {name} ({ranks.parallel})"

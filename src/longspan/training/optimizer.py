@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from longspan.models.language_model import LanguageModel
 
+ROUNDING = 1e-6
+"""Keeps the quotient of clipping finite, as torch's `clip_grad_norm_` does."""
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -37,7 +39,8 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 
 def make_optimizer(model: LanguageModel, training: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the model's own parameter groups, as one fused kernel where the device has it."""
-    return torch.optim.AdamW(
+    kind = PartedAdamW if any(map(_is_parted, model.parameters())) else torch.optim.AdamW
+    return kind(
         model.parameter_groups(training.weight_decay),
         lr=learning_rate(training, 0),
         betas=training.betas,
@@ -46,12 +49,66 @@ def make_optimizer(model: LanguageModel, training: TrainingConfig, device: torch
     )
 
 
+class PartedAdamW(torch.optim.AdamW):
+    """AdamW of parameters that several processes hold in parts (DTensors), on this process's own parts.
+
+    The same numbers as torch's own, which reaches each tensor through its wrapper: that costs the host more than
+    the device needs for the update. States are DTensors too, as checkpoints expect them.
+    """
+
+    found_inf: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; none on the device while `found_inf` is not 0."""
+        from torch.optim.adamw import adamw
+
+        assert closure is None
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in held]
+            adamw(
+                _own(held),
+                _own([p.grad for p in held]),
+                _own([state["exp_avg"] for state in states]),
+                _own([state["exp_avg_sq"] for state in states]),
+                [],
+                [state["step"] for state in states],
+                fused=group["fused"],
+                found_inf=self.found_inf,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return state
+
+
+def _is_parted(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _own(tensors: Sequence[Any]) -> list[torch.Tensor]:
+    """What this process holds of each."""
+    return [tensor.to_local() if _is_parted(tensor) else tensor for tensor in tensors]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group the learning rate of the coming update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm`.
 
@@ -59,10 +116,13 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
         the norm before clipping, () fp32, still on the device; not finite where any gradient is not.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):
-        # Of gradients that several processes hold in parts.
-        norm = norm.full_tensor()
+    own = _own(gradients)
+    norm = torch.nn.utils.get_total_norm(own)
+    parted: Any = next(filter(_is_parted, gradients), None)
+    if parted is not None:
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=parted.device_mesh.get_group())
+        norm = square.sqrt()
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_(own, (max_norm / (norm + ROUNDING)).clamp(max=1.0))
     return norm

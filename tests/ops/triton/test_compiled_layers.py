@@ -11,18 +11,22 @@ from longspan.models.language_model import LanguageModel, ModelConfig
 SIZES = {"width": 32, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width": 32}
 
 
-@pytest.mark.parametrize("letter", ["M", "m"])
+@pytest.mark.parametrize(("letter", "mlp"), [("M", "none"), ("M", "swiglu"), ("m", "none")])
 @pytest.mark.usefixtures("served", "small_chunks")
-def test_a_layer_with_kernels(device: torch.device, letter: str) -> None:
+def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str) -> None:
+    """From the normed stream to the normed stream: sums and norms are one op."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = LanguageModel(ModelConfig.parse({"pattern": letter * 2, **SIZES}, "model"), 29, 0, device=device)
+    model = LanguageModel(
+        ModelConfig.parse({"pattern": letter * 2, "mlp": mlp, **SIZES}, "model"), 29, 0, device=device
+    )
     tokens = torch.randint(0, 29, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
     doc = (torch.arange(24)[None] > 9).int()
     results = []
     for backend in (None, "aot_eager"):
         for block in model.blocks:
             block.compiled = backend
+        assert model.blocks[0].chains(device) == (backend is not None)
         nll, _ = model.loss(tokens, tokens, doc)
         results.append([nll, *torch.autograd.grad(nll, list(model.parameters()))])
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)

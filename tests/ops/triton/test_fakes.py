@@ -87,7 +87,11 @@ def test_norms(device, served):
             norm = kind(8, 1e-5).to(device)
             norm.init_weights()
             check([norm(*(leaf(2, 3, 24).to(device)[..., 8 * i : 8 * i + 8] for i in range(inputs)))])
-    assert mode.met == {"longspan::rms_norm", "longspan::rms_norm_backward"}
+            if kind is RMSNorm:
+                branch = leaf(2, 3, 24).to(device)[..., 8:16].bfloat16()
+                check([*norm.of_sum(leaf(2, 3, 8).to(device), branch)])
+    names = ("rms_norm", "add_rms_norm")
+    assert mode.met == {f"longspan::{name}{way}" for name in names for way in ("", "_backward")}
 
 
 def test_a_mamba2_layer(device, documents, served):

@@ -42,6 +42,8 @@ def test_matches_fp64(chance, dtype, assert_same, device, documents, normal, ser
         lambda *z: ssd(*z, doc_BT=doc, backend="reference"),
         inputs(normal, rows, time, heads, head_dim, 1, state),
         [dtype, FP32, FP32, dtype, dtype, FP32],
+        # Where every token is a document nothing decays on the way to another.
+        zeros=[4] if chance == 1.0 else [],
     )
 
 
@@ -54,6 +56,23 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
         lambda *z: ssd(*z[:6], doc_BT=doc, initial_state_BHPN=z[6], initial_doc_B=before, backend="reference"),
         [*inputs(normal, rows, time, heads, head_dim, 1, state), normal(rows, heads, head_dim, state)],
         [BF16, FP32, FP32, BF16, BF16, FP32, FP32],
+    )
+
+
+@pytest.mark.parametrize("chance", [0.02, 1.0])
+def test_rows_cut_into_segments(chance, assert_same, device, documents, monkeypatch, normal, served):
+    """The last is shorter; states of documents pass through several of them, or end inside."""
+    from longspan.ops.triton import ssd as kernels
+
+    monkeypatch.setattr(kernels, "LEAST_CHUNKS", 2)
+    time = 11 * (64 if device.type == "cuda" else 16) - 3
+    doc = documents(1, time, chance)
+    before = doc[:, 0].to(device)
+    assert_same(
+        lambda *z: ssd(*z[:6], doc_BT=doc.to(device), initial_state_BHPN=z[6], initial_doc_B=before),
+        lambda *z: ssd(*z[:6], doc_BT=doc, initial_state_BHPN=z[6], initial_doc_B=doc[:, 0], backend="reference"),
+        [*inputs(normal, 1, time, 1, 16, 1, 16), normal(1, 1, 16, 16)],
+        [FP32] * 7,
     )
 
 

@@ -24,8 +24,9 @@ from longspan.models.config import ModelConfig
 from longspan.models.language_model import LanguageModel
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
-from longspan.training.loop import WARMUP_STEPS, train
+from longspan.training.loop import train
 from longspan.training.metrics import read_metrics
+from longspan.training.run import WARMUP_STEPS
 
 LEAST_WINDOWS = 2
 LEAST_REPEATS = 2

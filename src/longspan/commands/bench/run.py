@@ -15,7 +15,8 @@ import torch
 from longspan.commands.bench.ceilings import Ceilings, measure_ceilings
 from longspan.commands.bench.measured import OURS, PARTS, Measured, Part, share_of_ceiling
 from longspan.commands.bench.own import Generated, generated, native_engine, trained
-from longspan.commands.bench.peers import Peer, peer_generated, peer_trained, peers_of
+from longspan.commands.bench.peers import Peer, peer_generated, peer_trained
+from longspan.commands.bench.plan import LEFT_OUT, expected_seconds, plan, to_go_on
 from longspan.commands.bench.setting import Setting, models_of
 from longspan.foundation.errors import LongspanError
 from longspan.models.budget import count_parameters
@@ -27,7 +28,6 @@ from longspan.training.compilation import resolve_compile
 
 BAR = 28
 """Characters of the longest bar."""
-LEFT_OUT = "the time was over (raise --seconds)"
 TITLES = {"train": "training step", "prefill": "prefill, one prompt", "decode": "decoding, one sequence"}
 Say = Callable[[str], None]
 
@@ -61,6 +61,7 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
         },
         "ceilings": asdict(ceilings),
         "measured": [each.to_json() for each in found],
+        "go_on_with": to_go_on(setting, models, ceilings, found),
     }
     if not json_only:
         show(setting, models, ceilings, found)
@@ -70,27 +71,27 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
 def measure(
     setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, *, peers: bool, say: Say
 ) -> list[Measured]:
-    """Everything, Longspan before its peers and short contexts before long ones.
-
-    What would begin after the time is left out, and says so.
-    """
-    cells = [(context, pattern) for context in setting.contexts for pattern in models]
-    plan: list[tuple[int, str, Peer | None]] = [(context, pattern, None) for context, pattern in cells]
-    if peers:
-        plan += [(context, pattern, peer) for context, pattern in cells for peer in peers_of(models[pattern], setting)]
+    """The whole `plan`. What the time does not allow is left out, and says so; what comes first is always measured."""
+    cells = plan(setting, models, peers=peers)
     deadline = time.monotonic() + setting.seconds
     found: list[Measured] = []
-    for number, (context, pattern, peer) in enumerate(plan):
-        who = OURS if peer is None else peer.name
+    for number, cell in enumerate(cells):
+        config = models[cell.pattern]
         left = deadline - time.monotonic()
-        if left <= 0:
-            parameters = count_parameters(models[pattern], setting.vocab_size).total
-            found += [Measured(pattern, context, part, who, parameters, failure=LEFT_OUT) for part in PARTS]
+        expected = expected_seconds(cell, config, setting, ceilings)
+        if left <= 0 or (number and expected > left):
+            parameters = count_parameters(config, setting.vocab_size).total
+            found += [
+                Measured(cell.pattern, cell.context, part, cell.who, parameters, failure=LEFT_OUT) for part in PARTS
+            ]
             continue
-        say(f"{number + 1} of {len(plan)}: {pattern} at {context:,} tokens, {who} ({duration(left)} left)")
+        say(
+            f"{number + 1} of {len(cells)}: {cell.pattern} at {cell.context:,} tokens, {cell.who} "
+            f"({duration(left)} left)"
+        )
         # Half for training, half for generating; what a part's first call costs comes on top.
-        seconds = left / (len(plan) - number) / 3
-        found += _measure_one(models[pattern], pattern, context, peer, setting, ceilings, seconds)
+        seconds = left / (len(cells) - number) / 3
+        found += _measure_one(config, cell.pattern, cell.context, cell.peer, setting, ceilings, seconds)
     return found
 
 
@@ -176,10 +177,12 @@ def show(setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, f
     for each in found:
         if each.failure and each.failure != LEFT_OUT:
             print(f"note: {each.who}, {each.pattern}, {each.part} at {each.context:,} tokens: {each.failure}")
-    if late := sorted(
-        {f"{each.pattern} at {each.context:,} ({each.who})" for each in found if each.failure == LEFT_OUT}
-    ):
+    late = dict.fromkeys(
+        f"{each.pattern} at {each.context:,} ({each.who})" for each in found if each.failure == LEFT_OUT
+    )
+    if late:
         print(f"note: {LEFT_OUT} for {', '.join(late)}")
+        print(f"go on with: {to_go_on(setting, models, ceilings, found)}")
 
 
 def _show_part(part: Part, found: Sequence[Measured]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,8 @@ from longspan.study.budget_table import parse_contexts
 from longspan.training.precision import resolve_dtype
 
 HEAD_DIM = 64
+ALIGNED = {"cuda": 128, "cpu": HEAD_DIM}
+"""Widths are multiples of this: of a tile of a GPU's matrix products, which compute whole tiles whatever is asked."""
 TOLERANCE = 0.02
 WIDEST = 16_384
 
@@ -57,7 +59,7 @@ def default_setting(device: torch.device) -> Setting:
     dtype = resolve_dtype("auto", device)
     if device.type == "cuda":
         patterns, contexts = ("A12", "M12", "(AM)6"), (4096, 32_768)
-        return Setting(patterns, contexts, 130_000_000, 32_768, 32_768, 64, device, dtype, 240.0)
+        return Setting(patterns, contexts, 110_000_000, 32_768, 32_768, 64, device, dtype, 240.0)
     patterns, contexts = ("AAAA", "MMMM", "AMAM"), (256, 1024)
     return Setting(patterns, contexts, 1_000_000, 2048, 2048, 16, device, dtype, 60.0)
 
@@ -83,23 +85,26 @@ def replace_pattern(config: ModelConfig, pattern: str) -> ModelConfig:
 
 
 def _closest(setting: Setting) -> ModelConfig:
-    """The first pattern at the width, a multiple of the head dimension, that comes nearest to the parameters."""
-    pattern = setting.patterns[0]
+    """The first pattern at the width, a multiple of `ALIGNED`, that comes nearest to the parameters."""
+    pattern, step = setting.patterns[0], ALIGNED[setting.device.type]
 
     def model(width: int) -> ModelConfig:
-        return ModelConfig.parse({"pattern": pattern, "width": width, "heads": width // HEAD_DIM}, "model")
+        shape: dict[str, Any] = {"pattern": pattern, "width": width, "heads": width // HEAD_DIM}
+        if step > HEAD_DIM:
+            shape["mlp_width"] = step * round(8 * width / (3 * step))
+        return ModelConfig.parse(shape, "model")
 
     def size(width: int) -> int:
         return count_parameters(model(width), setting.vocab_size).total
 
-    width = HEAD_DIM
+    width = step
     while size(width) < setting.parameters and width < WIDEST:
-        width += HEAD_DIM
-    nearest = min((max(HEAD_DIM, width - HEAD_DIM), width), key=lambda each: abs(size(each) - setting.parameters))
+        width += step
+    nearest = min((max(step, width - step), width), key=lambda each: abs(size(each) - setting.parameters))
     if not 0.5 < size(nearest) / setting.parameters < 2:
         raise UserError(
             f"--parameters {setting.parameters:,} for {pattern} with a vocabulary of {setting.vocab_size:,}",
-            f"about {size(HEAD_DIM):,} (width {HEAD_DIM}) to {size(WIDEST):,} (width {WIDEST})",
+            f"about {size(step):,} (width {step}) to {size(WIDEST):,} (width {WIDEST})",
             "change --parameters, --vocab-size or the number of layers",
         )
     return model(nearest)

@@ -11,7 +11,7 @@ from longspan.corpus.document import SPLITS, Document, content_id
 from longspan.corpus.sources.base import SourceConfig, describe_files, named_files
 from longspan.corpus.sources.dataset_commit import commit_at_first_use
 from longspan.corpus.sources.wikitext import split_articles
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.extras import require
 from longspan.foundation.progress import Progress, Report
 
@@ -108,9 +108,8 @@ class HuggingFaceSource(SourceConfig):
 
     def _unloadable(self, error: Exception) -> DataError:
         name = f"{self.dataset} ({self.config})" if self.config else self.dataset
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
         return DataError(
-            f"the dataset {name} cannot be loaded: {cause}",
+            f"the dataset {name} cannot be loaded: {first_line(error)}",
             "an existing dataset, configuration and split on a reachable hub, or a local folder",
             "check the network, and `dataset`, `config`, `hub_splits` and `revision` of the corpus; "
             "or take files that you have with another source (jsonl, text, wikitext)",

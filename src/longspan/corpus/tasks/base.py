@@ -11,20 +11,19 @@ A task of one's own is one file:
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from longspan.corpus.packing.batches import IGNORE
 from longspan.corpus.symbols import SymbolEncoder
 from longspan.corpus.tokenizer import SpecialTokens, Tokenizer
-from longspan.foundation.config import Config, did_you_mean, shown_value
+from longspan.foundation.config import Config, shown_value
 from longspan.foundation.errors import UserError
+from longspan.foundation.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,33 +189,9 @@ def check_range(name: str, low: int, high: int) -> None:
 
 # --- registry ---------------------------------------------------------------------------------------------------------
 
-_TASKS: dict[str, type[Task]] = {}
-TaskType = TypeVar("TaskType", bound=type[Task])
-
-
-def register(name: str) -> Callable[[TaskType], TaskType]:
-    """Class decorator: studies may name the task.
-
-    Raises:
-        UserError: another task has that name.
-    """
-
-    def add(task: TaskType) -> TaskType:
-        taken = _TASKS.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (task.__module__, task.__qualname__):
-            raise UserError(f"a second task called {name!r}", "names that are free", f"rename it; taken: {taken}")
-        _TASKS[name] = task
-        return task
-
-    return add
-
-
-def registered() -> Mapping[str, type[Task]]:
-    """Every task by its name; those in this package are found by themselves."""
-    package = importlib.import_module("longspan.corpus.tasks")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"longspan.corpus.tasks.{module.name}")
-    return dict(_TASKS)
+_TASKS: Registry[Task] = Registry("task", package="longspan.corpus.tasks")
+register = _TASKS.register
+registered = _TASKS.all
 
 
 def make_task(settings: Any, where: str) -> Task:
@@ -225,13 +200,8 @@ def make_task(settings: Any, where: str) -> Task:
     Raises:
         UserError: no such task, or settings that it refuses.
     """
-    tasks = registered()
-    place = f"{where}: " if where else ""
     if not isinstance(settings, Mapping) or not isinstance(settings.get("task"), str):
         given = settings.get("task") if isinstance(settings, Mapping) else settings
-        raise UserError(f"{place}task = {shown_value(given)}", ", ".join(sorted(tasks)), "name one of these")
-    name = str(settings["task"])
-    if name not in tasks:
-        fix = did_you_mean(name, tasks, "name one of these, or load your own file under `plugins:`")
-        raise UserError(f"{place}no task is called {name!r}", ", ".join(sorted(tasks)), fix)
-    return tasks[name].parse(dict(settings), where)
+        place = f"{where}: " if where else ""
+        raise UserError(f"{place}task = {shown_value(given)}", ", ".join(sorted(registered())), "name one of these")
+    return _TASKS.find(settings["task"], where).parse(dict(settings), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import UserError, first_line
 from longspan.foundation.extras import MissingExtra
 
 # Weights as pickles, and copies for other frameworks, are never fetched.
@@ -44,9 +44,8 @@ def resolve(name: str | Path, revision: str | None = None, *, fetched: Sequence[
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=list(fetched)))
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, refused
-        lines = str(error).strip().splitlines()
         raise UserError(
-            f"{text} is no folder, and cannot be fetched from the hub ({lines[0] if lines else type(error).__name__})",
+            f"{text} is no folder, and cannot be fetched from the hub ({first_line(error)})",
             ALLOWED,
             "check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN for gated models)",
         ) from error

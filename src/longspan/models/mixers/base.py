@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import string
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
+from longspan.foundation.registry import Registry
 from longspan.models.segments import Segments
 
 
@@ -177,7 +179,8 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-_MIXERS: dict[str, type[Mixer]] = {}
+_MIXERS: Registry[Mixer] = Registry("mixer", names=string.ascii_uppercase)
+registered = _MIXERS.all
 MixerType = TypeVar("MixerType", bound=type[Mixer])
 
 
@@ -189,21 +192,7 @@ def register(letter: str) -> Callable[[MixerType], MixerType]:
     """
     if not (len(letter) == 1 and letter.isascii() and letter.isalpha()):
         raise UserError(f"mixer letter {letter!r}", "one ASCII letter, upper or lower case", "choose another letter")
-
-    def add(mixer: MixerType) -> MixerType:
-        taken = _MIXERS.get(letter)
-        if taken is not None:
-            free = ", ".join(sorted(set("ABCDEFGHIJKLMNOPQRSTUVWXYZ") - set(_MIXERS)))
-            raise UserError(f"mixer letter `{letter}` belongs to {taken.name}", f"a free letter: {free}", "take one")
-        _MIXERS[letter] = mixer
-        return mixer
-
-    return add
-
-
-def registered() -> Mapping[str, type[Mixer]]:
-    """Every mixer by its letter."""
-    return dict(_MIXERS)
+    return _MIXERS.register(letter)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from torch import Tensor
 # to the end of its chunk, decay from the end of the chunk before to the token; the last two are 0 across a boundary.
 DT, SUM, TO_END, FROM_BEFORE = (tl.constexpr(plane) for plane in range(4))
 LARGEST_HEADS = 32
-WARPS = 4
 
 
 @triton.jit
@@ -111,10 +110,15 @@ class Decays(NamedTuple):
             dt_BTH, pointer(bias_H, dt_BTH), pointer(A_H, dt_BTH), pointer(doc_BT, dt_BTH),
             pointer(initial_doc_B, dt_BTH), planes, carry, run, time, *dt_BTH.stride()[:2], planes.stride(0),
             H=heads, Q=chunk, HEADS=heads_of_program(heads), SOFTPLUS=bias_H is not None, RATES=A_H is not None,
-            DOCS=doc_BT is not None, BEFORE=doc_BT is not None and initial_doc_B is not None, num_warps=WARPS,
-            num_stages=1,
+            DOCS=doc_BT is not None, BEFORE=doc_BT is not None and initial_doc_B is not None,
+            num_warps=square_warps(chunk), num_stages=1,
         )  # fmt: skip
         return Decays(planes, carry, run)
+
+
+def square_warps(chunk: int) -> int:
+    """Of a program that holds a square of a chunk in registers."""
+    return max(4, chunk // 16)
 
 
 def heads_of_program(heads: int) -> int:

@@ -1,4 +1,4 @@
-"""RMSNorm, plain and gated, with one pass over memory forward and one backward.
+"""RMSNorm: plain, gated, or of a sum that is kept too; one pass over memory forward and one backward.
 
 A program keeps a whole row in registers; the backward makes the statistics again instead of keeping them. The gradient
 of the weight is summed per program and then in one order: the same bits in every run.
@@ -23,12 +23,19 @@ PROGRAMS = 1056
 
 @triton.jit
 def norm_forward(
-    x_ptr, gate_ptr, weight_ptr, y_ptr, eps, x_row: tl.constexpr, gate_row: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, gate_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, eps,
+    x_row: tl.constexpr, gate_row: tl.constexpr, branch_row: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
+    """One row; ADDED: of x and a branch, whose sum is written too."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + d, mask=d < D, other=0.0).to(tl.float32)
+    if ADDED:
+        x += tl.load(branch_ptr + row * branch_row + d, mask=d < D, other=0.0).to(tl.float32)
+        # The backward sees the sum as it is kept.
+        x = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * D + d, x, mask=d < D)
+        x = x.to(tl.float32)
     if GATED:
         z = tl.load(gate_ptr + row * gate_row + d, mask=d < D, other=0.0).to(tl.float32)
         x *= z * tl.sigmoid(z)
@@ -39,11 +46,14 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, sums_ptr, rows, eps,
-    x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, dgate_row: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, gate_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dgate_ptr, dbranch_ptr, sums_ptr, rows, eps,
+    x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dsum_row: tl.constexpr, dx_row: tl.constexpr,
+    dgate_row: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Every so many rows, and what they add to the gradient of the weight."""
+    """Every so many rows, and what they add to the gradient of the weight.
+
+    ADDED: x is a sum that has a gradient of its own; what both come to goes to x and to the branch, in their dtypes.
+    """
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
@@ -67,6 +77,9 @@ def norm_backward(
             dz = dgated * x * (sigmoid + silu * (1.0 - sigmoid))
             tl.store(dgate_ptr + row * dgate_row + d, dz.to(dgate_ptr.dtype.element_ty), mask=there)
             dgated = dgated * silu
+        if ADDED:
+            dgated += tl.load(dsum_ptr + row * dsum_row + d, mask=there, other=0.0).to(tl.float32)
+            tl.store(dbranch_ptr + row * D + d, dgated.to(dbranch_ptr.dtype.element_ty), mask=there)
         tl.store(dx_ptr + row * dx_row + d, dgated.to(dx_ptr.dtype.element_ty), mask=there)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + d, dweight, mask=d < D)
 
@@ -91,8 +104,8 @@ def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dt
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     block = max(16, triton.next_power_of_2(width))
     norm_forward[(rows_MD.shape[0],)](
-        rows_MD, gates_MD, weight_D, y, eps, rows_MD.stride(0), gates_MD.stride(0),
-        D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
+        rows_MD, gates_MD, rows_MD, weight_D, y, y, eps, rows_MD.stride(0), gates_MD.stride(0), 0,
+        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, num_warps=_warps(block),
     )  # fmt: skip
     return y
 
@@ -110,9 +123,9 @@ def run_backward(
     programs = min(rows, PROGRAMS)
     sums_JD = x.new_empty(programs, width, dtype=torch.float32)
     norm_backward[(programs,)](
-        rows_MD, gates_MD, weight_D, dy_MD, dx_MD, dgates_MD, sums_JD, rows, eps,
-        *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dx_MD, dgates_MD)),
-        D=width, BLOCK=block, GATED=gate is not None, num_warps=_warps(block),
+        rows_MD, gates_MD, weight_D, dy_MD, dy_MD, dx_MD, dgates_MD, dx_MD, sums_JD, rows, eps,
+        *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dy_MD, dx_MD, dgates_MD)),
+        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, num_warps=_warps(block),
     )  # fmt: skip
     return sums_JD.sum(0).to(weight_D.dtype)
 
@@ -158,3 +171,75 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rms_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("longspan::add_rms_norm", mutates_args=())
+def add_rms_norm(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x + branch`, rounded once, to the wider of both dtypes, and the norm of that in `dtype`."""
+    return _add_forward(x, branch, weight_D, eps, dtype)
+
+
+@on_its_device
+def _add_forward(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows_MD, branch_MD, width = _rows(x), _rows(branch), x.shape[-1]
+    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = max(16, triton.next_power_of_2(width))
+    norm_forward[(rows_MD.shape[0],)](
+        rows_MD, rows_MD, branch_MD, weight_D, y, total, eps, rows_MD.stride(0), 0, branch_MD.stride(0),
+        D=width, BLOCK=block, GATED=False, ADDED=True, num_warps=_warps(block),
+    )  # fmt: skip
+    return total, y
+
+
+@add_rms_norm.register_fake
+def _(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    return total, torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("longspan::add_rms_norm_backward", mutates_args=())
+def add_rms_norm_backward(
+    dtotal: Tensor, dy: Tensor, total: Tensor, weight_D: Tensor, eps: float, x: torch.dtype, branch: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and branch in their dtypes, and of the weight."""
+    return _add_backward(dtotal, dy, total, weight_D, eps, x, branch)
+
+
+@on_its_device
+def _add_backward(
+    dtotal: Tensor, dy: Tensor, total: Tensor, weight_D: Tensor, eps: float, x: torch.dtype, branch: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows_MD, dy_MD, dtotal_MD = _rows(total), _rows(dy), _rows(dtotal)
+    rows, width = rows_MD.shape
+    dx, dbranch = (torch.empty(total.shape, dtype=dtype, device=total.device) for dtype in (x, branch))
+    block, programs = max(16, triton.next_power_of_2(width)), min(rows, PROGRAMS)
+    sums_JD = total.new_empty(programs, width, dtype=torch.float32)
+    norm_backward[(programs,)](
+        rows_MD, rows_MD, weight_D, dy_MD, dtotal_MD, dx, dx, dbranch, sums_JD, rows, eps,
+        *(z.stride(0) for z in (rows_MD, rows_MD, dy_MD, dtotal_MD)), width, width,
+        D=width, BLOCK=block, GATED=False, ADDED=True, num_warps=_warps(block),
+    )  # fmt: skip
+    return dx, dbranch, sums_JD.sum(0).to(weight_D.dtype)
+
+
+@add_rms_norm_backward.register_fake
+def _(
+    dtotal: Tensor, dy: Tensor, total: Tensor, weight_D: Tensor, eps: float, x: torch.dtype, branch: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dbranch = (torch.empty(total.shape, dtype=dtype, device=total.device) for dtype in (x, branch))
+    return dx, dbranch, torch.empty_like(weight_D)
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, branch, weight_D, ctx.eps, _ = inputs
+    ctx.dtypes = x.dtype, branch.dtype
+    ctx.save_for_backward(output[0], weight_D)
+
+
+def _differentiate_sum(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    total, weight_D = ctx.saved_tensors
+    return *add_rms_norm_backward(dtotal, dy, total, weight_D, ctx.eps, *ctx.dtypes), None, None
+
+
+add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)

@@ -7,6 +7,8 @@ Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton import ssd_kernels as kernels
-from longspan.ops.triton.decays import Decays, heads_of_program, pointer
+from longspan.ops.triton.decays import Decays, heads_of_program, pointer, square_warps
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import block
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
+MULTIPROCESSORS = 132
+# A segment of fewer chunks is not worth a launch.
+LEAST_CHUNKS = 16
 KEEP_STATES = True
 
 
@@ -38,12 +43,13 @@ class Cut(NamedTuple):
     gradient_warps: tuple[int, int]
     group_warps: tuple[int, int]
     precision: str
+    all_warps: tuple[int, int] | None = None
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 2), (4, 3), "ieee"),
-    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
+    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 2), (4, 3), "ieee", (4, 2)),
+    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3", (4, 1)),
 }
 
 
@@ -103,10 +109,39 @@ class Plan(NamedTuple):
         return {**self.shared, "BLOCK_P": block_p, "BLOCK_N": block_n, "WHOLE": whole}
 
     def state_grid(self, rows: int) -> tuple[int, int, int]:
-        """Programs of the kernels that carry states."""
+        """Programs of the kernels that carry states, before rows are cut into segments."""
         tile_p, tile_n = (min(a, b) for a, b in zip(self.blocks, self.cut.state_tile, strict=True))
         tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
         return tiles, self.shared["H"], rows
+
+    def segments(self, rows: int) -> int:
+        """Into how many segments a row is cut for them: 1 where there are programs enough without."""
+        programs = math.prod(self.state_grid(rows))
+        if programs >= MULTIPROCESSORS:
+            return 1
+        return max(1, min(4 * MULTIPROCESSORS // programs, self.chunks // LEAST_CHUNKS))
+
+
+def _carry(
+    kernel: Any, plan: Plan, rows: int, like: Tensor, operands: Sequence[Any], sizes: Sequence[int], **flags: bool
+) -> None:
+    """Runs a kernel that carries states, where rows are cut once more for the segments alone before."""
+    tiles, heads, _ = plan.state_grid(rows)
+    segments, shape = plan.segments(rows), (plan.shared["P"], plan.shared["N"])
+    warps, stages = plan.cut.state_warps
+    # A segment without a chunk would read past the end.
+    segments = triton.cdiv(plan.chunks, triton.cdiv(plan.chunks, segments))
+    alone, kept = like, like
+    if segments > 1:
+        alone = like.new_empty(rows, segments, heads, *shape, dtype=torch.float32)
+        kept = like.new_empty(rows, segments, heads, dtype=torch.float32)
+    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile)}
+    options |= {"num_warps": warps, "num_stages": stages}
+    grid = tiles, heads, rows * segments
+    if segments > 1:
+        nothing = dict.fromkeys(flags, False)
+        kernel[grid](*operands, alone, kept, *sizes, ALONE=True, **nothing, **options)
+    kernel[grid](*operands, alone, kept, *sizes, ALONE=False, **flags, **options)
 
 
 def _decays(inputs: Inputs, plan: Plan) -> Decays:
@@ -118,13 +153,9 @@ def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) ->
     x, B = inputs.x, inputs.B
     rows, time, heads, head_dim = x.shape
     states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1])
-    warps, stages = plan.cut.state_warps
-    kernels.states[plan.state_grid(rows)](
-        x, B, decays.planes, decays.carry, pointer(inputs.initial, x), states, pointer(final, x), time, plan.chunks,
-        decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2],
-        INITIAL=inputs.initial is not None, KEEP=True, FINAL=final is not None,
-        **plan.tiled(time, plan.cut.state_tile), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    operands = (x, B, decays.planes, decays.carry, pointer(inputs.initial, x), states, pointer(final, x))
+    sizes = (time, plan.chunks, decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2])
+    _carry(kernels.states, plan, rows, x, operands, sizes, INITIAL=inputs.initial is not None, FINAL=final is not None)
     return states
 
 
@@ -185,36 +216,44 @@ def run_backward(
     dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
     dstates = torch.empty_like(states)
     plane = decays.planes.stride(0)
-    warps, stages = plan.cut.state_warps
-    kernels.state_gradients[plan.state_grid(rows)](
-        dy, C, decays.planes, decays.carry, x if dfinal is None else dfinal.contiguous(), dstates, pointer(dinitial, x),
-        time, plan.chunks, plane, *dy.stride()[:2], *C.stride()[:2],
-        FINAL=dfinal is not None, INITIAL=dinitial is not None, **plan.tiled(time, plan.cut.state_tile),
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    last = x if dfinal is None else dfinal.contiguous()
+    operands = (dy, C, decays.planes, decays.carry, last, dstates, pointer(dinitial, x))
+    sizes = (time, plan.chunks, plane, *dy.stride()[:2], *C.stride()[:2])
+    flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
+    _carry(kernels.state_gradients, plan, rows, x, operands, sizes, **flags)
     groups, group = B.shape[2], plan.shared["GROUP"]
-    parts = _parts(group, plan.chunks * rows * groups)
-    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
     ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:3])
     dD, dA = (x.new_empty(rows, plan.chunks, heads, dtype=torch.float32) for _ in range(2))
     dbias = x.new_zeros(heads, dtype=torch.float32) if inputs.bias is None else torch.empty_like(dA)
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
-    warps, stages = plan.cut.gradient_warps
-    kernels.square_gradients[(plan.chunks, groups * parts, rows)](
-        x, B, C, inputs.D, dy, decays.planes, decays.run, into.x, dscores, ddriving, dsums, dD, time, plane,
-        *strides, *into.x.stride()[:2],
-        HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    warps, stages = plan.cut.group_warps
-    kernels.group_gradients[(2 * plan.chunks, groups, rows)](
-        x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.x, into.B, into.C, ddriving, dsums,
-        time, plan.chunks, plane, *strides, *into.x.stride()[:2], *into.B.stride()[:2], *into.C.stride()[:2],
-        PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    if plan.cut.all_warps is not None:
+        warps, stages = plan.cut.all_warps
+        kernels.gradients[(3 * plan.chunks, groups, rows)](
+            x, B, C, inputs.D, dy, decays.planes, decays.carry, decays.run, states, dstates, into.x, into.B, into.C,
+            ddriving, dsums, dD, time, plan.chunks, plane, *strides,
+            *into.x.stride()[:2], *into.B.stride()[:2], *into.C.stride()[:2],
+            **plan.tiled(time), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    else:
+        parts = _parts(group, plan.chunks * rows * groups)
+        dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
+        warps, stages = plan.cut.gradient_warps
+        kernels.square_gradients[(plan.chunks, groups * parts, rows)](
+            x, B, C, inputs.D, dy, decays.planes, decays.run, into.x, dscores, ddriving, dsums, dD, time, plane,
+            *strides, *into.x.stride()[:2],
+            HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        warps, stages = plan.cut.group_warps
+        kernels.group_gradients[(2 * plan.chunks, groups, rows)](
+            x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.x, into.B, into.C, ddriving, dsums,
+            time, plan.chunks, plane, *strides, *into.x.stride()[:2], *into.B.stride()[:2], *into.C.stride()[:2],
+            PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     kernels.step_gradients[(plan.chunks, rows)](
         dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None, num_warps=4,
+        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None,
+        num_warps=square_warps(plan.cut.chunk),
         num_stages=1,
     )  # fmt: skip
     if inputs.bias is not None:

@@ -21,17 +21,23 @@ from longspan.ops.triton.tiles import dot, load, store
 
 @triton.jit
 def states(
-    x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, time, chunks, plane,
+    x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, alone_ptr, kept_ptr, time, chunks, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, FINAL: tl.constexpr, WHOLE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, ALONE: tl.constexpr, FINAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and after the last."""
+    """The state before every chunk, and after the last.
+
+    Few long rows are cut into segments: first each goes ALONE, from nothing, and leaves the state it comes to and what
+    it keeps of one before; then each begins with what the segments before it come to.
+    """
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
+    per_segment = tl.cdiv(chunks, SEGMENTS)
+    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
     i = tl.arange(0, Q)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     x = x_ptr + row * x_row + h * P
@@ -41,20 +47,31 @@ def states(
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if INITIAL:
         state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    weight, carry = tl.load(by_head + i) * tl.load(by_head + TO_END * plane + i), tl.load(carries)
-    for chunk in range(chunks):
-        if KEEP:
+    if SEGMENTS > 1 and not ALONE:
+        for earlier in range(segment):
+            there = (row * SEGMENTS + earlier) * H + h
+            state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    weight = tl.load(by_head + first * Q + i) * tl.load(by_head + TO_END * plane + first * Q + i)
+    carry, kept = tl.load(carries + first), 1.0
+    for chunk in range(first, end):
+        if not ALONE:
             store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
         t = chunk * Q + i
         x_QP = load(x, t, x_token, p, time, P, WHOLE)
         B_QN = load(B, t, B_token, n, time, N, WHOLE)
         driving = x_QP.to(tl.float32) * weight[:, None]
         state = state * carry + dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
+        kept *= carry
         following = tl.minimum(chunk + 1, chunks - 1)
         weight = tl.load(by_head + following * Q + i) * tl.load(by_head + TO_END * plane + following * Q + i)
         carry = tl.load(carries + following)
-    if FINAL:
+    if FINAL and end == chunks:
         store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+    if ALONE:
+        there = (row * SEGMENTS + segment) * H + h
+        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, state)
+        if tl.program_id(0) == 0:
+            tl.store(kept_ptr + there, kept)
 
 
 @triton.jit
@@ -89,17 +106,19 @@ def outputs(
 
 @triton.jit
 def state_gradients(
-    dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, time, chunks, plane,
-    dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
+    dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, alone_ptr, kept_ptr, time, chunks,
+    plane, dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr, WHOLE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, FINAL: tl.constexpr, ALONE: tl.constexpr, INITIAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state after every chunk, and of the one before the first."""
+    """The gradient of the state after every chunk, and of the one before the first; segments as in `states`."""
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
+    per_segment = tl.cdiv(chunks, SEGMENTS)
+    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
     i = tl.arange(0, Q)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     dy = dy_ptr + row * dy_row + h * P
@@ -109,19 +128,30 @@ def state_gradients(
     dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if FINAL:
         dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    weight, carry = tl.load(reads + (chunks - 1) * Q + i), tl.load(carries + chunks - 1)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
-        store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
+    if SEGMENTS > 1 and not ALONE:
+        for back in range(SEGMENTS - 1 - segment):
+            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
+            dstate = dstate * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    weight, carry, kept = tl.load(reads + (end - 1) * Q + i), tl.load(carries + end - 1), 1.0
+    for back in range(end - first):
+        chunk = end - 1 - back
+        if not ALONE:
+            store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
         t = chunk * Q + i
         dy_QP = load(dy, t, dy_token, p, time, P, WHOLE)
         C_QN = load(C, t, C_token, n, time, N, WHOLE)
         reading = dy_QP.to(tl.float32) * weight[:, None]
         dstate = dstate * carry + dot(tl.trans(reading.to(DTYPE)), C_QN, DTYPE, OPERAND, PRECISION)
+        kept *= carry
         following = tl.maximum(chunk - 1, 0)
         weight, carry = tl.load(reads + following * Q + i), tl.load(carries + following)
-    if INITIAL:
+    if INITIAL and first == 0:
         store(dinitial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
+    if ALONE:
+        there = (row * SEGMENTS + segment) * H + h
+        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, dstate)
+        if tl.program_id(0) == 0:
+            tl.store(kept_ptr + there, kept)
 
 
 @triton.jit
@@ -227,6 +257,96 @@ def group_gradients(
             dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
             dC += dread
             tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(dread * C_QN.to(tl.float32), 1))
+        store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
+
+
+@triton.jit
+def gradients(
+    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, carry_ptr, run_ptr, states_ptr, dstates_ptr,
+    dx_ptr, dB_ptr, dC_ptr, ddt_ptr, dsums_ptr, dD_ptr, time, chunks, plane,
+    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
+    dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All that is not the gradient of a state, of one chunk over the heads of a group, each tensor written once.
+
+    Three programs of a chunk run side by side, share what they load in the cache, and make the product of x and dy
+    anew: one sum over the heads is all that registers hold. The first finds the gradients of x, dt and D, the second
+    that of B, the third that of C; each leaves a plane of gradients of the sums of log decays.
+    """
+    chunk, part = tl.program_id(0) // 3, tl.program_id(0) % 3
+    group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
+    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
+    # (j, i): j is read by i.
+    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    if part == 0:
+        scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION).to(DTYPE)
+        for h in range(group * GROUP, group * GROUP + GROUP):
+            by_head = (row * H + h) * chunks * Q + t
+            state = ((row * chunks + chunk) * H + h) * P * N
+            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
+            to_end = tl.load(planes_ptr + TO_END * plane + by_head)
+            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
+            x = x_QP.to(tl.float32)
+            ddriving = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
+            dkept = tl.sum(ddriving * x, 1) * dt
+            decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
+            mixing = scores.to(tl.float32) * decay
+            ddriving += dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
+            tl.store(ddt_ptr + by_head, tl.sum(ddriving * x, 1))
+            dx = ddriving * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
+            store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
+            products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
+            dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
+            tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
+            products *= mixing * dt[:, None]
+            dsums = tl.sum(products, 0) - tl.sum(products, 1) - dkept
+            tl.store(dsums_ptr + by_head, dsums + tl.where(i == Q - 1, tl.sum(dkept, 0), 0.0))
+    elif part == 1:
+        dB = tl.zeros((Q, BLOCK_N), tl.float32)
+        for h in range(group * GROUP, group * GROUP + GROUP):
+            by_head = (row * H + h) * chunks * Q + t
+            state = ((row * chunks + chunk) * H + h) * P * N
+            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
+            to_end = tl.load(planes_ptr + TO_END * plane + by_head)
+            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
+            before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
+            decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
+            products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION) * (decay * dt[:, None])
+            dB += dot(products, C_QN, DTYPE, OPERAND, PRECISION)
+            dB += dot(x_QP.to(tl.float32) * (to_end * dt)[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
+            dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
+            dend = dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+            tl.store(dsums_ptr + plane + by_head, tl.where(i == Q - 1, dend, 0.0))
+        store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
+    else:
+        sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
+        dC = tl.zeros((Q, BLOCK_N), tl.float32)
+        for h in range(group * GROUP, group * GROUP + GROUP):
+            by_head = (row * H + h) * chunks * Q + t
+            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
+            from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
+            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+            before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
+            reading = dy_QP.to(tl.float32) * from_before[:, None]
+            decay = tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
+            products = dot(dy_QP, tl.trans(x_QP), DTYPE, OPERAND, PRECISION) * (decay * dt[None, :])
+            dC += dot(products, B_QN, DTYPE, OPERAND, PRECISION)
+            dC += dot(reading, before_PN, DTYPE, OPERAND, PRECISION)
+            read = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
+            tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(read * reading, 1))
         store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
 

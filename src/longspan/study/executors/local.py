@@ -87,7 +87,7 @@ def _start_worker(devices: Any, events: Any, stop: Any, threads: int | None) -> 
 def _work(job: Job, runs: Path) -> dict[str, Any]:
     def report(progress: Progress) -> None:
         if _worker["stop"].is_set():
-            raise Stopped("stopped; run the same command again to go on from here")
+            raise Stopped(Stopped.GO_ON)
         _worker["events"].put((job.key, progress))
 
     return _execute(job, runs, report, _worker["place"])

@@ -146,7 +146,7 @@ def _member(
 
     def report(progress: Progress) -> None:
         if stop.is_set():
-            raise Stopped("stopped; run the same command again to go on from here")
+            raise Stopped(Stopped.GO_ON)
         pipe.send(("progress", progress))
 
     try:

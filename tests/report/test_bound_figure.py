@@ -1,0 +1,62 @@
+"""What subjects hold against what limits them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import vl_convert
+
+from longspan.probes.base import make_probe
+from longspan.records.observation import Measurement, Summary
+from longspan.report import page
+from longspan.report.arms import arrange
+from longspan.report.bound_figure import bound_figure
+from longspan.report.charts import static_spec
+from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.figures import quality_figures
+
+
+def measured(metric: str, subject: str, value: float, low: float, high: float, note: str = "") -> Measurement:
+    return Measurement(metric, subject, None, value, low, high, 100, 3, 100, note)
+
+
+def held(report: ReportInput) -> ProbeSection:
+    first, second, third = (subject.label for subject in report.subjects)
+    found = (
+        *(measured("overall", subject, 0.5, 0.4, 0.6) for subject in (first, second, third)),
+        measured("half", first, 80.0, 80.0, 80.0, "3 of 3 seeds above half at the most asked"),
+        measured("half", second, 20.0, 10.0, 40.0),
+        measured("half", third, 10.0, 5.0, 20.0),
+        measured("state_bits", first, 200_000.0, 200_000.0, 200_000.0),
+        measured("state_bits", second, 2_000.0, 2_000.0, 2_000.0),
+        measured("state_bits", third, 1_000.0, 1_000.0, 1_000.0),
+    )
+    return ProbeSection("recall", "MQAR", "", make_probe("mqar").metrics, Summary(found, (), ()))
+
+
+def test_subjects_that_hold_in_proportion_lie_on_one_line_of_equal_share(quickstart_report: ReportInput) -> None:
+    section, arms = held(quickstart_report), arrange(quickstart_report)
+    (metric,) = (each for each in section.metrics if each.bound)
+    figure = bound_figure("half", section, metric, arms)
+    assert figure is not None
+    rows = figure.spec["data"]["values"]
+    points = {row["name"]: row for row in rows if "name" in row}
+    first, second, third = (subject.label for subject in quickstart_report.subjects)
+    assert points[second]["share"] == points[third]["share"] == "1.0 %"
+    (start, end) = (row for row in rows if row.get("guide") == "1 %")
+    assert start["y"] / start["x"] == end["y"] / end["x"] == 0.01
+    # What nobody was asked is not known, and said so.
+    assert [points[name]["open"] for name in (first, second, third)] == [True, False, False]
+    assert "3 of 3 seeds above half" in figure.table.markdown()
+    for theme in ("light", "dark"):
+        spec = json.dumps(static_spec(figure, arms, theme))
+        assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
+
+
+def test_without_a_known_state_the_loads_stand_alone(quickstart_report: ReportInput) -> None:
+    section = held(quickstart_report)
+    kept = tuple(m for m in section.summary.measurements if m.metric != "state_bits")
+    bare = replace(section, summary=replace(section.summary, measurements=kept))
+    (figure,) = (f for f in quality_figures(quickstart_report, bare, arrange(quickstart_report)) if "half" in f.name)
+    assert "state" not in figure.caption

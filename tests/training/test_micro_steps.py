@@ -1,0 +1,230 @@
+"""Steps as graphs: what is kept in place, what is copied there, and what happens where there can be no graph.
+
+A CPU has no graphs. `StandIn` keeps their contract: recording leaves no trace, and a replay reads and writes the memory
+of the recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.corpus.packing import Batch
+from longspan.foundation.errors import Stopped, UserError
+from longspan.foundation.progress import Progress
+from longspan.foundation.randomness import numpy_generator
+from longspan.models.segments import Segments
+from longspan.ops.attention import flex_block_mask
+from longspan.training import updates
+from longspan.training.metrics import read_metrics
+from longspan.training.micro_steps import PLAIN_STEPS, why_no_graph
+from longspan.training.ranks import ALONE, Ranks
+
+CPU = torch.device("cpu")
+PATTERNS = ["AM", "G"]
+STEPS = 6
+SHORT: dict[str, Any] = {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": STEPS}
+
+
+class StandIn:
+    """Records and replays for one model; `fails_at` names the recording (from 0) that fails."""
+
+    def __init__(self, net: torch.nn.Module, fails_at: int | None = None) -> None:
+        self.parameters, self.fails_at = list(net.parameters()), fails_at
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        held = [p.grad for p in self.parameters]
+        kept = [None if grad is None else grad.clone() for grad in held]
+        outcome = work()
+        if self.recorded == self.fails_at:
+            self._put(held, kept)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded += 1
+        adds = held[0] is not None
+        if adds:
+            self._put(held, kept)
+        place = [p.grad for p in self.parameters]
+
+        def replay() -> None:
+            self.replayed += 1
+            assert all(p.grad is at for p, at in zip(self.parameters, place, strict=True)), "gradients moved"
+            if not adds:
+                for p in self.parameters:
+                    p.grad = None
+            outcome.copy_(work())
+            if not adds:
+                written = [p.grad for p in self.parameters]
+                self._put(place, written)
+
+        return replay, outcome
+
+    def _put(self, places: list[Any], values: list[Any]) -> None:
+        for p, place, value in zip(self.parameters, places, values, strict=True):
+            p.grad = place
+            if place is not None:
+                place.copy_(value)
+
+
+class Varied:
+    """Endless rows, each of two documents whose boundary moves."""
+
+    def __init__(self, small: ModuleType, rows: int) -> None:
+        self.small, self.rows, self.taken = small, rows, 0
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Batch:
+        generator = numpy_generator(3, "varied", self.taken)
+        self.taken += 1
+        whole = self.small.rows_of(self.rows, self.small.CONTEXT, generator)
+        cut = generator.integers(1, self.small.CONTEXT - 1, (self.rows, 1))
+        return Batch(whole.tokens, whole.targets, (np.arange(self.small.CONTEXT) >= cut).astype(np.int32))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture
+def graphed(
+    small: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[StandIn, torch.nn.Module, list[str]]]:
+    """Trains on a CPU as if it had graphs."""
+
+    def train(folder: Path, *, pattern: str = "AM", fails_at: int | None = None, **more: Any) -> Any:
+        net = small.model(pattern=pattern)
+        stand_in = StandIn(net, fails_at)
+        told: list[str] = []
+        report = more.pop("report", lambda progress: None)
+
+        def listen(progress: Progress, /) -> None:
+            told.extend(filter(None, [progress.message]))
+            report(progress)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(updates, "why_no_graph", lambda *args: None)
+            patch.setattr(updates, "CudaRecorder", lambda device: stand_in)
+            training = small.settings(**SHORT, **more)
+            small.run(folder, training, net, lambda: Varied(small, training.rows), report=listen)
+        return stand_in, net, told
+
+    return train
+
+
+def plain(small: ModuleType, folder: Path, pattern: str = "AM", **more: Any) -> torch.nn.Module:
+    net: torch.nn.Module = small.model(pattern=pattern)
+    training = small.settings(**SHORT, **more)
+    small.run(folder, training, net, lambda: Varied(small, training.rows))
+    return net
+
+
+def assert_same_run(one: torch.nn.Module, other: torch.nn.Module, folders: tuple[Path, Path]) -> None:
+    assert losses(folders[0]) == losses(folders[1])
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_replays_train_as_the_calls_they_stand_for(
+    small: ModuleType, graphed: Any, tmp_path: Path, pattern: str, accumulation: int
+) -> None:
+    folders = (tmp_path / "graphed", tmp_path / "plain")
+    stand_in, net, _ = graphed(folders[0], pattern=pattern, accumulation=accumulation)
+    assert_same_run(net, plain(small, folders[1], pattern, accumulation=accumulation), folders)
+    assert stand_in.recorded == accumulation
+    assert stand_in.replayed == (STEPS - PLAIN_STEPS) * accumulation
+
+
+def test_a_run_that_is_gone_on_with_captures_again_and_keeps_its_curve(
+    small: ModuleType, graphed: Any, tmp_path: Path
+) -> None:
+    def stop(progress: Progress, /) -> None:
+        if progress.stage == "train" and progress.done == 3 * 128:
+            raise Stopped("enough")
+
+    with pytest.raises(Stopped):
+        graphed(tmp_path / "graphed", report=stop)
+    stand_in, net, _ = graphed(tmp_path / "graphed")
+    assert stand_in.replayed == (STEPS - 3 - PLAIN_STEPS) * 2
+    assert_same_run(net, plain(small, tmp_path / "plain"), (tmp_path / "graphed", tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_where_capturing_fails_it_is_told_and_nothing_of_the_step_is_lost(
+    small: ModuleType, graphed: Any, tmp_path: Path, fails_at: int
+) -> None:
+    folders = (tmp_path / "graphed", tmp_path / "plain")
+    stand_in, net, told = graphed(folders[0], fails_at=fails_at)
+    assert_same_run(net, plain(small, folders[1]), folders)
+    assert stand_in.replayed == fails_at
+    assert any("capturing it failed (RuntimeError: operation not permitted" in text for text in told)
+
+
+def test_a_graph_that_is_demanded_and_fails_ends_the_run(graphed: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphed(tmp_path, fails_at=0, graph=True)
+
+
+def test_a_graph_is_no_part_of_what_a_run_is(small: ModuleType) -> None:
+    assert small.settings(graph=False).model_dump() == small.settings().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("choice", "pattern", "device", "ranks", "reason"),
+    [
+        (False, "A", "cuda", ALONE, "graph = false"),
+        ("auto", "A", "cpu", ALONE, "cpu has none"),
+        ("auto", "A", "cuda", Ranks(0, 2), "2 processes"),
+        ("auto", "AGL", "cuda", ALONE, "G, L may wait"),
+    ],
+)
+def test_what_keeps_a_step_from_being_captured_is_named(
+    small: ModuleType, choice: Any, pattern: str, device: str, ranks: Ranks, reason: str
+) -> None:
+    net = small.model(pattern=pattern)
+    assert reason in (why_no_graph(choice, net, torch.device(device), ranks) or "")
+    if choice == "auto":
+        with pytest.raises(UserError, match=reason):
+            why_no_graph(True, net, torch.device(device), ranks)
+
+
+def test_attention_on_one_gpu_is_captured(small: ModuleType) -> None:
+    assert why_no_graph("auto", small.model(pattern="AS"), torch.device("cuda"), ALONE) is None
+
+
+def test_a_batch_copied_over_another_leaves_nothing_of_that(small: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = [(torch.rand(2, 300, generator=generator) < 0.02).cumsum(1).int() for _ in range(2)]
+    both = [Segments.build(doc, keep_ids=True) for doc in ids]
+    for segments in both:
+        segments.rotation(8, 10_000.0, torch.float32)
+        segments.block_mask(None)
+        segments.block_mask(64)
+    for to, value in zip(both[0].tensors(), both[1].tensors(), strict=True):
+        to.copy_(value)
+    q, k = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
+    for window in (None, 64):
+        wanted, found = flex_block_mask(ids[1], window=window), both[0].block_mask(window)
+        assert torch.equal(found.to_dense(), wanted.to_dense())
+        for row in torch.arange(2):
+            assert torch.equal(found.mask_mod(row, 0, q, k), wanted.mask_mod(row, 0, q, k))
+    assert torch.equal(both[0].positions, both[1].positions)
+    assert torch.equal(
+        both[0].rotation(8, 10_000.0, torch.float32).cos, both[1].rotation(8, 10_000.0, torch.float32).cos
+    )
