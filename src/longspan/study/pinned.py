@@ -9,7 +9,7 @@ from typing import Any
 
 from longspan.corpus.sources.dataset_commit import commit_at_first_use
 from longspan.engines.source import ModelSource
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.files import digest, read_json, write_json
 from longspan.models.interchange import DESCRIPTIONS, resolve
 from longspan.probes.base import Probe
@@ -71,9 +71,8 @@ def _pinned_probe(probe: Probe, downloads: Path) -> Probe:
     try:
         commit = commit_at_first_use(dataset, revision, downloads)
     except Exception as error:  # the client raises many kinds: offline, not found, gated, refused
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"which commit the data set {dataset} is at cannot be asked ({cause})",
+            f"which commit the data set {dataset} is at cannot be asked ({first_line(error)})",
             "a reachable hub, a commit as `revision:`, or a local copy of the data",
             "check the network, or name a local copy with `data: PATH`",
         ) from error
