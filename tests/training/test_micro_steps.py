@@ -204,8 +204,15 @@ def test_what_keeps_a_step_from_being_captured_is_named(
             why_no_graph(True, net, torch.device(device), ranks)
 
 
-def test_attention_on_one_gpu_is_captured(small: ModuleType) -> None:
-    assert why_no_graph("auto", small.model(pattern="AS"), torch.device("cuda"), ALONE) is None
+@pytest.mark.parametrize("pattern", ["AS", "MmDC", "[AD]M"])
+def test_what_waits_for_nothing_on_one_gpu_is_captured(small: ModuleType, pattern: str) -> None:
+    net = small.model(pattern=pattern, width=32, delta_head_dim=8)
+    assert why_no_graph("auto", net, torch.device("cuda"), ALONE) is None
+
+
+def test_keys_wider_than_their_kernel_takes_keep_a_step_from_being_captured(small: ModuleType) -> None:
+    net = small.model(pattern="D", width=192, delta_head_dim=144)
+    assert "D may wait" in (why_no_graph("auto", net, torch.device("cuda"), ALONE) or "")
 
 
 def test_a_batch_copied_over_another_leaves_nothing_of_that(small: ModuleType) -> None:

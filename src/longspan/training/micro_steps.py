@@ -39,7 +39,7 @@ def why_no_graph(
     """
     if choice is False:
         return "training.graph = false"
-    waiting = sorted({block.letter for block in model.blocks if not block.mixer.traceable(device)})
+    waiting = sorted({block.letter for block in model.blocks if not block.mixer.capturable(device)})
     reason = None
     if device.type != "cuda":
         reason = f"{device.type} has none"
