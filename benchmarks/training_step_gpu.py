@@ -7,15 +7,15 @@
 A step is forward, backward, clipping to norm 1 and fused AdamW under bf16 autocast with fp32 parameters. `A` is the
 109.5 M Llama shape (768 x 12, SwiGLU 2048, tied vocabulary of 32,000), `M` Mamba-2 of 768 x 24 without MLP, `AM` six
 pairs of both with a narrower MLP, `D` 12 Gated DeltaNets with such a one; `small` are the shapes of the study
-hybrid-patterns (384 x 8, vocabulary 49,152, rows of 512). Ours keep documents of about 700 tokens apart (400 in rows of 512); theirs see whole rows, which is less to do
-in every layer but attention. `compiled` is each side's `torch.compile`: ours as `train` does it, theirs of the whole
-model; `graph` is forward and backward as one CUDA graph, as in `train`. transformers' Mamba2 runs without the compiled
-extras it asks for, on its own fallback. First the rate of an 8192-cubed bf16 product is measured; `share` is a step's
-FLOPs (docs/numbers.md) over its time and that rate. Times are medians of CUDA events over steps in a row; `first` is
-what the first step took, compiling included (shorter where the compiler's cache knows the shape); `peak` is the
-allocator's. `train` is the real loop with its feed, metrics and checkpoints. A part that fails says so and the next one
-runs; parts that would start after `--seconds` are named. The last line is one JSON object, which also goes to
-$OUT/training_step_gpu.json where OUT is set.
+hybrid-patterns (384 x 8, vocabulary 49,152, rows of 512). Ours keep documents of about 700 tokens apart (400 in rows of
+512); theirs see whole rows, which is less to do in every layer but attention. `compiled` is each side's
+`torch.compile`: ours as `train` does it, theirs of the whole model; `graph` is forward and backward as one CUDA graph,
+as in `train`. transformers' Mamba2 runs without the compiled extras it asks for, on its own fallback. First the rate of
+an 8192-cubed bf16 product is measured; `share` is a step's FLOPs (docs/numbers.md) over its time and that rate. Times
+are medians of CUDA events over steps in a row; `first` is what the first step took, compiling included (shorter where
+the compiler's cache knows the shape); `peak` is the allocator's. `train` is the real loop with its feed, metrics and
+checkpoints. A part that fails says so and the next one runs; parts that would start after `--seconds` are named. The
+last line is one JSON object, which also goes to $OUT/training_step_gpu.json where OUT is set.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def why_no_graph(
     reason = None
     if device.type != "cuda":
         reason = f"{device.type} has none"
-    elif ranks.size > 1:
-        reason = f"{ranks.size} processes train together"
+    elif ranks.size > 1 and ranks.parallel == "fsdp":
+        reason = "fsdp gathers layers between kernels"
     elif waiting:
         reason = f"{', '.join(waiting)} may wait for values on the device"
     if choice is True and reason is not None:
