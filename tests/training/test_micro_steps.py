@@ -75,27 +75,16 @@ class StandIn:
                 place.copy_(value)
 
 
-class Varied:
-    """Endless rows, each of two documents whose boundary moves."""
+def varied(small: ModuleType, rows: int) -> Any:
+    """Rows of two documents each, whose boundary moves."""
 
-    def __init__(self, small: ModuleType, rows: int) -> None:
-        self.small, self.rows, self.taken = small, rows, 0
+    def make(number: int) -> Batch:
+        generator = numpy_generator(3, "varied", number)
+        whole = small.rows_of(rows, small.CONTEXT, generator)
+        cut = generator.integers(1, small.CONTEXT - 1, (rows, 1))
+        return Batch(whole.tokens, whole.targets, (np.arange(small.CONTEXT) >= cut).astype(np.int32))
 
-    def __iter__(self) -> Any:
-        return self
-
-    def __next__(self) -> Batch:
-        generator = numpy_generator(3, "varied", self.taken)
-        self.taken += 1
-        whole = self.small.rows_of(self.rows, self.small.CONTEXT, generator)
-        cut = generator.integers(1, self.small.CONTEXT - 1, (self.rows, 1))
-        return Batch(whole.tokens, whole.targets, (np.arange(self.small.CONTEXT) >= cut).astype(np.int32))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken = state["taken"]
+    return small.Stream(make)
 
 
 def losses(folder: Path) -> list[float]:
@@ -122,7 +111,7 @@ def graphed(
             patch.setattr(updates, "why_no_graph", lambda *args: None)
             patch.setattr(updates, "CudaRecorder", lambda device: stand_in)
             training = small.settings(**SHORT, **more)
-            small.run(folder, training, net, lambda: Varied(small, training.rows), report=listen)
+            small.run(folder, training, net, lambda: varied(small, training.rows), report=listen)
         return stand_in, net, told
 
     return train
@@ -131,7 +120,7 @@ def graphed(
 def plain(small: ModuleType, folder: Path, pattern: str = "AM", **more: Any) -> torch.nn.Module:
     net: torch.nn.Module = small.model(pattern=pattern)
     training = small.settings(**SHORT, **more)
-    small.run(folder, training, net, lambda: Varied(small, training.rows))
+    small.run(folder, training, net, lambda: varied(small, training.rows))
     return net
 
 
