@@ -6,11 +6,12 @@
 
 The real training loop (`longspan.training.loop.train`) trains a hybrid of about 130 M parameters on random tokens, one
 document per row, 8 × 4096 positions per GPU and step, bf16 autocast, fused AdamW: with one GPU while the others idle,
-then with all of them under DDP and under FSDP2. One GPU replays a CUDA graph, which several do not (`--graph no`: nor
-does one). Tokens/s is the median over windows of 5 steps after 3 warm-up steps; efficiency is tokens/s with all over
-(processes × tokens/s with one). `exposed` is the time per step in which a NCCL kernel ran and no other kernel did, from
-a profile of 3 steps on rank 0. Last, the same global batches (fp32, short rows) give the same losses with one GPU
-(which accumulates) and with all. Each part prints as soon as it is measured; the last line is one JSON object.
+then with all of them: replaying CUDA graphs as one does, with DDP sending gradients during the backward pass, and under
+FSDP2 (`--graph no`: one and all without graphs). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
+efficiency is tokens/s with all over (processes × tokens/s with one). `exposed` is the time per step in which a NCCL
+kernel ran and no other kernel did, from a profile of 3 steps on rank 0. Last, the same global batches (fp32, short
+rows) give the same losses with one GPU (which accumulates) and with all. Each part prints as soon as it is measured;
+the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -86,13 +87,15 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
 
 
 class Profiled:
-    """A report that profiles a few steps of rank 0."""
+    """A report that passes on what rank 0 is told, and profiles a few of its steps."""
 
     def __init__(self, wanted: bool) -> None:
         self.calls, self.profiler, self.milliseconds = 0, None, None
         self.wanted = wanted
 
     def __call__(self, progress: Progress, /) -> None:
+        if progress.message:
+            print(f"  {progress.message}", flush=True)
         if not self.wanted or progress.stage != "train":
             return
         if self.calls == PROFILED_FROM:
@@ -213,8 +216,8 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
     with joined(rank, size, device, meeting=f"file://{meeting}") as group:
         sharing = {kind: Ranks(rank, size, kind) for kind in ("ddp", "fsdp")}  # type: ignore[arg-type]
 
-        def timed(ranks: Ranks) -> dict[str, Any]:
-            return run(config, options, device, ranks, batch_tokens=per_gpu * ranks.size)
+        def timed(ranks: Ranks, **settings: Any) -> dict[str, Any]:
+            return run(config, options, device, ranks, batch_tokens=per_gpu * ranks.size, **settings)
 
         def checked(ranks: Ranks) -> dict[str, Any]:
             """The same rows in the same steps; one process accumulates what several share."""
@@ -231,6 +234,7 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
         part("1 process", ALONE, lambda: timed(ALONE))
         for kind, ranks in sharing.items():
             part(f"{size} processes, {kind}", ranks, lambda ranks=ranks: timed(ranks))
+        part(f"{size} processes, ddp, no graph", sharing["ddp"], lambda: timed(sharing["ddp"], graph=False))
         part("fp32 losses, 1 process", ALONE, lambda: checked(ALONE))
         for kind, ranks in sharing.items():
             part(f"fp32 losses, {size} processes, {kind}", ranks, lambda ranks=ranks: checked(ranks))
@@ -274,7 +278,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--steps", type=int, default=63)
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on GPUs")
-    parser.add_argument("--graph", choices=["auto", "no"], default="auto", help="of one GPU")
+    parser.add_argument("--graph", choices=["auto", "no"], default="auto", help="auto: where there can be one")
     parser.add_argument("--seconds", type=float, default=160, help="stop then, whatever is missing")
     options = parser.parse_args()
     began = time.monotonic()

@@ -6,16 +6,16 @@
 
 A step is forward, backward, clipping to norm 1 and fused AdamW under bf16 autocast with fp32 parameters. `A` is the
 109.5 M Llama shape (768 x 12, SwiGLU 2048, tied vocabulary of 32,000), `M` Mamba-2 of 768 x 24 without MLP, `AM` six
-pairs of both with a narrower MLP; `small` are the shapes of the study hybrid-patterns (384 x 8, vocabulary 49,152, rows
-of 512). Ours keep documents of about 700 tokens apart (400 in rows of 512); theirs see whole rows, which is less to do
-in every layer but attention. `compiled` is each side's `torch.compile`: ours as `train` does it, theirs of the whole
-model; `graph` is forward and backward as one CUDA graph, as in `train`. transformers' Mamba2 runs without the compiled
-extras it asks for, on its own fallback. First the rate of an 8192-cubed bf16 product is measured; `share` is a step's
-FLOPs (docs/numbers.md) over its time and that rate. Times are medians of CUDA events over steps in a row; `first` is
-what the first step took, compiling included (shorter where the compiler's cache knows the shape); `peak` is the
-allocator's. `train` is the real loop with its feed, metrics and checkpoints. A part that fails says so and the next one
-runs; parts that would start after `--seconds` are named. The last line is one JSON object, which also goes to
-$OUT/training_step_gpu.json where OUT is set.
+pairs of both with a narrower MLP, `D` 12 Gated DeltaNets with such a one; `small` are the shapes of the study
+hybrid-patterns (384 x 8, vocabulary 49,152, rows of 512). Ours keep documents of about 700 tokens apart (400 in rows of
+512); theirs see whole rows, which is less to do in every layer but attention. `compiled` is each side's
+`torch.compile`: ours as `train` does it, theirs of the whole model; `graph` is forward and backward as one CUDA graph,
+as in `train`. transformers' Mamba2 runs without the compiled extras it asks for, on its own fallback. First the rate of
+an 8192-cubed bf16 product is measured; `share` is a step's FLOPs (docs/numbers.md) over its time and that rate. Times
+are medians of CUDA events over steps in a row; `first` is what the first step took, compiling included (shorter where
+the compiler's cache knows the shape); `peak` is the allocator's. `train` is the real loop with its feed, metrics and
+checkpoints. A part that fails says so and the next one runs; parts that would start after `--seconds` are named. The
+last line is one JSON object, which also goes to $OUT/training_step_gpu.json where OUT is set.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ SHAPES = {
     "A": ModelConfig(pattern="A" * 12, width=768, heads=12, mlp_width=2048),
     "M": ModelConfig(pattern="M" * 24, width=768, heads=12, state=128, mlp="none"),
     "AM": ModelConfig(pattern="AM" * 6, width=768, heads=12, state=128, mlp_width=1536),
+    "D": ModelConfig(pattern="D" * 12, width=768, heads=12, mlp_width=1536),
     **{
         f"small {letters}": ModelConfig(
             pattern=letters * (8 // len(letters)), width=384, heads=8, state=64, mamba_head_dim=64, mlp_width=400
@@ -63,7 +64,9 @@ SHAPES = {
     },
 }
 TINY = {
-    name: ModelConfig(pattern=config.pattern[:2], width=64, heads=2, state=16, mamba_head_dim=32, mlp_width=64)
+    name: ModelConfig(
+        pattern=config.pattern[:2], width=64, heads=2, state=16, mamba_head_dim=32, delta_head_dim=48, mlp_width=64
+    )
     for name, config in SHAPES.items()
 }
 STEPS, LOOP_STEPS = 8, 60
@@ -331,40 +334,33 @@ def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
     """(name, what to do, seconds it may well take), most important first."""
     short, long, small = ((8, 4096), (1, 32_768), (128, 512)) if run.cuda else ((2, 160), (1, 320), (4, 64))
 
-    def compared(shape: str, size: tuple[int, int], where: str) -> list[Any]:
-        return [
-            (f"{shape} {where} ours graph", lambda: own(run, shape, *size, True), 30),
-            (f"{shape} {where} theirs compiled", lambda: theirs(run, shape, *size, True), 35),
-        ]
-
-    def eager(shape: str, size: tuple[int, int], where: str) -> list[Any]:
-        return [
-            (f"{shape} {where} theirs eager", lambda: theirs(run, shape, *size, False), 10),
-            (f"{shape} {where} ours eager", lambda: own(run, shape, *size, False, graphed=False), 20),
-        ]
-
     def without(shape: str, size: tuple[int, int], where: str) -> tuple[str, Callable[[], None], float]:
         return (f"{shape} {where} ours no graph", lambda: own(run, shape, *size, True, graphed=False), 15)
 
     return [
-        ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 25),
-        *((f"small {p} ours graph", lambda p=p: own(run, f"small {p}", *small, True), 20) for p in ("A", "M", "AM")),
-        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True), 15),
+        ("A 8x4096 ours graph", lambda: own(run, "A", *short, True), 30),
+        ("A 8x4096 theirs compiled", lambda: theirs(run, "A", *short, True), 35),
+        ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 20),
+        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True), 15),
+        ("A 1x32768 ours graph", lambda: own(run, "A", *long, True), 10),
+        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True), 10),
+        ("A 1x32768 theirs eager", lambda: theirs(run, "A", *long, False), 10),
+        *((f"small {p} ours graph", lambda p=p: own(run, f"small {p}", *small, True), 15) for p in ("M", "A", "AM")),
+        ("D 8x4096 ours graph", lambda: own(run, "D", *short, True, True), 25),
+        without("D", short, "8x4096"),
+        ("A 8x4096 theirs eager", lambda: theirs(run, "A", *short, False), 10),
+        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True), 10),
         ("M 8x4096 train", lambda: loop(run, "M", *short), 20),
+        ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
+        without("A", short, "8x4096"),
         without("M", short, "8x4096"),
         without("small M", small, "128x512"),
-        ("small M profile", lambda: own(run, "small M", *small, True, True), 15),
-        *compared("A", short, "8x4096"),
-        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True), 25),
-        *compared("A", long, "1x32768"),
-        ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
-        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True), 25),
-        without("A", short, "8x4096"),
-        without("small A", small, "128x512"),
+        ("A 1x32768 theirs compiled", lambda: theirs(run, "A", *long, True), 40),
         ("small A theirs compiled", lambda: theirs(run, "small A", *small, True), 25),
+        without("small A", small, "128x512"),
         ("M 8x4096 theirs eager", lambda: theirs(run, "M", *short, False), 15),
-        *eager("A", short, "8x4096"),
-        *eager("A", long, "1x32768"),
+        ("A 8x4096 ours eager", lambda: own(run, "A", *short, False, graphed=False), 20),
+        ("A 1x32768 ours eager", lambda: own(run, "A", *long, False, graphed=False), 20),
         ("small M train", lambda: loop(run, "small M", *small), 15),
     ]
 

@@ -37,6 +37,10 @@ class _Shown:
     stages: set[str] = field(default_factory=set)
     last_line: float = 0.0
 
+    def count_from(self, done: float) -> None:
+        """Rates leave out what was done and how long it took."""
+        self.stage_started, self.done_before = time.monotonic(), done
+
 
 class Terminal:
     """Shows plans and progress on stderr; turns the first Ctrl-C into an orderly stop."""
@@ -110,10 +114,13 @@ class Terminal:
             self.line(f"{job.title}: {progress.message}")
         if progress.stage != shown.stage:
             # A stage may come back (train, validate, train): its rate counts from here.
-            shown.stage, shown.stage_started, shown.done_before = progress.stage, time.monotonic(), progress.done
+            shown.stage = progress.stage
+            shown.count_from(progress.done)
             if progress.stage not in shown.stages:
                 shown.stages.add(progress.stage)
                 shown.last_line = 0.0
+        elif progress.warming:
+            shown.count_from(progress.done)
         if self._bars is not None:
             self._show_bar(job, progress, shown)
         elif time.monotonic() - shown.last_line >= PLAIN_INTERVAL:

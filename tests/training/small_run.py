@@ -32,25 +32,31 @@ VOCAB = 32
 CONTEXT = 16
 
 
-class Rows:
-    """An endless stream of rows of two documents each; learnable, since every token fixes the next."""
+class Stream:
+    """An endless stream of batches, each made from its number."""
 
-    def __init__(self, rows: int, seed: int = 0, context: int = CONTEXT) -> None:
-        self.rows, self.seed, self.context, self.taken = rows, seed, context, 0
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self.make, self.taken = make, 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = rows_of(self.rows, self.context, numpy_generator(self.seed, "rows", self.taken))
         self.taken += 1
-        return batch
+        return self.make(self.taken - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = state["taken"]
+
+
+class Rows(Stream):
+    """Rows of two documents each; learnable, since every token fixes the next."""
+
+    def __init__(self, rows: int, seed: int = 0, context: int = CONTEXT) -> None:
+        super().__init__(lambda number: rows_of(rows, context, numpy_generator(seed, "rows", number)))
 
 
 def rows_of(rows: int, context: int, generator: np.random.Generator) -> Batch:

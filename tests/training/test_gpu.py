@@ -124,32 +124,22 @@ def test_compiled_layers_train_the_same(small: ModuleType, tmp_path: Path) -> No
 LONG = 256
 
 
-class Documents:
-    """Endless rows of documents whose number and boundaries change from row to row."""
+def documents(small: ModuleType, rows: int) -> Any:
+    """Rows of documents whose number and boundaries change from row to row."""
 
-    def __init__(self, small: ModuleType, rows: int) -> None:
-        self.small, self.rows, self.taken = small, rows, 0
-
-    def __iter__(self) -> Any:
-        return self
-
-    def __next__(self) -> Batch:
-        generator = numpy_generator(5, "documents", self.taken)
-        self.taken += 1
-        whole = self.small.rows_of(self.rows, LONG, generator)
-        starts = generator.random((self.rows, LONG)) < 1 / 40
+    def make(number: int) -> Batch:
+        generator = numpy_generator(5, "documents", number)
+        whole = small.rows_of(rows, LONG, generator)
+        starts = generator.random((rows, LONG)) < 1 / 40
         return Batch(whole.tokens, whole.targets, starts.cumsum(1).astype(np.int32))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken = state["taken"]
+    return small.Stream(make)
 
 
 def sized(small: ModuleType, pattern: str) -> Any:
     """Large enough for FlexAttention and the kernels."""
-    return small.model(pattern=pattern, width=64, heads=4, mamba_head_dim=16, state=16, chunk=64, dropout=0.1)
+    sizes = {"width": 64, "heads": 4, "mamba_head_dim": 16, "delta_head_dim": 16, "state": 16, "chunk": 64}
+    return small.model(pattern=pattern, **sizes, dropout=0.1)
 
 
 def long_settings(small: ModuleType, **changes: Any) -> Any:
@@ -161,8 +151,19 @@ def curve(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("pattern", ["A", "M", "AM"])
-@pytest.mark.parametrize(("dtype", "compile"), [("bf16", True), ("bf16", False), ("fp32", False)])
+# What was never captured before comes first, for whoever has little time on a GPU.
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "compile"),
+    [
+        ("D", "bf16", True),
+        ("AM", "fp32", False),
+        ("C", "bf16", True),
+        ("D", "fp32", False),
+        ("A", "bf16", True),
+        ("M", "bf16", True),
+        ("AM", "bf16", False),
+    ],
+)
 def test_a_graph_trains_as_the_kernels_it_replays(
     small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, dtype: str, compile: bool
 ) -> None:
@@ -177,11 +178,13 @@ def test_a_graph_trains_as_the_kernels_it_replays(
     settings = {graph: long_settings(small, dtype=dtype, compile=compile, graph=graph) for graph in (False, True)}
     rows = settings[True].rows
     for graph, training in settings.items():
-        small.run(tmp_path / str(graph), training, sized(small, pattern), lambda: Documents(small, rows), device="cuda")
+        small.run(tmp_path / str(graph), training, sized(small, pattern), lambda: documents(small, rows), device="cuda")
     assert len(recorded) == 2
     apart = [abs(a - b) for a, b in zip(curve(tmp_path / "False"), curve(tmp_path / "True"), strict=True)]
     print(f"{pattern} {dtype} compiled {compile}: losses apart by at most {max(apart):.3g}")
-    assert curve(tmp_path / "True") == pytest.approx(curve(tmp_path / "False"), rel=1e-6)
+    # In fp32 attention is torch's own kernel, which adds the gradients of queries in any order.
+    allowed = 1e-4 if dtype == "fp32" else 1e-6
+    assert curve(tmp_path / "True") == pytest.approx(curve(tmp_path / "False"), rel=allowed)
     random = [read_state(tmp_path / str(on) / "checkpoints" / "last")["random"] for on in (False, True)]
     assert random[0] == random[1]
 
@@ -192,7 +195,7 @@ def test_a_graphed_run_that_is_gone_on_with_keeps_its_curve(small: ModuleType, t
             raise Stopped("enough")
 
     training = long_settings(small, dtype="bf16", compile=False, graph=True)
-    arguments: dict[str, Any] = {"batches": lambda: Documents(small, training.rows), "device": "cuda"}
+    arguments: dict[str, Any] = {"batches": lambda: documents(small, training.rows), "device": "cuda"}
     small.run(tmp_path / "straight", training, sized(small, "AM"), **arguments)
     with pytest.raises(Stopped):
         small.run(tmp_path / "stopped", training, sized(small, "AM"), report=stop, **arguments)
@@ -217,6 +220,6 @@ def test_a_replayed_update_that_is_not_finite_is_held_back_and_its_step_is_named
 
     training = long_settings(small, log_every=12, dtype="fp32", compile=False, graph=True)
     with pytest.raises(DivergenceError, match=r"step 8 of 20.*`layers\.1\.mlp\.output_linear\.weight` were already"):
-        small.run(tmp_path, training, net, lambda: Documents(small, training.rows), report=spoil, device="cuda")
+        small.run(tmp_path, training, net, lambda: documents(small, training.rows), report=spoil, device="cuda")
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0, equal_nan=True)

@@ -252,6 +252,17 @@ def test_progress_says_where_it_is(small: ModuleType, tmp_path: Path) -> None:
     assert any(progress.stage == "validate" for progress in seen)
 
 
+def test_the_step_that_compiled_is_told_and_no_measure_of_the_others(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longspan.training.run.compile_layers", lambda model: Path("kept"))
+    seen: list[Progress] = []
+    small.run(tmp_path, small.settings(steps=3, compile=True), report=seen.append)
+    steps = [progress for progress in seen if progress.stage == "train"]
+    assert [progress.warming for progress in steps] == [False, True, False, False]
+    assert "compiling its layers (kept in kept)" in steps[1].message
+
+
 def test_batches_of_another_shape_are_refused(small: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a batch of 3 rows × 16 positions"):
         small.run(tmp_path, batches=lambda: small.Rows(3))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longspan.corpus.packing import Batch
@@ -22,10 +23,11 @@ from longspan.foundation.progress import Progress
 from longspan.foundation.randomness import numpy_generator
 from longspan.models.segments import Segments
 from longspan.ops.attention import flex_block_mask
-from longspan.training import updates
+from longspan.training import distributed, updates
 from longspan.training.metrics import read_metrics
 from longspan.training.micro_steps import PLAIN_STEPS, why_no_graph
 from longspan.training.ranks import ALONE, Ranks
+from longspan.training.result import TrainingResult
 
 CPU = torch.device("cpu")
 PATTERNS = ["AM", "G"]
@@ -73,27 +75,16 @@ class StandIn:
                 place.copy_(value)
 
 
-class Varied:
-    """Endless rows, each of two documents whose boundary moves."""
+def varied(small: ModuleType, rows: int) -> Any:
+    """Rows of two documents each, whose boundary moves."""
 
-    def __init__(self, small: ModuleType, rows: int) -> None:
-        self.small, self.rows, self.taken = small, rows, 0
+    def make(number: int) -> Batch:
+        generator = numpy_generator(3, "varied", number)
+        whole = small.rows_of(rows, small.CONTEXT, generator)
+        cut = generator.integers(1, small.CONTEXT - 1, (rows, 1))
+        return Batch(whole.tokens, whole.targets, (np.arange(small.CONTEXT) >= cut).astype(np.int32))
 
-    def __iter__(self) -> Any:
-        return self
-
-    def __next__(self) -> Batch:
-        generator = numpy_generator(3, "varied", self.taken)
-        self.taken += 1
-        whole = self.small.rows_of(self.rows, self.small.CONTEXT, generator)
-        cut = generator.integers(1, self.small.CONTEXT - 1, (self.rows, 1))
-        return Batch(whole.tokens, whole.targets, (np.arange(self.small.CONTEXT) >= cut).astype(np.int32))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken = state["taken"]
+    return small.Stream(make)
 
 
 def losses(folder: Path) -> list[float]:
@@ -120,7 +111,7 @@ def graphed(
             patch.setattr(updates, "why_no_graph", lambda *args: None)
             patch.setattr(updates, "CudaRecorder", lambda device: stand_in)
             training = small.settings(**SHORT, **more)
-            small.run(folder, training, net, lambda: Varied(small, training.rows), report=listen)
+            small.run(folder, training, net, lambda: varied(small, training.rows), report=listen)
         return stand_in, net, told
 
     return train
@@ -129,7 +120,7 @@ def graphed(
 def plain(small: ModuleType, folder: Path, pattern: str = "AM", **more: Any) -> torch.nn.Module:
     net: torch.nn.Module = small.model(pattern=pattern)
     training = small.settings(**SHORT, **more)
-    small.run(folder, training, net, lambda: Varied(small, training.rows))
+    small.run(folder, training, net, lambda: varied(small, training.rows))
     return net
 
 
@@ -149,6 +140,26 @@ def test_replays_train_as_the_calls_they_stand_for(
     assert_same_run(net, plain(small, folders[1], pattern, accumulation=accumulation), folders)
     assert stand_in.recorded == accumulation
     assert stand_in.replayed == (STEPS - PLAIN_STEPS) * accumulation
+
+
+def test_two_processes_that_replay_graphs_train_as_one_that_does_not(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {**SHORT, "log_every": 1}
+    net, other = (small.model(dropout=0.0) for _ in range(2))
+    small.run(tmp_path / "alone", small.settings(**settings), net)
+    monkeypatch.setattr(updates, "why_no_graph", lambda *args: None)
+    monkeypatch.setattr(updates, "CudaRecorder", lambda device: StandIn(other))
+    # Several exchanges a step.
+    monkeypatch.setattr(distributed, "UNIT_BYTES", 1000)
+    first, second = small.together(tmp_path / "two", 2, small.settings(**settings), net=other)
+    assert isinstance(first, TrainingResult), first
+    assert first == second
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    found = load_file(tmp_path / "two" / "checkpoints/last/model.safetensors")
+    for name, weight in net.state_dict().items():
+        if name in found:
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_that_is_gone_on_with_captures_again_and_keeps_its_curve(
@@ -190,7 +201,7 @@ def test_a_graph_is_no_part_of_what_a_run_is(small: ModuleType) -> None:
     [
         (False, "A", "cuda", ALONE, "graph = false"),
         ("auto", "A", "cpu", ALONE, "cpu has none"),
-        ("auto", "A", "cuda", Ranks(0, 2), "2 processes"),
+        ("auto", "A", "cuda", Ranks(0, 2, "fsdp"), "fsdp gathers"),
         ("auto", "AGL", "cuda", ALONE, "G, L may wait"),
     ],
 )
@@ -204,8 +215,16 @@ def test_what_keeps_a_step_from_being_captured_is_named(
             why_no_graph(True, net, torch.device(device), ranks)
 
 
-def test_attention_on_one_gpu_is_captured(small: ModuleType) -> None:
-    assert why_no_graph("auto", small.model(pattern="AS"), torch.device("cuda"), ALONE) is None
+@pytest.mark.parametrize("pattern", ["AS", "MmDC", "[AD]M"])
+def test_what_waits_for_nothing_on_one_gpu_is_captured(small: ModuleType, pattern: str) -> None:
+    net = small.model(pattern=pattern, width=32, delta_head_dim=8)
+    for ranks in (ALONE, Ranks(0, 2)):
+        assert why_no_graph("auto", net, torch.device("cuda"), ranks) is None
+
+
+def test_keys_wider_than_their_kernel_takes_keep_a_step_from_being_captured(small: ModuleType) -> None:
+    net = small.model(pattern="D", width=192, delta_head_dim=144)
+    assert "D may wait" in (why_no_graph("auto", net, torch.device("cuda"), ALONE) or "")
 
 
 def test_a_batch_copied_over_another_leaves_nothing_of_that(small: ModuleType) -> None:

@@ -18,6 +18,7 @@ class Progress:
         unit: what is counted, e.g. `tok`, `documents`, `B`, `items`.
         numbers: the numbers that matter now, e.g. `{"loss": 3.21, "tok/s": 12_300.0}`.
         message: a line worth keeping (shown once, not overwritten), e.g. a warning; empty for a plain update.
+        warming: what was done so far took longer than the rest will, e.g. to compile; rates count from here.
     """
 
     stage: str
@@ -26,6 +27,7 @@ class Progress:
     unit: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
     message: str = ""
+    warming: bool = False
 
 
 class Report(Protocol):

@@ -1,4 +1,8 @@
-"""One model over several processes: every layer on each (DDP), or a part of every layer on each (FSDP2)."""
+"""One model over several processes: every layer on each (DDP), or a part of every layer on each (FSDP2).
+
+DDP sends gradients between the kernels of the backward pass. Where forward and backward are one CUDA graph, which
+cannot be entered, ranks exchange all gradients after it: that hides nothing, but needs nothing of the host either.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan.models.language_model import LanguageModel
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
 Loss = Callable[..., tuple[Tensor, Tensor]]
 
 UNIT_BYTES = 128 * 2**20
-"""FSDP2 gathers neighbouring layers together until they are as large."""
+"""FSDP2 gathers neighbouring layers together until they are as large; so are gradients that are sent after a graph."""
 GATHERED_BYTES = 2**30
 """Models no larger stay gathered from the forward to the end of the backward pass."""
 
@@ -51,23 +56,25 @@ class Spread:
     """A model spread over ranks: the loss to train with, and the gradients' sum over all ranks.
 
     Gradients come out as the mean over ranks, so a rank's loss must be weighted with the number of ranks; both DDP and
-    FSDP2 communicate while the backward pass goes on.
+    FSDP2 communicate while the backward pass goes on, except where that is a graph.
     """
 
-    def __init__(self, model: LanguageModel, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, model: LanguageModel, ranks: Ranks, device: torch.device, *, graphed: bool = False) -> None:
         """Shares the model out in place; make its optimizer afterwards.
 
         Args:
             model: whole, equal on every rank, on `device`.
             ranks: at least two.
             device: of this rank.
+            graphed: whether forward and backward are captured, which only `ddp` can be.
         """
         self.model, self.ranks = model, ranks
         self.objective = Objective(model)
         self._ddp: DistributedDataParallel | None = None
         if ranks.parallel == "fsdp":
+            assert not graphed
             _shard(self.objective, ranks, device)
-        else:
+        elif not graphed:
             from torch.nn.parallel import DistributedDataParallel
 
             self._ddp = DistributedDataParallel(
@@ -83,18 +90,31 @@ class Spread:
     @contextmanager
     def synchronising(self, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: gradients are communicated in the last one of a step only."""
-        if self._ddp is None:
+        if self.ranks.parallel == "fsdp":
             self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
-            yield
-        elif last:
+        if self._ddp is None or last:
             yield
         else:
             with self._ddp.no_sync():
                 yield
 
+    @torch.no_grad()
+    def exchange(self, parameters: Sequence[nn.Parameter]) -> None:
+        """After the last backward pass of a step: makes gradients those of all ranks, where that pass did not."""
+        if self._ddp is not None or self.ranks.parallel == "fsdp":
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for unit in units([_size(gradient) for gradient in gradients], UNIT_BYTES):
+            part = gradients[unit.start : unit.stop]
+            flat = torch.cat([gradient.flatten() for gradient in part])
+            dist.all_reduce(flat)
+            flat /= self.ranks.size
+            spans = torch.split(flat, [gradient.numel() for gradient in part])
+            torch._foreach_copy_(part, [span.view_as(to) for span, to in zip(spans, part, strict=True)])
+
     def settle(self) -> None:
         """Give whole layers back: after a forward pass without a backward one FSDP2 still holds some."""
-        if self._ddp is None:
+        if self.ranks.parallel == "fsdp":
             from torch.distributed.fsdp import FSDPModule
 
             for module in self.objective.modules():
@@ -132,7 +152,7 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def units(sizes: Sequence[int], least: int) -> list[range]:
-    """Neighbouring layers in groups of at least `least` bytes; what is left over goes with the last group."""
+    """Neighbours, of so many bytes each, in groups of at least `least`; what is left over goes with the last group."""
     found: list[range] = []
     start = 0
     for stop in range(1, len(sizes) + 1):
@@ -163,4 +183,8 @@ def _shard(objective: Objective, ranks: Ranks, device: torch.device) -> None:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(map(_size, module.parameters()))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -39,12 +39,12 @@ def why_no_graph(
     """
     if choice is False:
         return "training.graph = false"
-    waiting = sorted({block.letter for block in model.blocks if not block.mixer.traceable(device)})
+    waiting = sorted({block.letter for block in model.blocks if not block.mixer.capturable(device)})
     reason = None
     if device.type != "cuda":
         reason = f"{device.type} has none"
-    elif ranks.size > 1:
-        reason = f"{ranks.size} processes train together"
+    elif ranks.size > 1 and ranks.parallel == "fsdp":
+        reason = "fsdp gathers layers between kernels"
     elif waiting:
         reason = f"{', '.join(waiting)} may wait for values on the device"
     if choice is True and reason is not None:

@@ -80,6 +80,8 @@ class Run:
         self.cache = compile_layers(model) if resolve_compile(training.compile, device) else None
         self.compile_seconds: float | None = None
         self.compile_logged = False
+        # Whether the next report follows a step that compiled.
+        self.warming = False
         # A line for people that the next report carries.
         self.news = f"{kernels.described(device)}, layers {'compiled' if self.cache else 'not compiled'}"
         self.news += f", {self.updates.graph}" if self.updates.graph else ""
@@ -135,7 +137,9 @@ class Run:
                 if self.state.step % self.training.checkpoint_every == 0:
                     self._save()
                 news, self.news = self.news, ""
-                self.report(Progress("train", self._tokens(), self._total(), "tok", self.numbers, message=news))
+                warming, self.warming = self.warming, False
+                total = self._total()
+                self.report(Progress("train", self._tokens(), total, "tok", self.numbers, news, warming))
                 if self._finished():
                     return self._result()
                 self.consistent = False
@@ -185,6 +189,7 @@ class Run:
         """Say how long the first step of this process took, nearly all of it compiling."""
         synchronizer(self.device)()
         self.compile_seconds = self.clock() - started
+        self.warming = True
         self._tell(f"first step in {self.compile_seconds:.1f} s, compiling its layers (kept in {self.cache})")
 
     def _tell(self, news: str) -> None:

@@ -51,7 +51,7 @@ class Updates:
         self._model, self._training, self._isolation = model, training, isolation
         self._device, self._autocast, self._ranks = device, autocast, ranks
         no_graph = why_no_graph(training.graph, model, device, ranks)
-        self.spread = Spread(model, ranks, device) if ranks.size > 1 else None
+        self.spread = Spread(model, ranks, device, graphed=no_graph is None) if ranks.size > 1 else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, training, device)
         self._plain = PlainMicroSteps(model.loss if self.spread is None else self.spread.loss, autocast, device)
@@ -101,6 +101,8 @@ class Updates:
         for fed in micro_batches:
             with self._synchronising(fed is micro_batches[-1]):
                 nll += self._micro.run(fed, share, first=fed is micro_batches[0])
+        if self.spread is not None:
+            self.spread.exchange(self._parameters)
         norm = clip_gradients(self._parameters, self._training.clip)
         self._guard(step, nll, norm, [fed.batch for fed in micro_batches])
         self.optimizer.step()

@@ -94,6 +94,11 @@ class Mixer(nn.Module, ABC):
         for values. Around a mixer that is not, the rest of its layer is compiled."""
         return True
 
+    def capturable(self, device: torch.device) -> bool:
+        """Whether a CUDA graph can hold `forward` and its backward in training: nothing waits for values on the device,
+        and which calls are made depends on shapes alone. Where a compiler can follow, that is so."""
+        return self.traceable(device)
+
     def prepare(self, segments: Segments, x_BTD: Tensor) -> None:
         """Make now what many layers share and keep in `segments`, before a compiled `forward` reads it there.
 

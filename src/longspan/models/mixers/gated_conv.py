@@ -23,6 +23,7 @@ from longspan.models.mixers.base import Mixer, MixerState, init_linear, register
 from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import LayerNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
+from longspan.ops import kernels
 from longspan.ops.decay_mixture import decay_mixture
 
 DELTA_MIN, DELTA_MAX = 1e-6, 10.0
@@ -106,6 +107,10 @@ class GatedShortConvolution(Mixer):
     def traceable(self, device: torch.device) -> bool:
         """Its sum over features walks through blocks of tokens."""
         return False
+
+    def capturable(self, device: torch.device) -> bool:
+        """Those blocks depend on shapes alone, and the convolution is a kernel."""
+        return kernels.wanted(device)
 
     def initial_state(self) -> GatedShortConvolutionState:
         """Nothing seen."""

@@ -20,8 +20,9 @@ from longspan.models.mixers.mamba2 import DT_FLOOR, DT_MAX, DT_MIN
 from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
+from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv_step
-from longspan.ops.gated_delta import gated_delta, gated_delta_step
+from longspan.ops.gated_delta import LARGEST_KERNEL_KEY, gated_delta, gated_delta_step
 
 A_MIN, A_MAX = 0.01, 16.0
 
@@ -123,6 +124,10 @@ class GatedDeltaNet(Mixer):
     def traceable(self, device: torch.device) -> bool:
         """Plain torch would be unrolled chunk by chunk."""
         return False
+
+    def capturable(self, device: torch.device) -> bool:
+        """As a kernel."""
+        return kernels.wanted(device) and self.settings.delta_head_dim <= LARGEST_KERNEL_KEY
 
     def initial_state(self) -> GatedDeltaNetState:
         """Nothing seen."""

@@ -108,6 +108,10 @@ class Parallel(Mixer):
         """Where all branches are."""
         return all(branch.traceable(device) for branch in self._parts)
 
+    def capturable(self, device: torch.device) -> bool:
+        """Where all branches are."""
+        return all(branch.capturable(device) for branch in self._parts)
+
     def prepare(self, segments: Segments, x_BTD: Tensor) -> None:
         """For every branch."""
         for branch in self._parts:
