@@ -80,7 +80,7 @@ class Efficiency(Probe):
             Metric("bandwidth", "Weights and state read", "GB/s", "median", "higher", x_name="context", compare=False),
             Metric("copy_share", "The same of the copy rate", "%", "median", "higher", x_name="context", compare=False),
             Metric("peak_memory", "Peak memory", "GiB", "median", "lower", x_name="context", compare=False),
-            Metric("held", "Weights and state, computed", "GiB", "median", "lower", x_name="context", compare=False),
+            Metric("held", "Weights and state, computed", "GiB", "exact", "lower", x_name="context", compare=False),
             *self._batch_metrics(),
         )
 
@@ -156,11 +156,9 @@ class Efficiency(Probe):
             ("out of memory", "predicted")
         ):
             return str(reason)
-        return (
-            self._too_long(engine, context, before or self._trial(engine, context // TRIED, data))
-            if self.longest
-            else ""
-        )
+        if self.longest is None:
+            return ""
+        return self._too_long(engine, context, before or self._trial(engine, context // TRIED, data))
 
     def _too_long(self, engine: Engine, context: int, before: Mapping[str, Any]) -> str:
         """Why a run is predicted to take too long, by what a shorter context cost."""
