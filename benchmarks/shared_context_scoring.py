@@ -15,9 +15,8 @@ log-probabilities of a token both ways.
 A sweep shows one document, its middle cut out, at growing contexts (`--sweep`), asks each for the likelihood of four
 letters (`letters`) and for a reply of 4 tokens too (`both`); each prompt of the second is the beginning of one of the
 first. `shared` is one call for all, `naive` one for each. The ideal counts prompt tokens, `computed` those that went
-through; attention's cost also depends on where a token stands, and most of what is shared stands near the beginning.
-(On a CPU attention over kept keys cannot leave out those after a query, as it can from the first token on: it costs
-twice.)
+through; attention's cost also depends on where a token stands, and most of what is shared stands near the beginning,
+so that with attention `letters` save less than they share (transformers also computes what its mask hides).
 Prints two tables, then one JSON line.
 """
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from longspan.corpus.dedup import DedupConfig
 from longspan.corpus.prepare import SplitConfig
 from longspan.corpus.sources import HuggingFaceSource, JsonlSource, SyntheticSource, TextSource, WikipediaSource
+from longspan.engines.source import EndpointArguments, ModelSource, TransformersArguments, VllmArguments
 from longspan.models.matching import MatchConfig
 from longspan.probes import base as probes
 from longspan.study.sections import SECTIONS
@@ -57,6 +58,28 @@ def test_key_tables_equal_the_code(section: str) -> None:
     if section == "corpus":
         shown = {key: default for key, default in shown.items() if key in names}
     assert shown == {name: default_of(model, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("heading", "model", "base"),
+    [
+        ("transformers", TransformersArguments, None),
+        ("openai", EndpointArguments, None),
+        ("vllm", VllmArguments, EndpointArguments),
+    ],
+)
+def test_tables_of_arguments_equal_the_code(heading: str, model: type[BaseModel], base: type[BaseModel] | None) -> None:
+    names = [name for name in model.model_fields if base is None or name not in base.model_fields]
+    expected = {name: re.sub(r"\.0`$", "`", default_of(model, name)) for name in names}
+    # Where the environment names it the default is that name.
+    expected |= {"python": "`LONGSPAN_VLLM`"} if "python" in expected else {}
+    assert table_below("examine-a-pretrained-model.md", heading) == expected
+
+
+def test_the_table_of_subjects_has_every_key() -> None:
+    text = (DOCS / "write-a-study.md").read_text("utf-8").partition("\n## Subjects\n")[2].partition("\n## ")[0]
+    cells = [row.split("|")[1] for row in re.findall(r"^\| `.*$", text, re.M)]
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == set(ModelSource.model_fields)
 
 
 def test_source_tables_equal_the_code() -> None:

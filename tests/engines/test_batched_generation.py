@@ -9,8 +9,10 @@ import pytest
 
 from longspan.engines import batched_generation
 from longspan.engines.base import Generation, Sampling, UnusableAnswer
+from longspan.engines.graphs import SLOT_STEP, VARIABLE
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
+from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel
 
 MakeModel = Callable[..., LanguageModel]
@@ -58,7 +60,40 @@ def test_every_row_is_what_it_is_alone(
             assert found.state_bytes == expected.state_bytes
 
 
-def test_rows_end_each_for_themselves(tiny_model: MakeModel, tiny_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_in_fixed_memory_are_what_they_are_without(
+    kind: str,
+    pattern: str,
+    device: str,
+    tiny_model: MakeModel,
+    tiny_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model(pattern, embedding_multiplier=16.0, window=5, delta_head_dim=6)
+    monkeypatch.setenv(VARIABLE, "off")
+    expected = tiny_engine(model, batch_tokens=50, device=device).generate(PROMPTS[kind], GREEDY)
+    monkeypatch.setenv(VARIABLE, "on")
+    taken: list[tuple[int, int]] = []
+    stepped = GraphedDecoding.step
+    monkeypatch.setattr(
+        GraphedDecoding, "step", lambda self, tokens: (taken.append((self.rows, self.slots)), stepped(self, tokens))[1]
+    )
+    found = tiny_engine(model, batch_tokens=50, device=device).generate(PROMPTS[kind], GREEDY)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.tokens.tolist(), one.finish_reason) == (other.tokens.tolist(), other.finish_reason)
+        assert (one.together, one.state_bytes) == (other.together, other.state_bytes)
+    assert {rows for rows, _ in taken} == {each.together for each in expected}
+    # What is taken for rounding up is that of one row, however many there are.
+    assert all(rows * slots < rows * (90 + 8) + 2 * SLOT_STEP for rows, slots in taken)
+
+
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_rows_end_each_for_themselves(
+    graphs: str, tiny_model: MakeModel, tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, graphs)
     engine = tiny_engine(tiny_model("AM"))
     free = [g.tokens for g in engine.generate(PROMPTS["different"], GREEDY)]
     stop = Sampling(max_new_tokens=8, stop=(engine.tokenizer.decode(free[3][2:3]),), stop_at_boundary=False)
@@ -73,7 +108,11 @@ def test_rows_end_each_for_themselves(tiny_model: MakeModel, tiny_engine: MakeEn
     assert found[3].finish_reason == "stop"
 
 
-def test_a_learned_table_ends_a_row_where_it_ends(tiny_model: MakeModel, tiny_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_a_learned_table_ends_a_row_where_it_ends(
+    graphs: str, tiny_model: MakeModel, tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, graphs)
     engine = tiny_engine(tiny_model("A", positions="learned", max_positions=12))
     prompts = draw(10, 12, 4)
     found = engine.generate(prompts, GREEDY)

@@ -316,7 +316,7 @@ def test_the_largest_batch_is_found_by_trying(engine: Make, monkeypatch: pytest.
         return 0.5
 
     monkeypatch.setattr(subject, "steps_after", lambda context, new_tokens: seconds_per_step)
-    monkeypatch.setattr(subject.model, "device", torch.device("cuda"))
+    monkeypatch.setattr(subject, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (37 * row, 37 * row))
     found = subject.largest_batch(100)
     assert found is not None

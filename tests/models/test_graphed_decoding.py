@@ -44,7 +44,7 @@ def test_steps_and_what_follows_them(pattern, settings, device, tiny, tokens):
         state = follow(graphed, model, batch, start, 5, 13)
         after = graphed.state()
         assert after.length == state.length == 13
-        assert after.bytes() == state.bytes()
+        assert after.bytes() == graphed.bytes() == state.bytes()
         ends = [model.next_logits(batch[:, 13:], each)[0] for each in (after, state)]
         torch.testing.assert_close(*ends)
 

@@ -106,6 +106,23 @@ def test_a_cache_at_any_split_equals_one_pass(time, cut, boundaries, window, ali
     assert torch.allclose(torch.cat((first, rest), 1), whole, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_going_on_from_kept_keys_needs_no_mask_on_a_cpu(dtype, monkeypatch):
+    q, k, v = (z.detach() for z in leaves(2, 7, keys=40, groups=2, dtype=dtype))
+    expected = attention(q, k, v, q_offset=33, backend="reference")
+    monkeypatch.setattr(module._Rules, "mask", None)
+    found = attention(q, k, v, q_offset=33)
+    assert found.dtype == dtype
+    assert torch.allclose(
+        found, expected, atol={torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    )
+
+
+def test_going_on_from_kept_keys_has_the_gradients_of_the_reference():
+    tensors = leaves(2, 7, keys=40, groups=2)
+    assert_same(with_gradients(*tensors, q_offset=33), with_gradients(*tensors, q_offset=33, backend="reference"))
+
+
 def test_keys_of_an_unfilled_cache_are_never_seen():
     q, k, v = (z.detach() for z in leaves(1, 2, keys=9))
     expected = attention(q, k[:, :5], v[:, :5], q_offset=3)

@@ -274,9 +274,13 @@ def test_a_real_subject_scores_all_candidates(
     assert [len(record.answer["nll"]) for record in records] == [3]
 
 
+@pytest.mark.parametrize("bad", ["every answer", "the right answer", "a wrong answer"])
 def test_nan_is_an_error_and_never_the_best_answer(
-    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+    bad: str, probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, tokenizer: Any
 ) -> None:
-    engine = writing(lambda prompt: "", say=lambda tokens: np.full(len(tokens), np.nan))
+    # An argmin would take the NaN for the least.
+    right = tokenizer.encode("A1\n").tolist()
+    hit = {"every answer": (True, False), "the right answer": (True,), "a wrong answer": (False,)}[bad]
+    engine = writing(lambda prompt: "", say=lambda t: np.full(len(t), np.nan if (t.tolist() == right) in hit else 1.0))
     with pytest.raises(UnusableAnswer, match="the answers to 100_A1"):
         ask(probe("best_answer", generate=False), engine, data)

@@ -177,8 +177,8 @@ def test_a_checkpoint_stands_beside_subjects_that_are_trained(
 @pytest.mark.parametrize(
     ("subjects", "given"),
     [
-        ("[{}]", "neither of `checkpoint` and `pretrained`"),
-        ("[{checkpoint: a, pretrained: b}]", "both of"),
+        ("[{}]", "a subject without weights"),
+        ("[{checkpoint: a, pretrained: b}]", "`checkpoint` and `pretrained`"),
         ("[{pretrained: nowhere/at/all}]", "nowhere/at/all is not there"),
         ("[{checkpoint: nowhere}]", "nowhere holds no run"),
         ("[{checkpoint: a, revision: main}]", "revision = 'main' of a checkpoint"),

@@ -1,4 +1,4 @@
-"""A hub id without a commit: the one it had at first use is recorded, reported, and never mixed with another."""
+"""A model or data set on the hub without a commit: the one of its first use is recorded, reported, and never mixed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 
 from longspan.corpus.tokenizer import TokenizerConfig, train_tokenizer
 from longspan.engines.source import ModelSource
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import DataError, UserError
 from longspan.models.interchange import write_folder
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.probes.base import make_probe
 from longspan.report.data import load
-from longspan.study.pinned import pinned
+from longspan.study.pinned import pinned, pinned_probes
 from longspan.study.plan import make_plan
 from longspan.study.run import run_study
 from longspan.study.schema import load_study
@@ -113,3 +114,70 @@ def test_folders_runs_servers_and_commits_stay_as_they_are(hub: Path, tmp_path: 
         assert pinned(source, tmp_path / "downloads") is source
     assert not (tmp_path / "downloads").exists()
     assert pinned(ModelSource(pretrained="owner/name", revision="main"), tmp_path / "downloads").revision == FIRST
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+QUESTIONS = """
+question: Which items?
+corpus: {source: synthetic, max_documents: 60, splits: {train: 0.6, validation: 0.2, test: 0.2}, dedup: null}
+subjects: [{pretrained: MODEL, engine: native, template: raw}]
+probe_context: 400
+probes: [{longbench_v2: {max_new_tokens: 2}}]
+"""
+
+
+@pytest.fixture
+def data_set(hub: Path) -> Path:
+    """Two commits of LongBench-v2 in the hub's cache, `main` at the first."""
+    repository = hub.parent / "datasets--THUDM--LongBench-v2"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(FIRST)
+    for commit in (FIRST, SECOND):
+        row = {"_id": commit, "question": "What is told?", "answer": "B", "context": "A story."}
+        row |= {f"choice_{letter}": letter * 3 for letter in "ABCD"}
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "data.json").write_text(json.dumps([row]))
+    return repository
+
+
+def test_items_stay_those_of_the_commit_a_study_began_with_and_its_report_names_it(
+    hub: Path, data_set: Path, tmp_path: Path
+) -> None:
+    runs, name = tmp_path / "runs", tmp_path / "study.yaml"
+    name.write_text(QUESTIONS.replace("MODEL", str(hub / "snapshots" / FIRST)))
+    before = [job.key for job in make_plan(load_study(str(name)), runs).jobs_until("report")]
+    (data_set / "refs" / "main").write_text(SECOND)
+    outcome = run_study(str(name), (), runs, until="report", terminal=Terminal(quiet=True))
+    report = load(Path(outcome.data["report"]).with_name("report.json"))
+    assert [row.item for row in report.items] == [f"{FIRST}@400"]
+    (entry,) = (entry for entry in report.ledger if entry.topic == "longbench_v2")
+    assert entry.text == f"The items are those of THUDM/LongBench-v2 at commit {FIRST}."
+    # Neither the hub nor its cache is asked again.
+    shutil.rmtree(data_set / "refs")
+    assert [job.key for job in make_plan(load_study(str(name)), runs).jobs_until("report")] == before
+
+
+def test_books_are_pinned_as_questions_are_and_local_data_as_little_as_probes_without(
+    data_set: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_set, data_set.parent / "datasets--emozilla--pg19-test")
+    named = {"data": "books.jsonl"}
+    given = {
+        "pg19": make_probe("pg19"),
+        "second": make_probe("pg19", {"revision": SECOND}),
+        "own": make_probe("pg19", named),
+        "efficiency": make_probe("efficiency"),
+    }
+    found = pinned_probes(given, tmp_path)
+    assert found["pg19"]["revision"] == FIRST
+    assert make_probe("pg19", found["pg19"]).protocol()["data"] == f"emozilla/pg19-test@{FIRST}"
+    assert {name: found[name] for name in ("second", "own", "efficiency")} == {
+        name: given[name].model_dump(mode="json") for name in ("second", "own", "efficiency")
+    }
+
+
+def test_a_data_set_that_cannot_be_asked_is_told_with_another_way(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="which commit the data set THUDM/LongBench-v2 is at cannot be asked") as told:
+        pinned_probes({"longbench_v2": make_probe("longbench_v2")}, tmp_path)
+    assert "`data: PATH`" in told.value.fix

@@ -1,7 +1,8 @@
 """Many prompts continued at once with one state cache: equal or different lengths, shared beginnings computed once.
 
 Prompts of different lengths are padded in front. The padding is a document of its own, so that what keeps documents
-apart in training keeps it from the prompts: each row is what it would be alone.
+apart in training keeps it from the prompts: each row is what it would be alone. Where steps replay a graph, rows that
+ended stay in it until all have, and what they get counts for nothing.
 
 Legend: B rows, T tokens, V vocabulary.
 """
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from longspan.engines.base import OWN, Engine, FinishReason, Generation, Sampling, Tokens, UnusableAnswer
 from longspan.engines.generation import pick, synchronise
+from longspan.engines.graphs import Graphs
 from longspan.engines.text_stream import TextStream
 from longspan.foundation.randomness import torch_generator
+from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel
 from longspan.models.state import ModelState
 
@@ -37,13 +40,21 @@ class BatchedGeneration:
         device: where it runs.
         sampling: how; every prompt draws from a stream of its own, that of its place among the prompts.
         chunk: most positions in one forward pass.
+        graphs: of the model.
     """
 
     def __init__(
-        self, engine: Engine, model: LanguageModel, device: torch.device, sampling: Sampling, *, chunk: int
+        self,
+        engine: Engine,
+        model: LanguageModel,
+        device: torch.device,
+        sampling: Sampling,
+        *,
+        chunk: int,
+        graphs: Graphs,
     ) -> None:
         self._engine, self._model, self._device = engine, model, device
-        self._sampling, self._chunk = sampling, chunk
+        self._sampling, self._chunk, self._graphs = sampling, chunk, graphs
 
     def continue_from(
         self,
@@ -67,24 +78,45 @@ class BatchedGeneration:
         for batch in batches(prompts, places, self._sampling.max_new_tokens, 0 if read else BATCH_TOKENS):
             rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
             here = state.expand(len(batch)) if read and len(batch) > 1 else state
-            self._continue(rows, [prompts[i][read:] for i in batch], here, seconds)
+            graphed = self._borrow(len(batch), max(len(prompts[i]) for i in batch))
+            if graphed is not None and not read:
+                here = graphed.initial_state()
+            try:
+                self._continue(rows, [prompts[i][read:] for i in batch], here, graphed, seconds)
+            finally:
+                self._graphs.give_back(self)
+            del here
             answers |= rows.generations()
         return answers
 
-    def _continue(self, rows: Rows, prompts: Sequence[Tokens], state: ModelState, seconds: float) -> None:
+    def _borrow(self, rows: int, longest: int) -> GraphedDecoding | None:
+        new, limit = self._sampling.max_new_tokens, self._engine.context_limit
+        if limit is not None and longest + new > limit:
+            # The longest row ends there and the others, padded to its length, go on: there is no room for that.
+            return None
+        return self._graphs.borrow(self, rows, longest, new)
+
+    def _continue(
+        self,
+        rows: Rows,
+        prompts: Sequence[Tokens],
+        state: ModelState,
+        graphed: GraphedDecoding | None,
+        seconds: float,
+    ) -> None:
         began = self._now() - seconds
         tokens_BT, doc_BT = _padded(prompts)
         rows.padded = doc_BT is not None
         logits_BV, state = self._read(tokens_BT, doc_BT, state)
+        steps = _Steps(self._model, len(prompts), state, graphed)
+        del state
         while True:
             written = rows.pick(logits_BV)
             elapsed = self._now() - began
-            kept = rows.take(written, elapsed, state.bytes())
+            kept = rows.take(written, elapsed, steps.bytes())
             if not len(kept):
                 return
-            if len(kept) < len(written):
-                state = state.select(torch.from_numpy(kept))
-            logits_BV, state = self._model.next_logits(rows.to_read().to(self._device), state)
+            logits_BV = steps.next(torch.from_numpy(kept), rows.to_read())
 
     def _read(self, tokens_BT: Tensor, doc_BT: Tensor | None, state: ModelState) -> tuple[Tensor, ModelState]:
         """The logits after the last token, (B, V)."""
@@ -102,6 +134,45 @@ class BatchedGeneration:
     def _now(self) -> float:
         synchronise(self._device)
         return time.perf_counter()
+
+
+class _Steps:
+    """One token after the other for rows that end one by one."""
+
+    def __init__(self, model: LanguageModel, rows: int, state: ModelState, graphed: GraphedDecoding | None) -> None:
+        self._model, self._graphed = model, graphed
+        self._rows = torch.arange(rows)
+        self._state: ModelState | None = state
+        if graphed is not None:
+            graphed.load(state)
+            self._state = None
+
+    def bytes(self) -> int:
+        """Of the states of the rows that go on."""
+        if self._graphed is not None:
+            return self._graphed.bytes() // self._graphed.rows * len(self._rows)
+        assert self._state is not None
+        return self._state.bytes()
+
+    def next(self, kept: Tensor, tokens_B1: Tensor) -> Tensor:
+        """The logits (B, V) of the rows that go on, after one more token of each.
+
+        Args:
+            kept: int64 (B,), which of the rows of the last step these are.
+            tokens_B1: int64.
+        """
+        ended = len(kept) < len(self._rows)
+        self._rows = self._rows[kept]
+        device = self._model.head_weight.device
+        if self._graphed is None:
+            assert self._state is not None
+            state = self._state.select(kept) if ended else self._state
+            logits_BV, self._state = self._model.next_logits(tokens_B1.to(device), state)
+            return logits_BV
+        all_B1 = torch.zeros(self._graphed.rows, 1, dtype=torch.long)
+        all_B1[self._rows] = tokens_B1
+        logits_BV = self._graphed.step(all_B1)
+        return logits_BV if len(self._rows) == self._graphed.rows else logits_BV[self._rows.to(device)]
 
 
 class Rows:

@@ -20,7 +20,7 @@ MOST_COPIED = 3 * 10**9
 each 10^9 cost 0.7 ms, of about 15 ms for which the host starts kernels without a graph and the GPU works anyway with as
 large states (docs/LOG.md: 4,096 rows were 9.9 ms slower as a graph)."""
 SLOT_STEP = 1_024
-"""Room for tokens is taken in steps of so many, so that prompts of almost one length share a graph."""
+"""Room for tokens, all rows together, is taken in steps of so many: prompts of almost one length share a graph."""
 
 
 def choice() -> str:
@@ -72,14 +72,15 @@ class Graphs:
         room = prompt + new
         if not wanted or new < 2 or (self._borrower is not None and self._borrower() is not None):
             return None
-        if self._kept is not None and self._kept.rows == rows and room <= self._kept.slots < room + 2 * SLOT_STEP:
+        step = max(1, SLOT_STEP // rows)
+        if self._kept is not None and self._kept.rows == rows and room <= self._kept.slots < room + 2 * step:
             self._borrower = weakref.ref(borrower)
             return self._kept
         if setting == "auto" and (new < FEWEST_STEPS or rows >= (self._too_many_rows or rows + 1)):
             return None
         # Nothing here may hold the steps of before, or both have their memory at once.
         self.drop()
-        slots = -(-room // SLOT_STEP) * SLOT_STEP
+        slots = -(-room // step) * step
         limit = self._model.config.max_positions if self._model.position_embedding is not None else None
         made = GraphedDecoding(self._model, rows, slots if limit is None else min(slots, limit))
         if setting == "auto" and made.copied_bytes > MOST_COPIED:

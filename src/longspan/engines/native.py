@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines.base import Capability, Engine, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
+from longspan.engines.base import Capability, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
 from longspan.engines.batched_generation import BatchedGeneration
-from longspan.engines.copy_rate import copy_rate
-from longspan.engines.generation import Continuation, forget_peak, peak_bytes, synchronise
+from longspan.engines.batching import by_length, stack
+from longspan.engines.generation import Continuation, synchronise
 from longspan.engines.graphs import Graphs
+from longspan.engines.in_process import InProcessEngine
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.room import largest_native_batch
 from longspan.foundation.errors import UserError
@@ -36,7 +37,7 @@ COPIED_TOKENS = 65_536
 """Most positions whose state is copied at a time for continuations of shared prefixes."""
 
 
-class NativeEngine(Engine):
+class NativeEngine(InProcessEngine):
     """A Longspan model.
 
     Attributes:
@@ -120,37 +121,15 @@ class NativeEngine(Engine):
                 given = f"{len(doc_ids[i])} document ids for the {len(sequence)} tokens of sequence {i}"
                 raise UserError(given, "one id per token", "cut both the same way")
         answers: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
-        for batch in self._by_length([len(sequence) - 1 for sequence in sequences]):
-            inputs_BT = _stack([sequences[i][:-1] for i in batch], self.tokenizer.special.pad)
-            targets_BT = _stack([sequences[i][1:] for i in batch], IGNORE)
-            doc_BT = None if doc_ids is None else _stack([doc_ids[i][:-1] for i in batch], -1).int()
+        for batch in by_length([len(sequence) - 1 for sequence in sequences], self.batch_tokens):
+            inputs_BT = stack([sequences[i][:-1] for i in batch], self.tokenizer.special.pad)
+            targets_BT = stack([sequences[i][1:] for i in batch], IGNORE)
+            doc_BT = None if doc_ids is None else stack([doc_ids[i][:-1] for i in batch], -1).int()
             nll_BT = self._token_nll(inputs_BT, targets_BT, doc_BT)
             for row, i in enumerate(batch):
                 values = nll_BT[row, : len(sequences[i]) - 1]
                 answers[i] = require_finite(values, self.name, f"sequence {i}")
         return answers
-
-    @torch.inference_mode()
-    def score_many(
-        self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
-    ) -> list[list[NDArray[np.float64]]]:
-        """See `Engine.score_many`. Prefixes of one length go through together."""
-        self._check_requests(prefixes, continuations)
-        return self._ask([], Sampling(), None, prefixes, continuations)[1]
-
-    @torch.inference_mode()
-    def generate_and_score(
-        self,
-        prompts: Sequence[Tokens],
-        sampling: Sampling,
-        prefixes: Sequence[Tokens],
-        continuations: Sequence[Sequence[Tokens]],
-    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
-        """See `Engine.generate_and_score`."""
-        for i, prompt in enumerate(prompts):
-            self._check_length(len(prompt), f"prompt {i}")
-        self._check_requests(prefixes, continuations)
-        return self._ask(prompts, sampling, None, prefixes, continuations)
 
     @torch.inference_mode()
     def score_greedy(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> list[list[Scored]]:
@@ -163,9 +142,9 @@ class NativeEngine(Engine):
         answers: list[list[Scored]] = [[] for _ in prefixes]
         alone = [i for i, choices in enumerate(continuations) if len(choices) == 1]
         whole = [np.concatenate([prefixes[i], continuations[i][0]]) for i in alone]
-        for batch in self._by_length([len(sequence) - 1 for sequence in whole]):
-            inputs_BT = _stack([whole[row][:-1] for row in batch], self.tokenizer.special.pad)
-            targets_BT = _stack([whole[row][1:] for row in batch], IGNORE)
+        for batch in by_length([len(sequence) - 1 for sequence in whole], self.batch_tokens):
+            inputs_BT = stack([whole[row][:-1] for row in batch], self.tokenizer.special.pad)
+            targets_BT = stack([whole[row][1:] for row in batch], IGNORE)
             for row, place in enumerate(batch):
                 targets_BT[row, : len(prefixes[alone[place]]) - 1] = IGNORE
             nll_BT, right_BT = self._judge(inputs_BT, targets_BT)
@@ -184,9 +163,9 @@ class NativeEngine(Engine):
         for i, sequence in enumerate(sequences):
             self._check_length(len(sequence), f"sequence {i}")
         answers: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(sequences)
-        for batch in self._by_length([len(sequence) for sequence in sequences]):
-            inputs_BT = _stack([sequences[i] for i in batch], self.tokenizer.special.pad)
-            wanted_BT = _stack([wanted[i] for i in batch], 0).bool()
+        for batch in by_length([len(sequence) for sequence in sequences], self.batch_tokens):
+            inputs_BT = stack([sequences[i] for i in batch], self.tokenizer.special.pad)
+            wanted_BT = stack([wanted[i] for i in batch], 0).bool()
             state = self._model.initial_state() if inputs_BT.shape[1] > self.batch_tokens else None
             found = np.zeros(inputs_BT.shape, np.int64)
             for start in range(0, inputs_BT.shape[1], self.batch_tokens):
@@ -211,14 +190,12 @@ class NativeEngine(Engine):
             for _ in continuation:
                 pass
             return [continuation.result()]
-        for i, prompt in enumerate(prompts):
-            self._check_length(len(prompt), f"prompt {i}")
-        return self._ask(prompts, sampling, given, [], [])[0]
+        return super().generate(prompts, sampling, given)
 
     def continue_text(self, prompt: Tokens, sampling: Sampling, *, index: int = 0) -> Continuation:
         """`generate` for one prompt, to be watched: iterate over the text as it comes, then ask for `result()`."""
         self._check_length(len(prompt), f"prompt {index}")
-        prompt_BT = _stack([prompt], 0).to(self.device)
+        prompt_BT = stack([prompt], 0).to(self.device)
         return Continuation(
             self, self._model, prompt_BT, sampling, index=index, chunk=self.batch_tokens, graphs=self._graphs
         )
@@ -232,18 +209,6 @@ class NativeEngine(Engine):
         """See `Engine.state_bytes`."""
         size = torch.empty(0, dtype=self._dtype).element_size()
         return sum(block.mixer.state_bytes(context, size) for block in self._model.blocks)
-
-    def forget_peak(self) -> None:
-        """See `Engine.forget_peak`."""
-        forget_peak(self.device)
-
-    def peak_bytes(self) -> int | None:
-        """See `Engine.peak_bytes`."""
-        return peak_bytes(self.device)
-
-    def copy_rate(self) -> float:
-        """See `Engine.copy_rate`."""
-        return copy_rate(self.device)
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying."""
@@ -264,14 +229,6 @@ class NativeEngine(Engine):
             )
             parts.append(part_BT.double().cpu().numpy())
         return np.concatenate(parts, axis=1)
-
-    def _check_requests(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> None:
-        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
-            if len(prefix) < 1:
-                raise UserError(f"request {i} has no prefix", "at least one token", "begin with `document_prefix`")
-            if not choices or any(len(choice) < 1 for choice in choices):
-                raise UserError(f"request {i} has an empty continuation", "at least one token each", "drop it")
-            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
 
     def _after_prefixes(
         self, chosen: Sequence[int], prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
@@ -298,7 +255,9 @@ class NativeEngine(Engine):
         sequences = [*prompts, *prefixes]
         tree, forks = self._forks(sequences)
         shared = count_tokens(self, tree, sequences)
-        batched = BatchedGeneration(self, self._model, self.device, sampling, chunk=self.batch_tokens)
+        batched = BatchedGeneration(
+            self, self._model, self.device, sampling, chunk=self.batch_tokens, graphs=self._graphs
+        )
         written: dict[int, Generation] = {}
         scores: dict[int, list[Scored]] = {}
         for fork, (state, seconds) in forks:
@@ -353,7 +312,7 @@ class NativeEngine(Engine):
 
     def _prefill(self, pieces: Sequence[Tokens], state: ModelState) -> ModelState:
         """The state after pieces of one length."""
-        pieces_BT = _stack(pieces, 0)
+        pieces_BT = stack(pieces, 0)
         for start in range(0, pieces_BT.shape[1], self.batch_tokens):
             _, after = self._model(pieces_BT[:, start : start + self.batch_tokens].to(self.device), None, state)
             assert after is not None
@@ -375,8 +334,8 @@ class NativeEngine(Engine):
             part = pairs[start : start + most]
             inputs = [np.append(prefixes[batch[row]][-1:], choice[:-1]) for row, choice in part]
             inputs_BT, targets_BT = (
-                _stack(inputs, self.tokenizer.special.pad),
-                _stack([choice for _, choice in part], IGNORE),
+                stack(inputs, self.tokenizer.special.pad),
+                stack([choice for _, choice in part], IGNORE),
             )
             copies = state.select(torch.tensor([row for row, _ in part])) if state.length else state
             nll_BT, right_BT = self._judge(inputs_BT, targets_BT, copies)
@@ -413,29 +372,6 @@ class NativeEngine(Engine):
             right_BT[:, span][counted] = (likeliest_N == targets_N).cpu().numpy()
         return nll_BT, right_BT
 
-    def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices in batches of similar length with at most `batch_tokens` positions, padding included."""
-        batch: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[i] > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _check_length(self, num_inputs: int, what: str) -> None:
-        if num_inputs < 1:
-            raise UserError(
-                f"{what} is too short", "at least 2 tokens for a likelihood, 1 for a prompt", "leave it out"
-            )
-        if self.context_limit is not None and num_inputs > self.context_limit:
-            raise UserError(
-                f"{what} shows {num_inputs} tokens to {self.name}",
-                f"at most {self.context_limit} (learned positions)",
-                "ask it with a shorter context",
-            )
-
 
 def torch_dtype(name: str) -> torch.dtype:
     """`fp32` or `bf16` as torch knows it.
@@ -446,11 +382,3 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"dtype = {name!r}", ", ".join(DTYPES), "choose one of these")
     return DTYPES[name]
-
-
-def _stack(rows: Sequence[Tokens], padding: int) -> Tensor:
-    """int64 (B, T) on the CPU, short rows filled at the end: what comes later cannot change what came before."""
-    out = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
-    for row, tokens in enumerate(rows):
-        out[row, : len(tokens)] = tokens
-    return torch.from_numpy(out)

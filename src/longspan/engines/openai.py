@@ -6,9 +6,8 @@ What the server can do is tried once with small requests when it is opened, neve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -28,6 +27,7 @@ from longspan.engines.base import (
     require_finite,
 )
 from longspan.engines.batching import alone, check_length, check_requests
+from longspan.engines.openai_replies import echoed, failed, gathered
 from longspan.engines.server import RequestFailed, Server
 from longspan.engines.source import EndpointArguments
 from longspan.engines.state_shapes import StateShape
@@ -42,19 +42,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 """Fields beyond the API's oldest, the most wanted first: the first set that a server takes is used."""
 Given = TypeVar("Given")
 Got = TypeVar("Got")
-
-
-@dataclass
-class _Reply:
-    """What a stream of events amounts to."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-    usage: dict[str, Any] = field(default_factory=dict)
-    first: float | None = None
-    last: float = 0.0
-    events: int = 0
 
 
 class OpenAIEngine(Engine):
@@ -190,7 +177,7 @@ class OpenAIEngine(Engine):
     def _prompt_nll(self, tokens: Tokens) -> NDArray[np.float64]:
         try:
             reply = self.server.post("/v1/completions", self._echo(tokens))
-            return _echoed(reply, len(tokens))
+            return echoed(reply, len(tokens))
         except RequestFailed as error:
             raise UnusableAnswer(
                 f"{self.name} gave no likelihoods of {len(tokens)} tokens ({error.cause}: {error.detail})",
@@ -210,13 +197,13 @@ class OpenAIEngine(Engine):
                 events = self.server.stream(path, {**body, "stream": True})
             else:
                 events = [(0.0, self.server.post(path, body))]
-            reply = _gathered(events)
+            reply = gathered(events)
         except RequestFailed as error:
-            return _failed(len(prompt), error)
+            return failed(len(prompt), error)
         if reply.finish is None and not reply.text and not reply.tokens:
-            return _failed(len(prompt), RequestFailed("empty reply", "an answer without a choice in it"))
+            return failed(len(prompt), RequestFailed("empty reply", "an answer without a choice in it"))
         if reply.finish == "content_filter":
-            return _failed(len(prompt), RequestFailed("refused request", "the server's filter"))
+            return failed(len(prompt), RequestFailed("refused request", "the server's filter"))
         tokens = reply.tokens or self.tokenizer.encode(reply.text).tolist()
         prompt_tokens = int(reply.usage.get("prompt_tokens") or len(prompt))
         written = int(reply.usage.get("completion_tokens") or len(tokens))
@@ -318,7 +305,7 @@ class OpenAIEngine(Engine):
                 if not self._arguments.stream:
                     self.server.post(path, body)
                     return options
-                reply = _gathered(self.server.stream(path, {**body, "stream": True}))
+                reply = gathered(self.server.stream(path, {**body, "stream": True}))
             except RequestFailed as error:
                 detail = error.detail
                 continue
@@ -342,7 +329,7 @@ class OpenAIEngine(Engine):
             return frozenset({"generate"})
         tokens = self.tokenizer.encode(TRIED_TEXT)
         try:
-            _echoed(self.server.post("/v1/completions", self._echo(tokens)), len(tokens))
+            echoed(self.server.post("/v1/completions", self._echo(tokens)), len(tokens))
         except RequestFailed as error:
             notes.append(f"no likelihoods: the server does not give those of a prompt back ({error.detail})")
             return frozenset({"generate"})
@@ -353,54 +340,3 @@ class OpenAIEngine(Engine):
         reason = next((note for note in self.notes if note.startswith("no likelihoods")), "")
         error = super().refuse(capability)
         return UserError(f"{error.given}{f' ({reason})' if reason else ''}", error.allowed, error.fix)
-
-
-def _echoed(reply: dict[str, Any], length: int) -> NDArray[np.float64]:
-    """NLL of all tokens of a prompt but the first, from a reply that repeats it."""
-    try:
-        found = reply["choices"][0]["logprobs"]["token_logprobs"]
-        values = np.array([-float(value) for value in found[1:length]])
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise RequestFailed("malformed reply", "no likelihoods of the prompt") from None
-    # With the first token, which has none, and perhaps one that was written.
-    if len(found) not in (length, length + 1) or found[0] is not None or len(values) != length - 1:
-        raise RequestFailed("malformed reply", f"{len(found)} likelihoods for a prompt of {length} tokens")
-    return values
-
-
-def _gathered(events: Iterable[tuple[float, dict[str, Any]]]) -> _Reply:
-    reply = _Reply()
-    for seconds, event in events:
-        reply.events += 1
-        reply.usage = event.get("usage") or reply.usage
-        choices = event.get("choices") or []
-        if not choices:
-            continue
-        choice = choices[0]
-        if not isinstance(choice, dict):
-            raise RequestFailed("malformed reply", f"a choice that is no object: {choice!r:.100}")
-        message = choice.get("delta") or choice.get("message") or choice
-        piece, tokens = message.get("text") or message.get("content") or "", choice.get("token_ids") or []
-        if not isinstance(piece, str) or not isinstance(tokens, list):
-            raise RequestFailed("malformed reply", f"an answer that is no text: {piece!r:.100}")
-        if piece or tokens:
-            reply.first = seconds if reply.first is None else reply.first
-            reply.last = seconds
-        reply.text += piece
-        reply.tokens += tokens
-        reply.finish = choice.get("finish_reason") or reply.finish
-    return reply
-
-
-def _failed(prompt_tokens: int, error: RequestFailed) -> Generation:
-    return Generation(
-        tokens=np.empty(0, dtype=np.int64),
-        text="",
-        finish_reason="failed",
-        prompt_tokens=prompt_tokens,
-        first_token_seconds=0.0,
-        decode_seconds=0.0,
-        failure=error.cause,
-        detail=error.detail,
-        timed=False,
-    )

@@ -160,7 +160,7 @@ class ModelSource(Config):
     def _one_source(self) -> Self:
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            what = "neither of `checkpoint` and `pretrained`" if not given else f"both of `{given[0]}` and `{given[1]}`"
+            what = " and ".join(f"`{name}`" for name in given) if given else "a subject without weights"
             raise UserError(what, f"exactly one of {', '.join(f'`{name}`' for name in SOURCES)}", "name one model")
         if self.revision is not None and self.checkpoint is not None:
             raise UserError(f"revision = {self.revision!r} of a checkpoint", "revisions of hub ids only", "remove it")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import (
     Capability,
-    Engine,
     Generation,
     LargestBatch,
     Prompting,
@@ -26,11 +25,11 @@ from longspan.engines.base import (
     Tokens,
     require_finite,
 )
-from longspan.engines.batching import alone, by_length, check_length, check_requests, stack
+from longspan.engines.batching import alone, by_length, stack
 from longspan.engines.causal_generation import CausalGeneration
 from longspan.engines.causal_model import CausalModel, mark, restore, select
-from longspan.engines.copy_rate import copy_rate
-from longspan.engines.generation import forget_peak, peak_bytes
+from longspan.engines.generation import synchronise
+from longspan.engines.in_process import InProcessEngine
 from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, parted, prefix_tree, walk
 from longspan.engines.room import BATCH_STEPS, guessed_rows, search
 from longspan.engines.state_shapes import StateShape
@@ -45,7 +44,7 @@ COPIED_TOKENS = 65_536
 ONE_ROW = torch.zeros(1, dtype=torch.int64)
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(InProcessEngine):
     """A causal language model of transformers.
 
     Attributes:
@@ -93,6 +92,7 @@ class TransformersEngine(Engine):
             UserError: a tokenizer with more entries than the model has rows.
         """
         self.model = CausalModel(model)
+        self.device = self.model.device
         if self.model.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"a model with {self.model.vocab_size} rows for the tokenizer {tokenizer.name}",
@@ -147,42 +147,11 @@ class TransformersEngine(Engine):
         return values
 
     @torch.inference_mode()
-    def score_many(
-        self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
-    ) -> list[list[NDArray[np.float64]]]:
-        """See `Engine.score_many`. Where no state can be kept, each continuation is computed with its prefix."""
-        self._check_requests(prefixes, continuations)
-        return self._ask([], Sampling(), None, prefixes, continuations)[1]
-
-    @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Tokens], sampling: Sampling, given: Sequence[Tokens] | None = None
-    ) -> list[Generation]:
-        """See `Engine.generate`. Several prompts go through together where that gives what each gives alone."""
-        for i, prompt in enumerate(prompts):
-            self._check_length(len(prompt), f"prompt {i}")
-        return self._ask(prompts, sampling, given, [], [])[0]
-
-    @torch.inference_mode()
     def timed(self, prompt: Tokens, sampling: Sampling) -> Generation:
         """See `Engine.timed`; with the model's cache whether or not what follows is the same as without."""
         self._check_length(len(prompt), "the prompt")
         with self.model.as_called():
             return self._ask([prompt], sampling, None, [], [])[0][0]
-
-    @torch.inference_mode()
-    def generate_and_score(
-        self,
-        prompts: Sequence[Tokens],
-        sampling: Sampling,
-        prefixes: Sequence[Tokens],
-        continuations: Sequence[Sequence[Tokens]],
-    ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
-        """See `Engine.generate_and_score`."""
-        for i, prompt in enumerate(prompts):
-            self._check_length(len(prompt), f"prompt {i}")
-        self._check_requests(prefixes, continuations)
-        return self._ask(prompts, sampling, None, prefixes, continuations)
 
     def steps_after(self, context: int, new_tokens: int) -> Callable[[int], float]:
         """Mean seconds of a decoding step by the number of sequences, each after the same `context` random tokens.
@@ -203,34 +172,22 @@ class TransformersEngine(Engine):
             state = select(one, torch.zeros(rows, dtype=torch.int64), share=False)
             token_BT = prompt_BT[:, -1:].expand(rows, 1)
             hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
-            self._synchronise()
+            synchronise(self.device)
             began = time.perf_counter()
             for _ in range(new_tokens):
                 token_BT = self.model.logits(hidden_B1D[:, -1:]).argmax(-1)
                 hidden_B1D, state = self.model.hidden(token_BT, state, keep=True)
-            self._synchronise()
+            synchronise(self.device)
             return (time.perf_counter() - began) / new_tokens
 
         return seconds_per_step
 
-    def forget_peak(self) -> None:
-        """See `Engine.forget_peak`."""
-        forget_peak(self.model.device)
-
-    def peak_bytes(self) -> int | None:
-        """See `Engine.peak_bytes`."""
-        return peak_bytes(self.model.device)
-
-    def copy_rate(self) -> float:
-        """See `Engine.copy_rate`."""
-        return copy_rate(self.model.device)
-
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying, since running out of memory there does no harm."""
-        if self.model.device.type != "cuda" or not self.model.returns_state:
+        if self.device.type != "cuda" or not self.model.returns_state:
             return None
         seconds_per_step, row = self.steps_after(context, BATCH_STEPS), self.state_bytes(context)
-        return search(seconds_per_step, 1 if row is None else guessed_rows(self.model.device, row))
+        return search(seconds_per_step, 1 if row is None else guessed_rows(self.device, row))
 
     def state_bytes(self, context: int) -> int | None:
         """See `Engine.state_bytes`."""
@@ -250,15 +207,15 @@ class TransformersEngine(Engine):
     ) -> tuple[list[Generation], list[list[NDArray[np.float64]]]]:
         """What is written after prompts, and the likelihoods after prefixes; what they share goes through once."""
         sequences = [*prompts, *prefixes]
-        tree = prefix_tree(sequences, SHARED_TOKENS[self.model.device.type] if self.model.takes_parts else None)
+        tree = prefix_tree(sequences, SHARED_TOKENS[self.device.type] if self.model.takes_parts else None)
         shared = count_tokens(self, tree, sequences)
 
         def go_on(before: tuple[Any, float], fork: Fork, needed: bool) -> tuple[Any, float]:
-            self._synchronise()
+            synchronise(self.device)
             began = time.perf_counter()
             state = select(before[0], ONE_ROW) if needed and before[0] is not None else before[0]
             _, state = self._prefill(stack([sequences[fork.sequence][fork.start : fork.end]], 0), state)
-            self._synchronise()
+            synchronise(self.device)
             return state, before[1] + time.perf_counter() - began
 
         causal = CausalGeneration(self, self.model, sampling, chunk=self.batch_tokens)
@@ -301,7 +258,7 @@ class TransformersEngine(Engine):
             span = slice(start, start + hidden_BTD.shape[1])
             counted_BT = targets_BT[:, span] != IGNORE
             if bool(counted_BT.any()):
-                nll_N = self.model.nll(hidden_BTD[counted_BT.to(self.model.device)], targets_BT[:, span][counted_BT])
+                nll_N = self.model.nll(hidden_BTD[counted_BT.to(self.device)], targets_BT[:, span][counted_BT])
                 nll_BT[:, span][counted_BT.numpy()] = nll_N.double().cpu().numpy()
         return nll_BT
 
@@ -355,21 +312,9 @@ class TransformersEngine(Engine):
             span = slice(start, start + part)
             hidden_BTD, state = self.model.hidden(inputs_BT[:, span], state, keep=True)
             counted_BT = targets_BT[:, span] != IGNORE
-            nll_N = self.model.nll(hidden_BTD[counted_BT.to(self.model.device)], targets_BT[:, span][counted_BT])
+            nll_N = self.model.nll(hidden_BTD[counted_BT.to(self.device)], targets_BT[:, span][counted_BT])
             nll_BT[:, span][counted_BT.numpy()] = nll_N.double().cpu().numpy()
         return nll_BT
-
-    def _synchronise(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-
-    def _check_requests(self, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]) -> None:
-        check_requests(prefixes, continuations)
-        for i, (prefix, choices) in enumerate(zip(prefixes, continuations, strict=True)):
-            self._check_length(len(prefix) + max(map(len, choices)) - 1, f"request {i}")
-
-    def _check_length(self, num_inputs: int, what: str) -> None:
-        check_length(num_inputs, self.context_limit, what, self.name)
 
     def _check_logits(self, positions: int) -> None:
         """Without a head, logits of all positions of a pass exist at once: never of more than a batch."""

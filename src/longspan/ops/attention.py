@@ -215,8 +215,11 @@ def _fused(
     plain = q_doc_BT is None and rules.slopes is None and rules.window is None
     causal = plain and rules.q_offset == 0 and time == keys
     newest_only = plain and time == 1 and rules.q_offset + 1 == keys
+    newest = plain and not causal and time > 1 and rules.q_offset + time == keys
+    if newest and q_BTHP.device.type == "cpu" and not (rules.dropout or _needs_gradients(q_BTHP, k_BSGP, v_BSGP)):
+        return _after_kept_keys(q_BTHP, k_BSGP, v_BSGP, rules.q_offset)
     mask: Tensor | None = None
-    if plain and not causal and time > 1 and rules.q_offset + time == keys and q_BTHP.is_cuda:
+    if newest and q_BTHP.is_cuda:
         # Torch's fused kernels take the newest queries of a cache without a mask of their size. Imported here, for it
         # brings the compiler along, which costs seconds.
         from torch.nn.attention.bias import causal_lower_right
@@ -225,6 +228,25 @@ def _fused(
     elif not (causal or newest_only):
         mask = rules.mask(time, keys, _same(q_doc_BT, k_doc_BS), q_BTHP.dtype, q_BTHP.device)
     return _sdpa(q_BTHP, k_BSGP, v_BSGP, mask, rules.dropout, causal)
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _after_kept_keys(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, kept: int) -> Tensor:
+    """The newest queries on a CPU: all kept keys and, causally, their own, weighed by what the scores of each sum to.
+
+    Torch's kernel for CPUs computes what a mask hides, and reads the mask: four times the work of a causal square.
+    """
+    heads = q_BTHP.shape[2]
+    q = q_BTHP.transpose(1, 2)
+    k, v = (_heads_first(values, heads) for values in (k_BSGP, v_BSGP))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    past, past_sum_BHT = flash(q, k[:, :, :kept], v[:, :, :kept])
+    own, own_sum_BHT = flash(q, k[:, :, kept:], v[:, :, kept:], 0.0, True)
+    share_BHT1 = torch.sigmoid(own_sum_BHT - past_sum_BHT)[..., None]
+    return torch.lerp(past.to(share_BHT1.dtype), own.to(share_BHT1.dtype), share_BHT1).to(q.dtype).transpose(1, 2)
 
 
 def _sdpa(

@@ -187,6 +187,10 @@ class Probe(Config, ABC):
         del record
         return Reply()
 
+    def hub_dataset(self) -> str | None:
+        """The data set on the hub whose rows it asks, at its setting `revision`; None where it asks something else."""
+        return None
+
     def protocol(self) -> dict[str, Any]:
         """Every setting that changes an answer; part of each record's key."""
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in self.only_read}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -72,15 +73,15 @@ class Efficiency(Probe):
     def metrics(self) -> tuple[Metric, ...]:
         """In order of importance."""
         return (
-            Metric("prefill_rate", "Prefill", "tok/s", "median", "higher", x_name="context", compare=False),
-            Metric("first_token", "Time to first token", "ms", "median", "lower", x_name="context", compare=False),
-            Metric("output_token", "Time per output token", "ms", "median", "lower", x_name="context", compare=False),
-            Metric("fixed", "Time per output token without context", "ms", "median", "lower", compare=False),
-            Metric("growth", "Time per output token that 1,000 tokens add", "ms", "median", "lower", compare=False),
-            Metric("bandwidth", "Weights and state read", "GB/s", "median", "higher", x_name="context", compare=False),
-            Metric("copy_share", "The same of the copy rate", "%", "median", "higher", x_name="context", compare=False),
-            Metric("peak_memory", "Peak memory", "GiB", "median", "lower", x_name="context", compare=False),
-            Metric("held", "Weights and state, computed", "GiB", "exact", "lower", x_name="context", compare=False),
+            _by_context("prefill_rate", "Prefill", "tok/s", "higher"),
+            _by_context("first_token", "Time to first token", "ms", crossing=True),
+            _by_context("output_token", "Time per output token", "ms", crossing=True),
+            _number("fixed", "Time per output token without context", "ms"),
+            _number("growth", "Time per output token that 1,000 tokens add", "ms"),
+            _by_context("bandwidth", "Weights and state read", "GB/s", "higher"),
+            _by_context("copy_share", "The same of the copy rate", "%", "higher"),
+            _by_context("peak_memory", "Peak memory", "GiB", crossing=True),
+            replace(_by_context("held", "Weights and state, computed", "GiB"), kind="exact"),
             *self._batch_metrics(),
         )
 
@@ -88,8 +89,8 @@ class Efficiency(Probe):
         if not self.largest_batch:
             return ()
         return (
-            Metric("largest_batch", "Largest batch", "sequences", "median", "higher", x_name="context", compare=False),
-            Metric("batch_rate", "Decoding at it", "tok/s", "median", "higher", x_name="context", compare=False),
+            _by_context("largest_batch", "Largest batch", "sequences", "higher"),
+            _by_context("batch_rate", "Decoding at the largest batch", "tok/s", "higher", crossing=True),
         )
 
     def items(self, data: ProbeData) -> list[Item]:
@@ -274,6 +275,16 @@ class Efficiency(Probe):
                 if total >= context:
                     break
         return np.concatenate(parts)[:context]
+
+
+def _by_context(
+    name: str, title: str, unit: str, better: Literal["lower", "higher"] = "lower", *, crossing: bool = False
+) -> Metric:
+    return replace(_number(name, title, unit), better=better, x_name="context", crossing=crossing)
+
+
+def _number(name: str, title: str, unit: str) -> Metric:
+    return Metric(name, title, unit, "median", "lower", compare=False, counted="runs")
 
 
 def _runs(answer: Mapping[str, Any]) -> Iterator[tuple[float, float, int]]:

@@ -41,6 +41,7 @@ class Metric:
         counted: what its clusters are: documents, or the strings of a task.
         detail: True where the report shows it in a table beside the others and gives it no figure of its own.
         mark: an x that its figure reaches and marks, in place of what the probe marks; `mark_name` says what it is.
+        crossing: True where the report tells from which x on which of two subjects is better.
         sparse: of a detail: left out of that table where it is 0 for everybody.
     """
 
@@ -62,6 +63,7 @@ class Metric:
     counted: str = "documents"
     mark: float | None = None
     mark_name: str = ""
+    crossing: bool = False
 
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""

@@ -9,6 +9,7 @@ from typing import Any
 from longspan.report import figures, numbers, tables
 from longspan.report.arms import Arms, arrange
 from longspan.report.charts import Figure
+from longspan.report.crossings import crossing_table
 from longspan.report.data import LedgerEntry, ProbeSection, ReportInput
 from longspan.report.decision import Decision, decide
 from longspan.report.mastery_figures import mastery_figures
@@ -54,6 +55,7 @@ class Content:
     answer: list[Figure]
     quality: list[QualityPart]
     cost: list[Figure]
+    crossings: Table | None
     pareto: list[Figure]
     comparisons: list[Figure]
     training: list[Figure]
@@ -83,6 +85,7 @@ def lay_out(report: ReportInput) -> Content:
         figures.answer_figure(report, arms),
         quality,
         figures.cost_figures(report, arms),
+        crossing_table(report),
         figures.pareto_figures(report, arms),
         [f for section in report.probes for f in figures.comparison_figures(report, section, arms)],
         [*mastery_figures(report, arms), *training_figures(report, arms)],

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from longspan.records.observation import Comparison, Measurement, Metric
-from longspan.report import charts, findings, heat, numbers, tables, truncation
+from longspan.report import charts, crossings, findings, heat, numbers, tables, truncation
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, log_ticks
 from longspan.report.bound_figure import bound_figure
@@ -82,8 +82,8 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         x = Axis("context (tokens)", "log", "tokens", values=log_ticks([row["x"] for row in rows]))
         y = Axis("", "log", "bytes" if form == "bytes" else "~s")
         unique, shown = _one_per_colour(rows, arms)
-        crossings = findings.crossovers(_exact_curves([{**r, "subject": shown[r["subject"]].short} for r in unique]))
-        caption = "Computed from the configuration; both axes are logarithmic." + _crossing_text(crossings)
+        caption = "Computed from the configuration; both axes are logarithmic."
+        caption += crossings.pointer(crossings.computed(report, name))
         spec = charts.lines(unique, shown, x, y, mark_x=report.context, bands=False)
         table, drawn = tables.context_cost_table(report, name), [row["subject"] for row in unique]
         caption += _mark([row["x"] for row in rows], report.context, "the training context")
@@ -154,7 +154,8 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
-    caption = f"{better} is better; bars are 95 % intervals. The axis does not start at zero."
+    bars = "quartiles over repeats" if metric.kind == "median" else "95 % intervals"
+    caption = f"{better} is better; bars are {bars}. The axis does not start at zero."
     if metric.chance is not None:
         caption = f"{better} is better; bars are 95 % intervals; the thin line is {_chance_name(metric)}."
     title = quantity(finding)
@@ -313,23 +314,6 @@ def _one_per_colour(rows: Sequence[Row], arms: Arms) -> tuple[list[Row], Arms]:
     return [row for row in rows if row["subject"] in keep], arms.in_one_panel()
 
 
-def _exact_curves(rows: Sequence[Row]) -> dict[str, Sequence[tuple[float, float, float, float]]]:
-    curves: dict[str, list[tuple[float, float, float, float]]] = {}
-    for row in rows:
-        low = row["y"] if row.get("low") is None else row["low"]
-        high = row["y"] if row.get("high") is None else row["high"]
-        curves.setdefault(row["subject"], []).append((row["x"], row["y"], low, high))
-    return {subject: sorted(points) for subject, points in curves.items()}
-
-
-def _crossing_text(crossings: Sequence[findings.Crossover]) -> str:
-    parts = []
-    for c in crossings[:4]:
-        doubt = "" if c.low is None or c.high is None else f" [{numbers.count(c.low)}, {numbers.count(c.high)}]"
-        parts.append(f"{c.a} is below {c.b} from about {numbers.count(float(f'{c.x:.2g}'))} tokens{doubt}")
-    return f" {'; '.join(parts)}." if parts else ""
-
-
 def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
     found = []
     for metric in section.metrics:
@@ -346,7 +330,7 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
         y = Axis(metric.unit, "log" if positive else "linear", "~s")
         how, doubt = ("Computed", "") if metric.kind == "exact" else ("Measured", f" {QUARTILES}")
         caption = f"{how}. {'Lower' if metric.better == 'lower' else 'Higher'} is better.{doubt}"
-        caption += _crossing_text(findings.crossovers(_exact_curves(rows))) if positive else ""
+        caption += crossings.pointer(crossings.measured(section, metric)) if metric.crossing else ""
         spec = charts.lines(rows, arms, x, y)
         table = tables.metric_table(section, metric, arms.labels)
         drawn = [row["subject"] for row in rows]

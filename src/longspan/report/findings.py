@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -162,7 +162,7 @@ class Crossover:
     high: float | None = None
 
 
-def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -> list[Crossover]:
+def crossovers(curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> list[Crossover]:
     """Crossings of cost curves, interpolated linearly in log-log.
 
     Where intervals overlap at the measured points around a crossing, several may lie in one stretch of doubt; then only
@@ -177,10 +177,12 @@ def crossovers(curves: dict[str, Sequence[tuple[float, float, float, float]]]) -
         for second in names[i + 1 :]:
             by_x = {p[0]: p for p in curves[second]}
             shared = [(p, by_x[p[0]]) for p in curves[first] if p[0] in by_x and p[1] > 0 and by_x[p[0]][1] > 0]
+            # Where two are equal the order does not change; it changes between the points around.
+            shared = [(p, q) for p, q in shared if p[1] != q[1]]
             stretches: dict[tuple[float | None, float | None], list[Crossover]] = {}
             for at, ((p0, q0), (p1, q1)) in enumerate(pairwise(shared)):
                 gap0, gap1 = math.log(p0[1] / q0[1]), math.log(p1[1] / q1[1])
-                if gap0 * gap1 >= 0:
+                if gap0 * gap1 > 0:
                     continue
                 share = gap0 / (gap0 - gap1)
                 x = p0[0] * (p1[0] / p0[0]) ** share

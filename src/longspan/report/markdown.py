@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.report import tables
+from longspan.report import crossings, tables
 from longspan.report.charts import Figure
 from longspan.report.content import VERDICTS, Content, subject_notes, subjects_lead
 from longspan.report.tables import markdown_text
@@ -43,6 +43,9 @@ def markdown(content: Content) -> str:
         ("Training", content.training, "Nothing was trained."),
     ):
         out += [f"## {title}", "", *(_markdown_figures(found) or [empty, ""])]
+        if found is content.cost and content.crossings:
+            out += ["**Crossover lengths (tokens)**", "", crossings.EXPLANATION, ""]
+            out += [content.crossings.shortened().markdown(), ""]
     out += ["## Look inside", "", f"{len(report.items):,} items: see [report.html](report.html#inside).", ""]
     out += ["## Ledger", ""]
     for entry in content.ledger:

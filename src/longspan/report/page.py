@@ -14,7 +14,7 @@ import vl_convert
 from markupsafe import Markup
 
 from longspan.foundation.files import atomic_directory, atomic_write
-from longspan.report import charts, numbers, palette, tables
+from longspan.report import charts, crossings, numbers, palette, tables
 from longspan.report.arms import Arms
 from longspan.report.charts import Figure
 from longspan.report.content import VERDICTS, Content, lay_out, same, subject_notes, subjects_lead
@@ -101,6 +101,8 @@ def html(content: Content) -> str:
         answer_figures=content.answer,
         quality=content.quality,
         cost_figures=content.cost,
+        crossing_table=content.crossings,
+        crossing_text=crossings.EXPLANATION,
         cost_notes=[s.empty_because for s in report.probes if s.place == "cost" and s.empty_because],
         pareto_figures=content.pareto,
         comparison_figures=content.comparisons,

@@ -51,6 +51,12 @@ class Table:
         """The first rows, as many as are shown; the data stays whole."""
         return replace(self, rows=self.rows[:MOST_ROWS])
 
+    def without_empty(self) -> Table:
+        """The table without the columns in which no row has anything."""
+        keep = [i for i in range(len(self.columns)) if any(row[i] not in (numbers.MISSING, "") for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in keep) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in keep), rows=rows)
+
     @property
     def headings(self) -> list[tuple[str, bool]]:
         """(heading, whether its cells are text)."""
@@ -108,7 +114,7 @@ def summary_rows(report: ReportInput) -> Table:
             | {"tokens_per_second": subject.tokens_per_second, "peak_memory_bytes": subject.peak_memory_bytes}
         )
     labels = tuple(s.label for s in _best_first(report, primary))
-    return _without_empty(Table(tuple(columns), tuple(rows), labels, tuple(records)))
+    return Table(tuple(columns), tuple(rows), labels, tuple(records)).without_empty()
 
 
 def _finding(section: ProbeSection, primary: Finding | None) -> Finding | None:
@@ -165,7 +171,7 @@ def subjects_table(report: ReportInput) -> Table:
             | {"match_target": s.match_target, "match_residual": s.match_residual}
         )
     labels = tuple(s.label for s in report.subjects)
-    return _without_empty(Table(columns, tuple(rows), labels, tuple(records)))
+    return Table(columns, tuple(rows), labels, tuple(records)).without_empty()
 
 
 def training_cost_table(report: ReportInput) -> Table:
@@ -181,7 +187,7 @@ def training_cost_table(report: ReportInput) -> Table:
         names = "training_flops tokens_trained tokens_per_second peak_memory_bytes wall_seconds best_loss last_loss"
         records.append({"subject": s.label} | {name: getattr(s, name) for name in names.split()})
     labels = tuple(s.label for s in report.subjects)
-    return _without_empty(Table(columns, tuple(rows), labels, tuple(records)))
+    return Table(columns, tuple(rows), labels, tuple(records)).without_empty()
 
 
 def context_cost_table(report: ReportInput, name: str) -> Table:
@@ -221,7 +227,7 @@ def state_table(report: ReportInput) -> Table:
     heads = [f"state @ {numbers.count(c)}" for c in contexts]
     heads += [f"FLOPs/token @ {numbers.count(c)}" for c in contexts[-1:]]
     labels = tuple(s.label for s in report.subjects)
-    return _without_empty(Table(("<subject", *heads), tuple(rows), labels, tuple(records)))
+    return Table(("<subject", *heads), tuple(rows), labels, tuple(records)).without_empty()
 
 
 def metric_table(section: ProbeSection, metric: Metric, labels: Sequence[str]) -> Table:
@@ -274,7 +280,7 @@ def scalar_table(section: ProbeSection, metrics: Sequence[Metric], labels: Seque
         rows.append((subject, letters.get(subject, ""), *cells, numbers.count(some.n), str(some.seeds)))
     units = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics]
     columns = ("<subject", "<ties", *units, first.counted, "seeds")
-    return _without_empty(Table(columns, tuple(rows), tuple(present), _records(everything)))
+    return Table(columns, tuple(rows), tuple(present), _records(everything)).without_empty()
 
 
 def comparison_table(metric: Metric, comparisons: Sequence[Comparison]) -> Table:
@@ -327,10 +333,3 @@ def _ordered(labels: Sequence[str], found: Sequence[Measurement]) -> list[str]:
 
 def _records(found: Sequence[Measurement]) -> tuple[Mapping[str, Any], ...]:
     return tuple(asdict(m) for m in found)
-
-
-def _without_empty(table: Table) -> Table:
-    """The table without the columns in which no row has anything."""
-    keep = [i for i in range(len(table.columns)) if any(row[i] not in (numbers.MISSING, "") for row in table.rows)]
-    columns = tuple(table.columns[i] for i in keep)
-    return Table(columns, tuple(tuple(row[i] for i in keep) for row in table.rows), table.subjects, table.records)

@@ -20,6 +20,7 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
     for corpus in prepared.values():
         entries += corpus_entries(corpus.ledger)
     entries += [LedgerEntry("info", "subjects", note) for note in plan.merged]
+    entries += _benchmarks(plan)
     entries += _oracle(plan, runs)
     entries += _packing(plan, runs)
     entries += _training(plan, runs)
@@ -66,6 +67,17 @@ def agreement(checks: list[dict[str, Any]]) -> str:
     # What is no difference in lower precision is measured against the rounding of the model itself.
     rounded = any(check.get("rounding") is not None for check in checks)
     return f"oracle: {', '.join(equal)}{' (within rounding)' if rounded else ''}"
+
+
+def _benchmarks(plan: Plan) -> list[LedgerEntry]:
+    """Which commit of a data set on the hub was asked."""
+    found = {}
+    for planned in plan.subjects:
+        for name, probe in planned.subject.config.make_probes().items():
+            if dataset := probe.hub_dataset():
+                text = f"The items are those of {dataset} at commit {probe.protocol()['revision']}."
+                found[name] = LedgerEntry("info", name, text)
+    return list(found.values())
 
 
 def _oracle(plan: Plan, runs: Path) -> list[LedgerEntry]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from longspan.corpus.sources.dataset_commit import commit_at_first_use
 from longspan.engines.source import ModelSource
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.files import digest, read_json, write_json
 from longspan.models.interchange import DESCRIPTIONS, resolve
+from longspan.probes.base import Probe
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -44,6 +48,35 @@ def pinned(source: ModelSource, downloads: Path) -> ModelSource:
         commit = folder.name
         write_json(note, {"model": name, "revision": revision, "commit": commit})
     return source.model_copy(update={"revision": commit})
+
+
+def pinned_probes(probes: Mapping[str, Probe], downloads: Path) -> dict[str, Any]:
+    """The settings of each probe, with the commit of the data set on the hub that it asks as revision.
+
+    Args:
+        probes: name in the study → probe.
+        downloads: where notes are kept, the runs folder's own; a corpus of the same data set has the same commit.
+
+    Raises:
+        DataError: the hub cannot be reached, or has no such data set or revision.
+    """
+    return {name: _pinned_probe(probe, downloads).model_dump(mode="json") for name, probe in probes.items()}
+
+
+def _pinned_probe(probe: Probe, downloads: Path) -> Probe:
+    dataset = probe.hub_dataset()
+    revision: str | None = getattr(probe, "revision", None)
+    if dataset is None or (revision and _COMMIT.fullmatch(revision)):
+        return probe
+    try:
+        commit = commit_at_first_use(dataset, revision, downloads)
+    except Exception as error:  # the client raises many kinds: offline, not found, gated, refused
+        raise DataError(
+            f"which commit the data set {dataset} is at cannot be asked ({first_line(error)})",
+            "a reachable hub, a commit as `revision:`, or a local copy of the data",
+            "check the network, or name a local copy with `data: PATH`",
+        ) from error
+    return probe.model_copy(update={"revision": commit})
 
 
 def _check(name: str, revision: str | None, commit: str, note: Path) -> None:

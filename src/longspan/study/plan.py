@@ -25,7 +25,7 @@ from longspan.report.numbers import duration, relative, scaled
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.jobs import DOWNLOADS, Job, Kind
-from longspan.study.pinned import pinned
+from longspan.study.pinned import pinned, pinned_probes
 from longspan.study.plugin_laws import check_own_mixers
 from longspan.study.schema import DEFAULT_PRIMARY, Study
 from longspan.study.sections import ExaminedConfig, SubjectConfig
@@ -226,6 +226,8 @@ def check_probes(expansion: Expansion) -> None:
 
 
 def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], context: int) -> PlannedSubject:
+    probes = pinned_probes(subject.config.make_probes(), runs / DOWNLOADS)
+    subject = replace(subject, config=subject.config.model_copy(update={"probes": probes}))
     config = subject.config
     if isinstance(config, ExaminedConfig):
         return _plan_examined(subject, config, runs, plugins, context)

@@ -389,10 +389,12 @@ def test_a_real_subject_answers(
     assert all(record.answer["new_tokens"] <= 4 for record in records)
 
 
+@pytest.mark.parametrize("letters", ["ABCD", "A", "D"])
 def test_nan_is_an_error_and_no_score(
-    probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask
+    letters: str, probe: Callable[..., Probe], data: ProbeData, writing: Callable[..., Any], ask: Ask, tokenizer: Any
 ) -> None:
-    engine = writing(know, say=lambda tokens: np.full(len(tokens), np.nan))
+    bad = [tokenizer.encode(letter).tolist() for letter in letters]
+    engine = writing(know, say=lambda tokens: np.full(len(tokens), np.nan if tokens.tolist() in bad else 1.0))
     with pytest.raises(UnusableAnswer, match="the letters of id00"):
         ask(probe(contexts=[2000], max_items=1), engine, data)
 

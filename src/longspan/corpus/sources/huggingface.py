@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from longspan.corpus.document import SPLITS, Document, content_id
 from longspan.corpus.sources.base import SourceConfig, describe_files, named_files
+from longspan.corpus.sources.dataset_commit import commit_at_first_use
 from longspan.corpus.sources.wikitext import split_articles
 from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.extras import require
-from longspan.foundation.files import digest, read_json, write_json
 from longspan.foundation.progress import Progress, Report
 
 Split = Literal["train", "validation", "test"]
@@ -97,21 +97,14 @@ class HuggingFaceSource(SourceConfig):
         return str(Path(self.dataset).expanduser().resolve()) if self._local() else self.dataset
 
     def _commit(self, cache: Path) -> str:
-        # Kept, so that the main branch does not move while a study is under way.
-        note = cache / "huggingface" / f"{digest([self.dataset, self.revision])[:16]}.resolved.json"
-        if note.is_file():
-            return str(read_json(note)["commit"])
         # Without the extra nothing could be read, reachable or not.
         require("hub")
-        hub = require("hub", "huggingface_hub")
         try:
-            commit = hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
+            return commit_at_first_use(self.dataset, self.revision, cache)
         except Exception as error:
             if not _is_load_error(error):
                 raise
             raise self._unloadable(error) from None
-        write_json(note, {"dataset": self.dataset, "revision": self.revision, "commit": commit})
-        return str(commit)
 
     def _unloadable(self, error: Exception) -> DataError:
         name = f"{self.dataset} ({self.config})" if self.config else self.dataset

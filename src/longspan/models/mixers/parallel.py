@@ -158,6 +158,12 @@ class Parallel(Mixer):
             tuple(mixer.unfix(each, num_keys) for mixer, each in zip(self._parts, fixed.branches, strict=True))
         )
 
+    def fixed_bytes(self, fixed: MixerState, num_keys: int) -> int:
+        """See `Mixer.fixed_bytes`; of all branches."""
+        assert isinstance(fixed, ParallelState)
+        pairs = zip(self._parts, fixed.branches, strict=True)
+        return sum(mixer.fixed_bytes(each, num_keys) for mixer, each in pairs)
+
     def flops(self, context: int) -> float:
         """Of all branches; norms are not counted."""
         return sum(branch.flops(context) for branch in self._parts)

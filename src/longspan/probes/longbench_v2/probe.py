@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,22 +14,19 @@ from pydantic import Field, model_validator
 from longspan.engines.base import Engine, Generation, Sampling, Tokens, require_finite
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest
-from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register, share_of_best
+from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register
 from longspan.probes.benchmark_files import Rows, file_digest, hub_file, read_rows
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
-from longspan.probes.longbench_v2.nulls import CAUSES
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, RE_ASKED, Variant, render, retrieved_document
-from longspan.probes.longbench_v2.scores import COMPENSATION, groups_of, read_answer, read_re_asked
+from longspan.probes.longbench_v2.reading import metrics_of, observations
+from longspan.probes.longbench_v2.scores import read_answer
 from longspan.probes.longbench_v2.truncation import Fitted, fit
-from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
 DATASET = "THUDM/LongBench-v2"
 FILE = "data.json"
 FIELDS = ("_id", "question", "choice_A", "choice_B", "choice_C", "choice_D", "answer")
-Better = Literal["higher", "lower"]
-SLICES = ("easy", "hard", "short", "medium", "long")
 
 
 @register("longbench_v2")
@@ -41,7 +38,7 @@ class LongBenchV2(Probe):
 
     Attributes:
         data: the data set's `data.json`, or JSON lines; None fetches it from the hub (extra `hub`).
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; a study stays at the commit of its first use.
         contexts: tokens of prompt and reply together; None: the context of the study.
         variant: `direct`; `cot`: reason first, then answer without the document; `no_context`: question and choices
             only; `rag`: the first `retrieved` chunks of each row's `retrieved_context`.
@@ -93,51 +90,12 @@ class LongBenchV2(Probe):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """In order of importance; slices and ledger are shown and not compared."""
-        chance = 1 / len(LETTERS)
+        """See `metrics_of`."""
+        return metrics_of(re_ask=self.re_ask)
 
-        def main(name: str, title: str, *, better: Better = "higher", chance: float | None = None) -> Metric:
-            return Metric(name, title, "", "proportion", better, x_name="context", chance=chance)
-
-        def detail(name: str, title: str, kind: Kind = "proportion") -> Metric:
-            return Metric(name, title, "", kind, "higher", x_name="context", compare=False, detail=True)
-
-        return (
-            main("accuracy", "Accuracy (strict)", chance=chance),
-            main("null_rate", "No answer", better="lower"),
-            detail("answered", "Accuracy on answered"),
-            detail("compensated", "Compensated accuracy"),
-            *(
-                (
-                    main("accuracy_re_asked", "Accuracy (strict), asked again", chance=chance),
-                    main("null_rate_re_asked", "No answer, asked again", better="lower"),
-                )
-                if self.re_ask
-                else ()
-            ),
-            main("letter_accuracy", "Accuracy by likelihood", chance=chance),
-            main("letter_accuracy_calibrated", "Accuracy by likelihood over the prior", chance=chance),
-            *(
-                Metric(
-                    f"cause_{cause}",
-                    f"No answer: {cause.replace('_', ' ')}",
-                    "",
-                    "proportion",
-                    "lower",
-                    x_name="context",
-                    compare=False,
-                    detail=True,
-                    sparse=True,
-                )
-                for cause in CAUSES
-            ),
-            detail("fully_visible", "Whole document seen"),
-            detail("kept_fraction", "Share of document seen", "ratio"),
-            detail("accuracy_visible", "Accuracy, whole document seen"),
-            *(detail(f"accuracy_{name}", f"Accuracy, {name}") for name in SLICES),
-            *(detail(f"said_{letter}", f"Said {letter}") for letter in LETTERS),
-            *(detail(f"right_{letter}", f"{letter} is right") for letter in LETTERS),
-        )
+    def hub_dataset(self) -> str | None:
+        """See `Probe.hub_dataset`."""
+        return None if self.data else DATASET
 
     def protocol(self) -> dict[str, Any]:
         """The settings, with the data set's content in place of where it lies."""
@@ -182,47 +140,7 @@ class LongBenchV2(Probe):
 
     def observe(self, record: Record) -> Iterable[Observation]:
         """Right, null, answered, compensated, by slice; how much of the document was seen; which letter was said."""
-        answer = record.answer
-        if "response" not in answer:
-            return
-        x = None if answer.get("context") is None else float(answer["context"])
-        copy = answer.get("copy", 1)
-        item = answer["id"] if copy == 1 else f"{answer['id']}#{copy}"
-        cluster = str(answer.get("document") or answer["id"])
-
-        def seen(metric: str, numerator: float) -> Observation:
-            return Observation(record.subject, record.seed, item, cluster, metric, x, numerator, 1.0)
-
-        read = read_answer(answer, self.scorer)
-        right, null = float(read.right), float(read.letter is None)
-        yield seen("accuracy", right)
-        yield seen("null_rate", null)
-        yield seen("compensated", right + COMPENSATION * null)
-        if self.re_ask:
-            again = read_re_asked(answer, read)
-            yield seen("accuracy_re_asked", float(again.right))
-            yield seen("null_rate_re_asked", float(again.letter is None))
-        if not null:
-            yield seen("answered", right)
-        for group in groups_of(answer):
-            if group in SLICES:
-                yield seen(f"accuracy_{group}", right)
-        for cause in CAUSES:
-            yield seen(f"cause_{cause}", float(read.cause == cause))
-        for letter in LETTERS:
-            yield seen(f"said_{letter}", float(read.letter == letter))
-            yield seen(f"right_{letter}", float(answer["gold"] == letter))
-        if "letters" in answer:
-            letters_4, right_one = np.array(answer["letters"]), LETTERS.index(answer["gold"])
-            yield seen("letter_accuracy", share_of_best(letters_4, right_one))
-            if "letters_prior" in answer:
-                over_4 = letters_4 - np.array(answer["letters_prior"])
-                yield seen("letter_accuracy_calibrated", share_of_best(over_4, right_one))
-        if "fully_visible" in (ledger := answer.get("truncation", {})):
-            yield seen("fully_visible", float(ledger["fully_visible"]))
-            yield seen("kept_fraction", ledger["kept_fraction"])
-            if ledger["fully_visible"]:
-                yield seen("accuracy_visible", right)
+        return observations(record, self.scorer, re_ask=self.re_ask)
 
     def describe(self, item: Item, data: ProbeData) -> Asked:
         """Question, choices and the right letter."""
