@@ -14,6 +14,7 @@ from longspan.foundation.errors import UserError
 from longspan.models.budget import count_parameters
 from longspan.report.data import load
 from longspan.report.decision import decide
+from longspan.study.environment import hardware
 from longspan.study.plan import make_plan
 from longspan.study.run import run_study
 from longspan.study.schema import load_study
@@ -57,6 +58,8 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     outcome = run_study("cost-at-length", overrides, tmp_path, until="report", terminal=Terminal(quiet=True))
     facts = load(Path(outcome.data["report"]).with_name("report.json"))
     assert [subject.kind for subject in facts.subjects] == ["shape", "shape"]
+    assert any(note.startswith("Nothing was trained: the models were asked as they are, in") and
+               hardware()["processor"] in note for note in facts.notes)  # fmt: skip
     # What transformers computes of a shape is counted as what Longspan computes of it.
     assert facts.subjects[0].forward_flops == facts.subjects[1].forward_flops != {}
     assert decide(facts).verdict == "costs"
