@@ -242,6 +242,29 @@ def test_a_way_that_is_wrong_is_seen(engine: Make) -> None:
     assert found["batched = single"] == "equal"
 
 
+def test_costs_are_measured_as_generate_goes_on_even_where_that_is_not_right(engine: Make) -> None:
+    """Whoever runs the model does so with its cache, whatever a check says of it."""
+    subject, read = engine("mamba2"), []
+    right = subject.generate([tokens(20)], GREEDY)[0].tokens.tolist()
+    subject.model.keeps_state = subject.model.takes_parts = False
+    body = subject.model._body
+    subject.model._body = lambda **given: read.append(given["input_ids"].shape[1]) or body(**given)
+    assert subject.timed(tokens(20), GREEDY).tokens.tolist() == right
+    # The prompt goes through whole, then each token alone.
+    assert read == [20] + [1] * 7
+    assert subject.state_bytes(20) is not None
+    assert not subject.rereads
+    read.clear()
+    subject.generate([tokens(20)], GREEDY)
+    assert read == list(range(20, 28))
+
+
+def test_without_any_state_costs_are_those_of_reading_all_again(engine: Make) -> None:
+    subject = engine("granite all mamba")
+    assert subject.rereads
+    assert subject.timed(tokens(20), GREEDY).state_bytes is None
+
+
 def test_without_a_known_head_the_logits_of_a_part_are_all_that_exists(
     engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,9 +131,35 @@ def test_a_context_that_would_take_too_long_is_not_asked_and_nor_are_longer_ones
     engine.generate = generate  # type: ignore[attr-defined]
     records = ask(probe, engine, data)
     assert [len(record.answer["runs"]) for record in records] == [3, 3, 3, 0]
-    assert set(asked) == {16, 32, 64}
-    assert records[3].answer["not_evaluable"] == "predicted to take 1 s and more, 1 allowed: 64 tokens took 0.7 s"
+    # 2 tokens are the trial before the first.
+    assert set(asked) == {2, 16, 32, 64}
+    reason = "predicted to take 1 s and more, 1 allowed: 64 tokens took 0.6 s, and 5 further tokens 0.1 s"
+    assert records[3].answer["not_evaluable"] == reason
     assert {each.x for each in read(probe, records)[0]} == {16.0, 32.0, 64.0}  # type: ignore[index]
+
+
+def test_the_first_context_is_bounded_by_a_trial_of_an_eighth(
+    data: ProbeData, fake: Callable[..., object], ask: Ask
+) -> None:
+    """Whoever keeps no state reads all again for each token, and would take as many times longer for each."""
+    probe, engine = make_probe("efficiency", {**SETTINGS, "contexts": [64, 128], "longest": 1.0}), fake()
+    write, asked = type(engine).generate, []
+
+    def generate(prompts, sampling):  # type: ignore[no-untyped-def]
+        asked.append((len(prompts[0]), sampling.max_new_tokens))
+        (each,) = write(engine, prompts, sampling)
+        # The first run compiles.
+        first = 0.03 if len(asked) > 1 else 9.0
+        return [replace(each, first_token_seconds=first, decode_seconds=3 * 0.03)]
+
+    engine.generate = generate  # type: ignore[attr-defined]
+    engine.rereads = True  # type: ignore[attr-defined]
+    reasons = [record.answer["not_evaluable"] for record in ask(probe, engine, data)]
+    assert asked == [(8, 4)] * 2
+    # 8 times longer, for the first token and for 5 more.
+    assert reasons == ["predicted to take 1 s and more, 1 allowed: 8 tokens took 0.0 s, and 3 further tokens 0.1 s"] * 2
+    engine.rereads = False  # type: ignore[attr-defined]
+    assert [len(record.answer["runs"]) for record in ask(probe, engine, data)] == [3, 3]
 
 
 def test_after_a_length_without_room_no_longer_one_is_tried(

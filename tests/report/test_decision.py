@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from longspan.records.observation import Comparison, Measurement, Metric, Summary
 from longspan.report.data import ProbeSection, ReportInput, Reproduce, SubjectFacts
-from longspan.report.decision import decide
+from longspan.report.decision import decide, value_text
 
 BPB = Metric("bits_per_byte", "Bits per byte", "bits/byte", "ratio", "lower")
 
@@ -120,3 +120,13 @@ def test_one_seed_never_decides_between_architectures() -> None:
     assert one.answer.startswith("In one training run each, MM has the lowest bits per byte")
     assert "seed=[0,1,2]" in one.certainty
     assert decide(report(measured, clear, seeds=(0, 1, 2))).verdict == "winner"
+
+
+def test_one_run_is_a_number_without_quartiles() -> None:
+    metric = Metric("first_token", "Time to first token", "ms", "median", "lower")
+    one, five = (
+        Measurement("first_token", "a", 8.0, value, value, value, n, 1, n) for value, n in ((5393.9, 1), (7, 5))
+    )
+    assert value_text(metric, one) == "5394"
+    assert value_text(metric, replace(one, value=344.0)) == "344"
+    assert value_text(metric, five) == "7.000 ± 0"

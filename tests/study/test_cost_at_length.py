@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longspan.engines.native import NativeEngine
+from longspan.engines.opening import open_engine
 from longspan.engines.source import ModelSource
 from longspan.foundation.errors import UserError
 from longspan.models.budget import count_parameters
 from longspan.report.data import load
 from longspan.report.decision import decide
+from longspan.study.environment import hardware
 from longspan.study.plan import make_plan
 from longspan.study.run import run_study
 from longspan.study.schema import load_study
@@ -55,6 +58,8 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     outcome = run_study("cost-at-length", overrides, tmp_path, until="report", terminal=Terminal(quiet=True))
     facts = load(Path(outcome.data["report"]).with_name("report.json"))
     assert [subject.kind for subject in facts.subjects] == ["shape", "shape"]
+    assert any(note.startswith("Nothing was trained: the models were asked as they are, in") and
+               hardware()["processor"] in note for note in facts.notes)  # fmt: skip
     # What transformers computes of a shape is counted as what Longspan computes of it.
     assert facts.subjects[0].forward_flops == facts.subjects[1].forward_flops != {}
     assert decide(facts).verdict == "costs"
@@ -64,6 +69,17 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     (missing,) = [entry for entry in facts.ledger if entry.text == "Contexts whose cost was not measured."]
     assert [(row["subject"], row["context"]) for row in missing.table] == [("a", 16)]
     assert "9 GiB wanted" in str(missing.table[0]["reason"])
+
+
+@pytest.mark.parametrize("shape", range(3), ids=["hybrid", "llama", "mamba"])
+def test_both_engines_compute_the_same_function_of_a_shape(shape: int) -> None:
+    """Else rounding is compared between two functions, of which one may be chaotic."""
+    every = load_study("cost-at-length", ["variant=cpu"]).sources
+    sources = [source for source in every if source.shape == every[shape].shape]
+    assert [source.engine for source in sources] == ["native", "transformers"]
+    tokens = np.random.default_rng(0).integers(0, 258, 60)
+    ours, theirs = (open_engine(source, "cpu").nll([tokens])[0] for source in sources)
+    assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 @pytest.mark.parametrize(

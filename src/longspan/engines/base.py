@@ -148,6 +148,7 @@ class Engine(ABC):
         prompting: how texts become prompts; None: as they are, after `document_prefix`.
         answer_prefix_mode: whether a given beginning of the answer stands where the answer stands (`prefill`), or at
             the end of the question, because the engine cannot begin an answer (`in prompt`).
+        rereads: whether `timed` reads all again for every further token, because no state can be kept.
         weight_bytes: of all that a decoding step reads of the weights, None where that is not known.
         notes: what a reader of the numbers must know about how they were made, one sentence each.
         asked_tokens: of all prompts and prefixes so far; `shared_tokens` of them were computed once for several.
@@ -163,6 +164,7 @@ class Engine(ABC):
     fingerprint: str
     prompting: Prompting | None = None
     answer_prefix_mode: AnswerPrefixMode = "prefill"
+    rereads: bool = False
     weight_bytes: int | None = None
     notes: tuple[str, ...] = ()
     asked_tokens: int = 0
@@ -253,6 +255,10 @@ class Engine(ABC):
             given: per prompt ids that the subject reads in place of what it wrote, the first after its first new token;
                 -1 where it reads its own. It writes one token more than are given, `max_new_tokens` at most.
         """
+
+    def timed(self, prompt: Tokens, sampling: Sampling) -> Generation:
+        """`generate` of one prompt as whoever runs this model would have it, right or not: for what it costs alone."""
+        return self.generate([prompt], sampling)[0]
 
     def generate_and_score(
         self,

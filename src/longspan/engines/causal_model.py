@@ -13,7 +13,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class CausalModel:
     Attributes:
         model: of transformers, on its device, in evaluation mode.
         device, dtype: of its parameters.
+        returns_state: whether it can be called with the state after a text's beginning at all, right or not.
         keeps_state: whether a text can go on from the state after its beginning, one token at a time.
         takes_parts: whether it can go on by several tokens at a time.
         takes_padding: whether a text is the same after masked tokens before it, so that texts of unlike lengths can
@@ -69,8 +70,18 @@ class CausalModel:
             self.head_found = self._find_head()
             self.keeps_state, self.takes_parts = self._find_ways()
             self.takes_padding = self.keeps_state and self._find_padding()
-        if self.dtype.itemsize < 4 and not self._rounded and self.keeps_state:
+        if self.dtype.itemsize < 4 and not self._rounded and self.returns_state:
             self._close_what_fails()
+
+    @contextmanager
+    def as_called(self) -> Iterator[None]:
+        """Go on from states even where that is not right, as `generate` of transformers does: for what it costs."""
+        right = self.keeps_state
+        self.keeps_state = self.returns_state
+        try:
+            yield
+        finally:
+            self.keeps_state = right
 
     def hidden(self, tokens_BT: Tensor, state: Any = None, *, keep: bool = False, **more: Any) -> tuple[Tensor, Any]:
         """Last hidden states (B, T, D), which `logits` and `nll` take, and the state after the tokens.
@@ -151,6 +162,7 @@ class CausalModel:
         return False
 
     def _find_ways(self) -> tuple[bool, bool]:
+        self.returns_state = False
         tokens_BT = self._tried()
         whole = self.logits(self.hidden(tokens_BT)[0])[:, TRIED_CUT:]
         try:
@@ -167,10 +179,12 @@ class CausalModel:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.notes.append(f"no state can be kept ({reason}), so every request is computed from its beginning")
             return False, False
+        self.returns_state = True
         if stepped > self._same:
             self.notes.append(
                 f"going on from its state gives other logits than the whole text (relative difference {stepped:.1g}), "
-                "so every request is computed from its beginning"
+                "so every request is computed from its beginning; only costs are measured with it, as its own "
+                "`generate` would go on"
             )
             return False, False
         try:
@@ -214,9 +228,9 @@ class CausalModel:
     def _close_what_fails(self) -> None:
         """Ways that are right in fp32 and raise in the model's own precision."""
         self._same = math.inf
-        keeps_state, takes_parts = self._find_ways()
-        self.keeps_state, self.takes_parts = keeps_state, self.takes_parts and takes_parts
-        self.takes_padding = self.takes_padding and keeps_state and self._find_padding()
+        works, takes_parts = self._find_ways()
+        self.keeps_state, self.takes_parts = self.keeps_state and works, self.takes_parts and takes_parts
+        self.takes_padding = self.takes_padding and works and self._find_padding()
 
     def _tried(self) -> Tensor:
         generator = torch_generator(0, "causal_model", self.vocab_size)

@@ -229,7 +229,7 @@ def _drawn(found: Described, fingerprint: str, device: str) -> Engine:
     arguments = source.engine_arguments()
     assert isinstance(arguments, TransformersArguments)
     engine = TransformersEngine(
-        transformers_model(found.config, DTYPES[source.dtype], device),
+        transformers_model(config, rows, found.config, DTYPES[source.dtype], device),
         found.tokenizer,
         markers=False,
         fingerprint=fingerprint,

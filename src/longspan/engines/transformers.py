@@ -111,6 +111,7 @@ class TransformersEngine(InProcessEngine):
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.shape = StateShape.of(self.model.model.config)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.rereads = not self.model.returns_state
         self.notes = tuple(self.model.notes)
 
     @torch.inference_mode()
@@ -145,18 +146,25 @@ class TransformersEngine(InProcessEngine):
         values: NDArray[np.float64] = nll_N.double().cpu().numpy()
         return values
 
+    @torch.inference_mode()
+    def timed(self, prompt: Tokens, sampling: Sampling) -> Generation:
+        """See `Engine.timed`; with the model's cache whether or not what follows is the same as without."""
+        self._check_length(len(prompt), "the prompt")
+        with self.model.as_called():
+            return self._ask([prompt], sampling, None, [], [])[0][0]
+
     def steps_after(self, context: int, new_tokens: int) -> Callable[[int], float]:
         """Mean seconds of a decoding step by the number of sequences, each after the same `context` random tokens.
 
         Raises:
-            UserError: no state can be kept.
+            UserError: it returns no state.
             torch.cuda.OutOfMemoryError: the device has not enough memory for them.
         """
-        if not self.model.keeps_state:
+        if not self.model.returns_state:
             raise UserError(f"{self.name} keeps no state", "models that do", "measure one sequence at a time")
         generator = torch_generator(0, "steps_after", context)
         prompt_BT = torch.randint(0, self.tokenizer.vocab_size, (1, context), generator=generator)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.model.as_called():
             one = self._prefill(prompt_BT)[1]
 
         @torch.inference_mode()
@@ -176,14 +184,14 @@ class TransformersEngine(InProcessEngine):
 
     def largest_batch(self, context: int) -> LargestBatch | None:
         """See `Engine.largest_batch`; found on CUDA by trying, since running out of memory there does no harm."""
-        if self.device.type != "cuda" or not self.model.keeps_state:
+        if self.device.type != "cuda" or not self.model.returns_state:
             return None
         seconds_per_step, row = self.steps_after(context, BATCH_STEPS), self.state_bytes(context)
         return search(seconds_per_step, 1 if row is None else guessed_rows(self.device, row))
 
     def state_bytes(self, context: int) -> int | None:
         """See `Engine.state_bytes`."""
-        if self.shape is None or not self.model.keeps_state:
+        if self.shape is None or not self.model.returns_state:
             return None
         return self.shape.bytes(context, self.model.dtype.itemsize)
 

@@ -20,6 +20,8 @@ from longspan.records.store import Record
 
 MOST_CACHED = 0.05
 """Share of a fresh prompt that a server may have met before (what every prompt begins with)."""
+TRIED, TRIED_TOKENS = 8, 4
+"""The first context is tried at this part of it, with so many new tokens."""
 
 
 @register("efficiency")
@@ -44,8 +46,9 @@ class Efficiency(Probe):
         warm_ups: runs before them.
         once_above: a first run at a context that takes more seconds than this is repeated once, and the second alone
             counts: what takes long needs few repeats, and the first may have compiled kernels.
-        longest: a context is not evaluable where one run of it is predicted to take more seconds than this: as many
-            times those of the context before as it is longer, which is the least it can be.
+        longest: a context is not evaluable where one run of it is predicted to take more seconds than this, by the
+            context before, and for the first by a trial at an eighth of it. Reading takes as many times longer as there
+            is more to read, which is the least it can be; a further token takes as long, unless it reads all again.
         largest_batch: also find how many sequences fit at a time, at every context or at those named, where the engine
             can: native and transformers on CUDA, by trying; vLLM, by the room in its cache.
     """
@@ -78,7 +81,7 @@ class Efficiency(Probe):
             _by_context("bandwidth", "Weights and state read", "GB/s", "higher"),
             _by_context("copy_share", "The same of the copy rate", "%", "higher"),
             _by_context("peak_memory", "Peak memory", "GiB", crossing=True),
-            _by_context("held", "Weights and state, computed", "GiB"),
+            replace(_by_context("held", "Weights and state, computed", "GiB"), kind="exact"),
             *self._batch_metrics(),
         )
 
@@ -121,9 +124,9 @@ class Efficiency(Probe):
     ) -> dict[str, Any]:
         content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
         copy_rate = engine.copy_rate()
-        if reason := self._not_evaluable(engine, context, before):
-            return {**content, "not_evaluable": reason}
         try:
+            if reason := self._not_evaluable(engine, context, data, before):
+                return {**content, "not_evaluable": reason}
             if reason := self._run(engine, context, data, content):
                 return {**content, "not_counted": reason}
         except OutOfMemoryError as error:
@@ -143,26 +146,47 @@ class Efficiency(Probe):
             content["batch"] = [batch.sequences, batch.tokens_per_second]
         return content
 
-    def _not_evaluable(self, engine: Engine, context: int, before: Mapping[str, Any] | None) -> str:
-        """Why a context is not asked, by the subject's limit and by what the context before it cost."""
+    def _not_evaluable(self, engine: Engine, context: int, data: ProbeData, before: Mapping[str, Any] | None) -> str:
+        """Why a context is not asked, by the subject's limit and by what a shorter one cost."""
         limit = engine.context_limit
         if limit is not None and context + self.new_tokens - 1 > limit:
             return f"the subject takes {limit:,} tokens"
-        if before is None or context <= before["context"]:
+        if before is not None and context <= before["context"]:
             return ""
-        if (reason := before.get("not_evaluable", "")).startswith(("out of memory", "predicted")):
+        if before is not None and (reason := before.get("not_evaluable", "")).startswith(
+            ("out of memory", "predicted")
+        ):
             return str(reason)
-        runs = list(_runs(before))
-        if self.longest is None or not runs:
+        if self.longest is None:
             return ""
-        measured = sum(runs[-1][:2])
-        predicted = measured * context / before["context"]
+        return self._too_long(engine, context, before or self._trial(engine, context // TRIED, data))
+
+    def _too_long(self, engine: Engine, context: int, before: Mapping[str, Any]) -> str:
+        """Why a run is predicted to take too long, by what a shorter context cost."""
+        assert self.longest is not None
+        runs = list(_runs(before))
+        if not runs:
+            return ""
+        first, decode, further = runs[-1]
+        longer, step = context / before["context"], decode / max(1, further)
+        predicted = longer * first + (self.new_tokens - 1) * step * (longer if engine.rereads else 1)
         if predicted <= self.longest:
             return ""
         return (
             f"predicted to take {predicted:.0f} s and more, {self.longest:.0f} allowed: {before['context']:,} tokens "
-            f"took {measured:.1f} s"
+            f"took {first:.1f} s, and {further} further tokens {decode:.1f} s"
         )
+
+    def _trial(self, engine: Engine, context: int, data: ProbeData) -> dict[str, Any]:
+        """A few tokens after a short prompt; the second of two runs, since the first may compile kernels."""
+        content: dict[str, Any] = {"context": context, "new_tokens": TRIED_TOKENS, "runs": []}
+        sampling = Sampling(max_new_tokens=TRIED_TOKENS, stop_at_boundary=False)
+        for run in range(2 if context else 0):
+            written = engine.timed(self._prompt(data, context, run), sampling)
+            if _not_counted(written, context):
+                break
+            content["runs"] = [[written.first_token_seconds, written.decode_seconds, len(written.tokens) - 1]]
+        return content
 
     def _run(self, engine: Engine, context: int, data: ProbeData, content: dict[str, Any]) -> str:
         """All runs at a context, into `content`; why they do not count, empty where they do."""
@@ -171,7 +195,7 @@ class Efficiency(Probe):
         for run in range(self.warm_ups + self.repeats):
             engine.forget_peak()
             began = time.perf_counter()
-            (written,) = engine.generate([self._prompt(data, context, run)], sampling)
+            written = engine.timed(self._prompt(data, context, run), sampling)
             if reason := _not_counted(written, context):
                 return reason
             if run == 0 and self.once_above is not None:

@@ -13,7 +13,7 @@ Row = dict[str, Any]
 Scale = Literal["log", "linear"]
 TICKS = {
     "signed": "datum.value === 0 ? '0' : format(datum.value, '+~r')",
-    "tokens": "datum.value >= 10000 ? (datum.value % 1024 == 0 ? format(datum.value / 1024, '~r') + 'k' : "
+    "tokens": "datum.value >= 8192 ? (datum.value % 1024 == 0 ? format(datum.value / 1024, '~r') + 'k' : "
     "format(datum.value, '~s')) : format(datum.value, ',~r')",
     "bytes": "datum.value >= 1073741824 ? format(datum.value / 1073741824, ',~r') + ' GiB' : datum.value >= 1048576 ? "
     "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? format(datum.value / 1024, '~r') + ' KiB' : "

@@ -78,6 +78,10 @@ def value_text(metric: Metric, measurement: Measurement, *, n: bool = False) -> 
         return f"{numbers.count(measurement.value)}{doubt}"
     if metric.kind in ("proportion", "difference"):
         return numbers.percentage(measurement.value, measurement.low, measurement.high, measurement.n if n else None)
+    if metric.kind == "median" and measurement.n == 1:
+        # One run has no quartiles.
+        value = measurement.value
+        return numbers.count(value) if value == round(value) else numbers.significant(value, 4)
     text = numbers.estimate(measurement.value, measurement.low, measurement.high)
     return f"{text} n={measurement.n:,}" if n else text
 

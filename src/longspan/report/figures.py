@@ -328,7 +328,8 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
         x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
         positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
         y = Axis(metric.unit, "log" if positive else "linear", "~s")
-        caption = f"Measured. {'Lower' if metric.better == 'lower' else 'Higher'} is better. {QUARTILES}"
+        how, doubt = ("Computed", "") if metric.kind == "exact" else ("Measured", f" {QUARTILES}")
+        caption = f"{how}. {'Lower' if metric.better == 'lower' else 'Higher'} is better.{doubt}"
         caption += crossings.pointer(crossings.measured(section, metric)) if metric.crossing else ""
         spec = charts.lines(rows, arms, x, y)
         table = tables.metric_table(section, metric, arms.labels)

@@ -215,7 +215,10 @@ def _facts(report: ReportInput) -> list[tuple[str, str]]:
     found = [
         ("subjects", str(len(report.subjects))),
         ("seeds per subject", "–".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else ""),
-        ("training context", numbers.count(report.context) if report.context else ""),
+        (
+            "training context" if any(s.kind == "trained" for s in report.subjects) else "context",
+            numbers.count(report.context) if report.context else "",
+        ),
         ("tokens trained on", numbers.scaled(tokens) if tokens else ""),
         ("tokenizer", report.tokenizer),
         (

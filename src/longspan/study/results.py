@@ -309,8 +309,16 @@ def _notes(plan: Plan, runs: Path) -> list[str]:
             each.subject.config.source for each in plan.subjects if isinstance(each.subject.config, ExaminedConfig)
         ]
         used = ", ".join(sorted({source.dtype for source in sources if source.kind != "endpoint"}))
-        return [f"Nothing was trained: the models were asked as they are{f', in {used}' if used else ''}."]
+        where = _asked_on(plan, runs) if used else ""
+        how = "".join(f", {word} {what}" for word, what in (("in", used), ("on", where)) if what)
+        return [f"Nothing was trained: the models were asked as they are{how}."]
     return [f"Trained in {', '.join(sorted(dtypes))}; the probes ran in fp32."] if dtypes != {"fp32"} else []
+
+
+def _asked_on(plan: Plan, runs: Path) -> str:
+    """The devices that models in this process were asked on, several where jobs differ."""
+    hardware = _made_by(plan, runs)["hardware"]
+    return hardware.get("cuda:0") or f"{hardware['cores']} cores of {hardware['processor']}"
 
 
 def _hashes(plan: Plan, runs: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from longspan.models.interchange.choose import architecture_of
 from longspan.models.interchange.hub import DESCRIPTIONS, FETCHED, resolve
 from longspan.models.interchange.read import DTYPES, read_config, read_folder
 from longspan.models.interchange.tokenizer_files import read_tokenizer, tokenizer_settings
-from longspan.models.interchange.write import Written, write_folder
+from longspan.models.interchange.write import Written, exported_tensors, write_folder
 
 __all__ = [
     "DESCRIPTIONS",
@@ -14,6 +14,7 @@ __all__ = [
     "FETCHED",
     "Written",
     "architecture_of",
+    "exported_tensors",
     "read_config",
     "read_folder",
     "read_tokenizer",

@@ -88,7 +88,8 @@ def write_folder(
             notes += write_tokenizer(tokenizer, partial, markers=markers, context=context)
             boundary = tokenizer.special.boundary
             special = {"bos_token_id": boundary, "eos_token_id": boundary, "pad_token_id": tokenizer.special.pad}
-        _save(_tensors(model, architecture, dtype), partial / WEIGHTS)
+        tensors = {name: tensor.cpu() for name, tensor in exported_tensors(model, dtype).items()}
+        _save(tensors, partial / WEIGHTS)
         write_json(partial / CONFIG, _config(model, architecture, context, dtype, special))
         write_json(partial / GENERATION, {**special, **architecture.generation(model.config)})
         if verify is not None:
@@ -121,8 +122,18 @@ def _config(
     }
 
 
-def _tensors(model: LanguageModel, architecture: Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
-    parameters = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+def exported_tensors(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters under the names of transformers, where they are; what needs no change is no copy.
+
+    Args:
+        model: left as it is.
+        dtype: what a mixer keeps in fp32 is fp32 always.
+
+    Raises:
+        UserError: no class of transformers computes the same.
+    """
+    architecture = architecture_of(model.config)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     kept = fp32_parameters(model)
     tensors: dict[str, Tensor] = {}
     for weight in architecture.weights(model.config, Multipliers()):
