@@ -288,19 +288,19 @@ def check_layer(run: Run) -> None:
     sizes = [INNER, CONVOLVED, HEADS]
 
     def plain(projected: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, w: Tensor):
-        z, xBC, dt = projected.split_with_sizes(sizes, -1)
+        z, xBC, dt = projected.unflatten(0, (rows, time)).split_with_sizes(sizes, -1)
         x, B, C = causal_conv(xBC, weight, bias, doc_BT=doc)[0].split_with_sizes([INNER, STATE, STATE], -1)
         dt = F.softplus(dt + dt_bias)
         y, _ = ssd(x.unflatten(2, (HEADS, HEAD_DIM)), dt, -A_log.exp(), B[:, :, None], C[:, :, None], D, doc_BT=doc)
-        return [F.rms_norm(y.flatten(2) * F.silu(z), (INNER,), w, 1e-5)]
+        return [F.rms_norm(y.flatten(2) * F.silu(z), (INNER,), w, 1e-5).flatten(0, 1)]
 
     parameters = (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
     compare(
         run,
         "layer between projections",
-        lambda *z: [mamba2.between_projections(*z, doc_BT=doc, state=STATE, eps=1e-5)],
+        lambda *z: [mamba2.between_projections(*z, doc_BT=doc, rows=rows, state=STATE, eps=1e-5)],
         plain,
-        [normal(rows, time, PROJECTED), *parameters],
+        [normal(rows * time, PROJECTED), *parameters],
         # A norm takes from dD most of what its terms are, but not their rounding.
         roundings=4,
     )

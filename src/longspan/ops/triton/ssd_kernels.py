@@ -209,6 +209,7 @@ def group_gradients(
     dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What passes through the states of one chunk, over the heads of a group.
 
@@ -228,7 +229,7 @@ def group_gradients(
     C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
     if tl.program_id(0) % 2 == 0:
         dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
-        for h in range(group * GROUP, group * GROUP + GROUP):
+        for h in tl.range(group * GROUP, group * GROUP + GROUP, num_stages=AHEAD):
             by_head = (row * H + h) * chunks * Q + t
             state = ((row * chunks + chunk) * H + h) * P * N
             dt, to_end = tl.load(planes_ptr + by_head), tl.load(planes_ptr + TO_END * plane + by_head)
@@ -249,7 +250,7 @@ def group_gradients(
         store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
     else:
         dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
-        for h in range(group * GROUP, group * GROUP + GROUP):
+        for h in tl.range(group * GROUP, group * GROUP + GROUP, num_stages=AHEAD):
             by_head = (row * H + h) * chunks * Q + t
             from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
             dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
@@ -257,96 +258,6 @@ def group_gradients(
             dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
             dC += dread
             tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(dread * C_QN.to(tl.float32), 1))
-        store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
-
-
-@triton.jit
-def gradients(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, carry_ptr, run_ptr, states_ptr, dstates_ptr,
-    dx_ptr, dB_ptr, dC_ptr, ddt_ptr, dsums_ptr, dD_ptr, time, chunks, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
-    dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All that is not the gradient of a state, of one chunk over the heads of a group, each tensor written once.
-
-    Three programs of a chunk run side by side, share what they load in the cache, and make the product of x and dy
-    anew: one sum over the heads is all that registers hold. The first finds the gradients of x, dt and D, the second
-    that of B, the third that of C; each leaves a plane of gradients of the sums of log decays.
-    """
-    chunk, part = tl.program_id(0) // 3, tl.program_id(0) % 3
-    group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    t = chunk * Q + i
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
-    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-    # (j, i): j is read by i.
-    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
-    if part == 0:
-        scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION).to(DTYPE)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            state = ((row * chunks + chunk) * H + h) * P * N
-            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-            to_end = tl.load(planes_ptr + TO_END * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-            x = x_QP.to(tl.float32)
-            ddriving = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
-            dkept = tl.sum(ddriving * x, 1) * dt
-            decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-            mixing = scores.to(tl.float32) * decay
-            ddriving += dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
-            tl.store(ddt_ptr + by_head, tl.sum(ddriving * x, 1))
-            dx = ddriving * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
-            store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
-            products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
-            dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
-            tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
-            products *= mixing * dt[:, None]
-            dsums = tl.sum(products, 0) - tl.sum(products, 1) - dkept
-            tl.store(dsums_ptr + by_head, dsums + tl.where(i == Q - 1, tl.sum(dkept, 0), 0.0))
-    elif part == 1:
-        dB = tl.zeros((Q, BLOCK_N), tl.float32)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            state = ((row * chunks + chunk) * H + h) * P * N
-            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-            to_end = tl.load(planes_ptr + TO_END * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-            before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
-            decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-            products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION) * (decay * dt[:, None])
-            dB += dot(products, C_QN, DTYPE, OPERAND, PRECISION)
-            dB += dot(x_QP.to(tl.float32) * (to_end * dt)[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
-            dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
-            dend = dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-            tl.store(dsums_ptr + plane + by_head, tl.where(i == Q - 1, dend, 0.0))
-        store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
-    else:
-        sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
-        dC = tl.zeros((Q, BLOCK_N), tl.float32)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-            from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
-            reading = dy_QP.to(tl.float32) * from_before[:, None]
-            decay = tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
-            products = dot(dy_QP, tl.trans(x_QP), DTYPE, OPERAND, PRECISION) * (decay * dt[None, :])
-            dC += dot(products, B_QN, DTYPE, OPERAND, PRECISION)
-            dC += dot(reading, before_PN, DTYPE, OPERAND, PRECISION)
-            read = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
-            tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(read * reading, 1))
         store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
 
