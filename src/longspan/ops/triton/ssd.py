@@ -40,14 +40,14 @@ class Cut(NamedTuple):
     state_warps: tuple[int, int]
     output_heads: int
     output_warps: tuple[int, int]
-    gradient_warps: tuple[int, int]
+    token_warps: tuple[int, int]
     group_warps: tuple[int, int]
     precision: str
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 2), (4, 3), "ieee"),
+    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 3), (8, 3), "ieee"),
     torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
 }
 
@@ -221,7 +221,7 @@ def run_backward(
     flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
     _carry(kernels.state_gradients, plan, rows, x, operands, sizes, **flags)
     groups, group = B.shape[2], plan.shared["GROUP"]
-    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:3])
+    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:2])
     # Of A, D and the bias, added up together in the end.
     sums = x.new_empty(3, rows, plan.chunks, heads, dtype=torch.float32)
     dA, dD, dbias = sums
@@ -230,16 +230,16 @@ def run_backward(
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
     parts = _parts(group, plan.chunks * rows * groups)
     dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
-    warps, stages = plan.cut.gradient_warps
-    kernels.square_gradients[(plan.chunks, groups * parts, rows)](
-        x, B, C, inputs.D, dy, decays.planes, decays.run, into.x, dscores, ddriving, dsums, dD, time, plane,
+    warps, stages = plan.cut.token_warps
+    kernels.token_gradients[(plan.chunks, groups * parts, rows)](
+        x, B, C, inputs.D, dy, decays.planes, decays.run, dstates, into.x, dscores, ddriving, dsums, dD, time, plane,
         *strides, *into.x.stride()[:2],
         HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     warps, stages = plan.cut.group_warps
-    kernels.group_gradients[(2 * plan.chunks, groups, rows)](
-        x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.x, into.B, into.C, ddriving, dsums,
-        time, plan.chunks, plane, *strides, *into.x.stride()[:2], *into.B.stride()[:2], *into.C.stride()[:2],
+    kernels.group_gradients[(plan.chunks, groups, rows)](
+        x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.B, into.C, dsums,
+        time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
         PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     kernels.step_gradients[(plan.chunks, rows)](
