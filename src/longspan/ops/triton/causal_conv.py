@@ -1,10 +1,10 @@
 """The short causal convolution with bias and SiLU as two passes over memory: one forward, one backward.
 
 A few taps move next to no arithmetic, so what counts is that x is read once, y written once, and few instructions are
-spent in between. A program walks through spans of tokens with the last inputs in registers, many spans side by side;
-the backward meets every token once too, and holds what the next tokens still add to its gradient. Distances between
-tokens are constants of a kernel, so that any multiple of 8 gets wide loads. The gradient of the filters is summed per
-program and then in one order: the same bits in every run.
+spent in between. A program walks through a span of tokens with the last inputs in registers; the backward meets every
+token once too, and holds what the next tokens still add to its gradient. Distances between tokens are constants of a
+kernel, so that any multiple of 8 gets wide loads. The gradient of the filters is summed per program and then in one
+order: the same bits in every run.
 
 Shapes: B batch, T time, D channels, K taps, J programs along the tokens.
 """
@@ -19,8 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
 LARGEST_TAPS = 4
+# So many tokens in a row need no moves from register to register.
+UNROLL = tl.constexpr(4)
 
 
 class Tile(NamedTuple):
@@ -59,7 +62,7 @@ def _filter(filters, c, BACK: tl.constexpr, DIMS: tl.constexpr, TAPS: tl.constex
 def conv_forward(
     x_ptr, filters, bias_ptr, doc_ptr, y_ptr, time, x_row, y_row, x_token: tl.constexpr, y_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y of one span."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -77,7 +80,7 @@ def conv_forward(
     d3 = _document(doc, first - 3, time, DOCS)
     x_next, x_after = _inputs(x, first, c, x_token, time, DIMS), _inputs(x, first + 1, c, x_token, time, DIMS)
     d_next = _document(doc, first, time, DOCS)
-    for step in range(SPAN):
+    for step in tl.range(SPAN, loop_unroll_factor=UNROLL):
         t = first + step
         x0, d0 = x_next.to(tl.float32), d_next
         # Two tokens are on their way while one is worked on.
@@ -91,17 +94,17 @@ def conv_forward(
             z += w1 * tl.where(d0 == d1, x1, 0.0) + w2 * tl.where(d0 == d2, x2, 0.0)
             z += w3 * tl.where(d0 == d3, x3, 0.0)
         if SILU:
-            z = z * tl.sigmoid(z)
+            z = z * sigmoid(z, FAST)
         tl.store(y + t * y_token + c, z.to(y_ptr.dtype.element_ty), mask=(c < DIMS) & (t < time))
         x1, x2, x3 = x0, x1, x2
         d1, d2, d3 = d0, d1, d2
 
 
 @triton.jit
-def _before_silu(dy, z, SILU: tl.constexpr):
+def _before_silu(dy, z, SILU: tl.constexpr, FAST: tl.constexpr):
     """The gradient of what comes before the activation."""
     if SILU:
-        gate = tl.sigmoid(z)
+        gate = sigmoid(z, FAST)
         dy *= gate + z * gate * (1.0 - gate)
     return dy
 
@@ -111,7 +114,7 @@ def conv_backward(
     x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, time,
     x_row, dy_row, dx_row, x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one span, and what it adds to the gradients of filters and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -134,7 +137,7 @@ def conv_backward(
     x_next, x_after = _inputs(x, first, c, x_token, time, DIMS), _inputs(x, first + 1, c, x_token, time, DIMS)
     dy_next, dy_after = _inputs(dy, first, c, dy_token, time, DIMS), _inputs(dy, first + 1, c, dy_token, time, DIMS)
     d_next = _document(doc, first, time, DOCS)
-    for step in range(SPAN + 3):
+    for step in tl.range(SPAN + 3, loop_unroll_factor=UNROLL):
         t = first + step
         x0, d0, dz = x_next.to(tl.float32), d_next, dy_next.to(tl.float32)
         x_next, x_after = x_after, _inputs(x, t + 2, c, x_token, time, DIMS)
@@ -142,7 +145,7 @@ def conv_backward(
         d_next = _document(doc, t + 1, time, DOCS)
         # A branch of the whole program: most tokens need no masks.
         if (step < SPAN) & (d0 == d1) & (d0 == d2) & (d0 == d3):
-            dz = _before_silu(dz, bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3, SILU)
+            dz = _before_silu(dz, bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3, SILU, FAST)
             dx3 = p3 + w3 * dz
             p3 = p2 + w2 * dz
             p2 = p1 + w1 * dz
@@ -154,7 +157,7 @@ def conv_backward(
         else:
             s1, s2 = tl.where(d0 == d1, x1, 0.0), tl.where(d0 == d2, x2, 0.0)
             s3 = tl.where(d0 == d3, x3, 0.0)
-            dz = _before_silu(dz, bias + w0 * x0 + w1 * s1 + w2 * s2 + w3 * s3, SILU)
+            dz = _before_silu(dz, bias + w0 * x0 + w1 * s1 + w2 * s2 + w3 * s3, SILU, FAST)
             dx3 = p3 + w3 * tl.where(d0 == d3, dz, 0.0)
             p3 = p2 + w2 * tl.where(d0 == d2, dz, 0.0)
             p2 = p1 + w1 * tl.where(d0 == d1, dz, 0.0)
@@ -196,9 +199,9 @@ def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT:
     channels, taps = weight_DK.shape
     conv_forward[_grid(x_BTD, FORWARD)](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
-        y_BTD, *x_BTD.shape[:2], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
+        y_BTD, x_BTD.shape[1], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        SPAN=FORWARD.span, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
+        SPAN=FORWARD.span, CHANNELS=FORWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=FORWARD.warps,
     )  # fmt: skip
     return y_BTD
 
@@ -241,10 +244,10 @@ def run_backward(
     sums_JKD = x_BTD.new_empty((grid[1] * grid[2], 5, channels), dtype=torch.float32)
     conv_backward[grid](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
-        dy_BTD, dx_BTD, sums_JKD, *x_BTD.shape[:2], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
+        dy_BTD, dx_BTD, sums_JKD, x_BTD.shape[1], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
         *(z.stride(1) for z in (x_BTD, dy_BTD, dx_BTD)),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        SPAN=BACKWARD.span, CHANNELS=BACKWARD.channels, num_warps=BACKWARD.warps,
+        SPAN=BACKWARD.span, CHANNELS=BACKWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=BACKWARD.warps,
     )  # fmt: skip
     sums_KD = sums_JKD.sum(0)
     bias_dtype = weight_DK.dtype if bias_D is None else bias_D.dtype

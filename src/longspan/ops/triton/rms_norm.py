@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
 # Programs of the backward: a few for every multiprocessor of a large chip.
 PROGRAMS = 1056
@@ -25,7 +26,7 @@ PROGRAMS = 1056
 def norm_forward(
     x_ptr, gate_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, eps,
     x_row: tl.constexpr, gate_row: tl.constexpr, branch_row: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One row; ADDED: of x and a branch, whose sum is written too."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -38,7 +39,7 @@ def norm_forward(
         x = x.to(tl.float32)
     if GATED:
         z = tl.load(gate_ptr + row * gate_row + d, mask=d < D, other=0.0).to(tl.float32)
-        x *= z * tl.sigmoid(z)
+        x *= z * sigmoid(z, FAST)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * D + d, (x * inverse * weight).to(y_ptr.dtype.element_ty), mask=d < D)
@@ -49,6 +50,7 @@ def norm_backward(
     x_ptr, gate_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dgate_ptr, dbranch_ptr, sums_ptr, rows, eps,
     x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dsum_row: tl.constexpr, dx_row: tl.constexpr,
     dgate_row: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    FAST: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every so many rows, and what they add to the gradient of the weight.
 
@@ -57,7 +59,7 @@ def norm_backward(
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for step in range(tl.cdiv(rows, tl.num_programs(0))):
+    for step in tl.range(tl.cdiv(rows, tl.num_programs(0)), num_stages=AHEAD):
         row = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         there = (d < D) & (row < rows)
         x = tl.load(x_ptr + row * x_row + d, mask=there, other=0.0).to(tl.float32)
@@ -65,8 +67,8 @@ def norm_backward(
         silu, gated = x, x
         if GATED:
             z = tl.load(gate_ptr + row * gate_row + d, mask=there, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(z)
-            silu = z * sigmoid
+            opening = sigmoid(z, FAST)
+            silu = z * opening
             gated = x * silu
         inverse = tl.rsqrt(tl.sum(gated * gated, 0) / D + eps)
         normed = gated * inverse
@@ -74,7 +76,7 @@ def norm_backward(
         dnormed = dy * weight
         dgated = (dnormed - normed * (tl.sum(dnormed * normed, 0) / D)) * inverse
         if GATED:
-            dz = dgated * x * (sigmoid + silu * (1.0 - sigmoid))
+            dz = dgated * x * (opening + silu * (1.0 - opening))
             tl.store(dgate_ptr + row * dgate_row + d, dz.to(dgate_ptr.dtype.element_ty), mask=there)
             dgated = dgated * silu
         if ADDED:
