@@ -20,6 +20,8 @@ from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
 # Programs of the backward: a few for every multiprocessor of a large chip.
 PROGRAMS = 1056
+# Rows of the backward in flight, the one that is worked on included.
+AHEAD = 2
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dt
     block = max(16, triton.next_power_of_2(width))
     norm_forward[(rows_MD.shape[0],)](
         rows_MD, gates_MD, rows_MD, weight_D, y, y, eps, rows_MD.stride(0), gates_MD.stride(0), 0,
-        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, FAST=has_fast_exp2(x), num_warps=_warps(block),
     )  # fmt: skip
     return y
 
@@ -127,7 +129,8 @@ def run_backward(
     norm_backward[(programs,)](
         rows_MD, gates_MD, weight_D, dy_MD, dy_MD, dx_MD, dgates_MD, dx_MD, sums_JD, rows, eps,
         *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dy_MD, dx_MD, dgates_MD)),
-        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, FAST=has_fast_exp2(x), AHEAD=AHEAD,
+        num_warps=_warps(block),
     )  # fmt: skip
     return sums_JD.sum(0).to(weight_D.dtype)
 
@@ -189,7 +192,7 @@ def _add_forward(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype:
     block = max(16, triton.next_power_of_2(width))
     norm_forward[(rows_MD.shape[0],)](
         rows_MD, rows_MD, branch_MD, weight_D, y, total, eps, rows_MD.stride(0), 0, branch_MD.stride(0),
-        D=width, BLOCK=block, GATED=False, ADDED=True, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=False, ADDED=True, FAST=False, num_warps=_warps(block),
     )  # fmt: skip
     return total, y
 
@@ -220,7 +223,7 @@ def _add_backward(
     norm_backward[(programs,)](
         rows_MD, rows_MD, weight_D, dy_MD, dtotal_MD, dx, dx, dbranch, sums_JD, rows, eps,
         *(z.stride(0) for z in (rows_MD, rows_MD, dy_MD, dtotal_MD)), width, width,
-        D=width, BLOCK=block, GATED=False, ADDED=True, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=False, ADDED=True, FAST=False, AHEAD=AHEAD, num_warps=_warps(block),
     )  # fmt: skip
     return dx, dbranch, sums_JD.sum(0).to(weight_D.dtype)
 
