@@ -21,7 +21,6 @@ from torch import Tensor
 from longspan.ops.triton import causal_conv, rms_norm
 from longspan.ops.triton import ssd as scan
 
-
 LINE_BYTES = 128
 
 
