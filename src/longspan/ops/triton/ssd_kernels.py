@@ -44,6 +44,12 @@ def states(
     B = B_ptr + row * B_row + h // GROUP * N
     by_head = planes_ptr + (row * H + h) * chunks * Q
     carries = carry_ptr + (row * H + h) * chunks
+    if ALONE:
+        # What lies before the last document's beginning is forgotten at the end.
+        begin = first
+        for chunk in tl.range(first, end, loop_unroll_factor=8):
+            begin = tl.where(tl.load(carries + chunk) == 0.0, chunk, begin)
+        first = begin
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if INITIAL:
         state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
@@ -125,6 +131,13 @@ def state_gradients(
     C = C_ptr + row * C_row + h // GROUP * N
     reads = planes_ptr + FROM_BEFORE * plane + (row * H + h) * chunks * Q
     carries = carry_ptr + (row * H + h) * chunks
+    if ALONE:
+        # Nothing behind the first document's end comes through to the beginning.
+        limit = end
+        for back in tl.range(end - first, loop_unroll_factor=8):
+            chunk = end - 1 - back
+            limit = tl.where(tl.load(carries + chunk) == 0.0, chunk + 1, limit)
+        end = limit
     dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if FINAL:
         dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
