@@ -140,13 +140,13 @@ def variants_norm(run: Run) -> None:
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
     x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
     for warps, programs, ahead in (
-        (4, 1056, 2),
-        (4, 1056, 1),
         (4, 528, 2),
+        (4, 528, 1),
+        (4, 704, 1),
+        (4, 1056, 2),
+        (4, 528, 3),
         (8, 528, 2),
-        (2, 1056, 2),
-        (4, 1056, 3),
-        (8, 1056, 1),
+        (2, 528, 2),
     ):
         launched._warps, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
         try:

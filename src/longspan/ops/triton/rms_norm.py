@@ -18,8 +18,8 @@ from torch import Tensor
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
-# Programs of the backward: a few for every multiprocessor of a large chip.
-PROGRAMS = 1056
+# Programs of the backward: as many as the registers of a large chip hold side by side, for rows of over 1,024 numbers.
+PROGRAMS = 528
 # Rows of the backward in flight, the one that is worked on included.
 AHEAD = 2
 
@@ -99,6 +99,10 @@ def _warps(block: int) -> int:
     return min(16, max(4, block // 512))
 
 
+def _programs(rows: int, block: int) -> int:
+    return min(rows, PROGRAMS if block > 1024 else PROGRAMS * 3 // 2)
+
+
 @on_its_device
 def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`x * silu(gate) / rms * weight` in `dtype`, contiguous."""
@@ -124,7 +128,7 @@ def run_backward(
     dgates_MD = dx_MD if dgate_MD is None else dgate_MD
     rows, width = rows_MD.shape
     block = max(16, triton.next_power_of_2(width))
-    programs = min(rows, PROGRAMS)
+    programs = _programs(rows, block)
     sums_JD = x.new_empty(programs, width, dtype=torch.float32)
     norm_backward[(programs,)](
         rows_MD, gates_MD, weight_D, dy_MD, dy_MD, dx_MD, dgates_MD, dx_MD, sums_JD, rows, eps,
@@ -218,7 +222,8 @@ def _add_backward(
     rows_MD, dy_MD, dtotal_MD = _rows(total), _rows(dy), _rows(dtotal)
     rows, width = rows_MD.shape
     dx, dbranch = (torch.empty(total.shape, dtype=dtype, device=total.device) for dtype in (x, branch))
-    block, programs = max(16, triton.next_power_of_2(width)), min(rows, PROGRAMS)
+    block = max(16, triton.next_power_of_2(width))
+    programs = _programs(rows, block)
     sums_JD = total.new_empty(programs, width, dtype=torch.float32)
     norm_backward[(programs,)](
         rows_MD, rows_MD, weight_D, dy_MD, dtotal_MD, dx, dx, dbranch, sums_JD, rows, eps,
