@@ -62,6 +62,23 @@ def test_training_takes_it_and_keeps_the_layers_results(device, documents, norma
         mixer(x, segments, None)
 
 
+def test_rows_may_lie_apart(device, documents, normal, served):
+    """As a compiler spreads them; nothing between them is read, and the gradient's rows begin whole lines."""
+    mixer = layer(FP32, device)
+    parameters = (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
+    sizes = {"doc_BT": documents(2, 9, 0.1).to(device), "rows": 2, "state": 16, "eps": 1e-5}
+    wide = normal(18, 120).float().to(device)
+    wide[:, 98:] = torch.nan
+    results = []
+    for projected in (wide[:, :98].contiguous(), wide[:, :98]):
+        leaf = projected.detach().requires_grad_()
+        y = mamba2.between_projections(leaf, *parameters, **sizes)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *parameters])))
+    for one, same in zip(*results, strict=True):
+        assert torch.equal(one, same)
+    assert results[1][1].stride() == (128, 1)
+
+
 def test_the_compiler_sees_through(device, documents, normal, served):
     from longspan.ops.triton.mamba2 import mamba2 as kernel
 
