@@ -32,8 +32,9 @@ from kernels_on_gpu.measuring import (
     summed_and_normed,
 )
 from longspan.ops import kernels
-from longspan.ops.attention import attention, flex_block_mask
+from longspan.ops.attention import attention
 from longspan.ops.causal_conv import causal_conv
+from longspan.ops.flex_attention import flex_block_mask
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
