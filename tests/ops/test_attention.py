@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from longspan.foundation.errors import UserError
 from longspan.ops import attention as module
-from longspan.ops.attention import attention, block_size, flex_block_mask
+from longspan.ops.attention import attention, block_size
+from longspan.ops.flex_attention import flex_block_mask
 
 
 def leaves(batch, time, keys=None, heads=4, groups=4, head_dim=8, seed=0, dtype=torch.float64):

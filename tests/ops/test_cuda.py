@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.ops.attention import attention, flex_block_mask
+from longspan.ops.attention import attention
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.decay_mixture import decay_mixture
+from longspan.ops.flex_attention import flex_block_mask
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.gru import gru
 from longspan.ops.linear_cross_entropy import linear_cross_entropy

@@ -22,7 +22,7 @@ from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.progress import Progress
 from longspan.foundation.randomness import numpy_generator
 from longspan.models.segments import Segments
-from longspan.ops.attention import flex_block_mask
+from longspan.ops.flex_attention import flex_block_mask
 from longspan.training import distributed, updates
 from longspan.training.metrics import read_metrics
 from longspan.training.micro_steps import PLAIN_STEPS, why_no_graph

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
-from longspan.ops.attention import flex_block_mask
+from longspan.ops.flex_attention import flex_block_mask
 from longspan.ops.rotary import RopeScaling, Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]

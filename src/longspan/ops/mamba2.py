@@ -1,6 +1,6 @@
 """Convolution, scan and gated norm of a Mamba-2 layer in one step, where kernels serve; elsewhere the ops one by one.
 
-Shapes: B rows, T tokens, E = H * P inner width, H heads, P head dim, N state, K = 2 E + 2 N + H, W taps.
+Shapes: B rows, T tokens, M = B * T, E = H * P inner width, H heads, P head dim, N state, K = 2 E + 2 N + H, W taps.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from longspan.ops.ssd import LARGEST_KERNEL_SIZE
 WIDEST_KERNEL = 16_384
 
 
-def serves(projected_BTK: Tensor, inner: int, taps: int, head_dim: int, state: int) -> bool:
-    """Whether `between_projections` can run: where kernels are chosen, over more than one token, at these sizes."""
+def serves(x_BTD: Tensor, inner: int, taps: int, head_dim: int, state: int) -> bool:
+    """Whether `between_projections` can run for a layer of `x`: where kernels are chosen, over more than one token, at
+    these sizes."""
     fits = taps <= LARGEST_KERNEL_TAPS and max(head_dim, state) <= LARGEST_KERNEL_SIZE and inner <= WIDEST_KERNEL
-    return fits and projected_BTK.shape[1] > 1 and kernels.serve(projected_BTK)
+    return fits and x_BTD.shape[1] > 1 and kernels.serve(x_BTD)
 
 
 def between_projections(
-    projected_BTK: Tensor,
+    projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     dt_bias_H: Tensor,
@@ -32,13 +33,14 @@ def between_projections(
     norm_weight_E: Tensor,
     *,
     doc_BT: Tensor | None,
+    rows: int,
     state: int,
     eps: float,
 ) -> Tensor:
     """`norm(ssd(silu(conv(xBC))), z)` of rows that start here; see `causal_conv`, `ssd` and `GatedRMSNorm`.
 
     Args:
-        projected_BTK: z, x, B, C, dt side by side, as `in_proj` gives them; dt before its bias and softplus.
+        projected_MK: z, x, B, C, dt side by side, as `in_proj` gives them; dt before its bias and softplus.
         conv_weight: (E + 2 N, W).
         conv_bias: (E + 2 N,).
         dt_bias_H: of the step sizes.
@@ -46,17 +48,17 @@ def between_projections(
         D_H: skip weights.
         norm_weight_E: of the gated norm.
         doc_BT: document ids; None: one document.
+        rows: B.
         state: N.
         eps: of the gated norm.
 
     Returns:
-        (B, T, E) in the dtype of `projected`.
+        (M, E) in the dtype of `projected`.
     """
     from longspan.ops.triton.mamba2 import mamba2
 
     A_H = -torch.exp(A_log_H.float())
-    y_BTE: Tensor
-    y_BTE, *_ = mamba2(
-        projected_BTK, conv_weight, conv_bias, dt_bias_H.float(), A_H, D_H.float(), norm_weight_E, doc_BT, state, eps
-    )
-    return y_BTE
+    y_ME: Tensor
+    parameters = (conv_weight, conv_bias, dt_bias_H.float(), A_H, D_H.float(), norm_weight_E)
+    y_ME, *_ = mamba2(projected_MK, *parameters, doc_BT, rows, state, eps)
+    return y_ME

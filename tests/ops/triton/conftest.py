@@ -72,10 +72,14 @@ def served() -> Iterator[None]:
 
 @pytest.fixture
 def small_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of the SSD and tiles of its state even at small shapes; on a GPU the cut that is used."""
-    from longspan.ops.triton import ssd
+    """Several chunks, tiles and spans even at small shapes; on a GPU the cuts that are used."""
+    from longspan.ops.triton import causal_conv, selective_scan, ssd
 
     if device.type == "cpu":
+        for name in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(causal_conv, name, causal_conv.Tile(8, 64, 1))
+        for name, size in (("CHUNK", 4), ("SEGMENT", 1), ("CHANNELS", 64)):
+            monkeypatch.setattr(selective_scan, name, size)
         small = {"chunk": 16, "state_tile": (16, 16), "output_heads": 2}
         monkeypatch.setattr(ssd, "CUTS", {dtype: cut._replace(**small) for dtype, cut in ssd.CUTS.items()})
 

@@ -12,17 +12,16 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def small_tiles(device, monkeypatch):
-    """Several spans, rows and channel blocks even at small shapes."""
+    """Several spans and channel blocks even at small shapes."""
     from longspan.ops.triton import causal_conv as kernels
 
-    monkeypatch.setattr(kernels, "FORWARD", kernels.Tile(8, 8, 32, 4))
-    monkeypatch.setattr(kernels, "BACKWARD", kernels.Tile(8, 4, 32, 4))
+    monkeypatch.setattr(kernels, "FORWARD", kernels.Tile(8, 16, 1))
+    monkeypatch.setattr(kernels, "BACKWARD", kernels.Tile(8, 16, 1))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("chance", [0.2, 1.0, None])
+@pytest.mark.parametrize(("dtype", "chance"), [(FP32, 0.2), (BF16, 1.0), (BF16, None)])
 def test_matches_fp64(chance, dtype, assert_same, device, documents, normal, served):
-    batch, time, channels = 2, 19, 21
+    batch, time, channels = 2, 13, 21
     doc = None if chance is None else documents(batch, time, chance)
     on_device = None if doc is None else doc.to(device)
     assert_same(
@@ -52,9 +51,9 @@ def test_a_slice_of_wider_rows_needs_no_copy(device, normal, served):
 
 
 def test_nothing_of_one_document_reaches_another(device, documents, normal, served):
-    doc = documents(2, 24, 0.2).to(device)
-    x, weight, bias = (z.float().to(device) for z in (normal(2, 24, 8), normal(8, 4), normal(8)))
-    other = doc == doc[:, 11:12]
+    doc = documents(2, 13, 0.2).to(device)
+    x, weight, bias = (z.float().to(device) for z in (normal(2, 13, 8), normal(8, 4), normal(8)))
+    other = doc == doc[:, 8:9]
     poisoned = x.masked_fill(other[..., None], torch.nan).requires_grad_()
     clean = x.clone().requires_grad_()
     results = []

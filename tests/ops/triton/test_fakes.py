@@ -59,13 +59,13 @@ def test_convolution(device, served):
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_scans(device, documents, goes_on, served):
-    doc = documents(2, 19, 0.1).to(device)
+    doc = documents(1, 6, 0.2).to(device)
     x, wide, step = (
-        leaf(2, 19, 2, 16).to(device),
-        leaf(2, 19, 32).to(device),
-        leaf(2, 19, 2).to(device).detach().exp().requires_grad_(),
+        leaf(1, 6, 2, 16).to(device),
+        leaf(1, 6, 32).to(device),
+        leaf(1, 6, 2).to(device).detach().exp().requires_grad_(),
     )
-    state, rate = leaf(2, 2, 16, 16).to(device), -torch.ones(2, device=device)
+    state, rate = leaf(1, 2, 16, 16).to(device), -torch.ones(2, device=device)
     B, C = wide[..., None, :16], wide[..., None, 16:]
     past = {"initial_doc_B": doc[:, 0]} if goes_on else {}
     states = {"initial_state_BHPN": state} if goes_on else {}
@@ -73,8 +73,8 @@ def test_scans(device, documents, goes_on, served):
         check([*ssd(x, step, rate, B, C, torch.ones(2, device=device), doc_BT=doc, **states, **past)])
         states = {"initial_state_BHKV": state} if goes_on else {}
         check([*gated_delta(x, x, x, -step, step, doc_BT=doc, **states, **past)])
-        A, step = -torch.ones(16, 4, device=device), leaf(2, 19, 16).to(device).detach().exp().requires_grad_()
-        states = {"initial_state_BNE": leaf(2, 4, 16).to(device)} if goes_on else {}
+        A, step = -torch.ones(16, 4, device=device), leaf(1, 6, 16).to(device).detach().exp().requires_grad_()
+        states = {"initial_state_BNE": leaf(1, 4, 16).to(device)} if goes_on else {}
         inputs = (x[:, :, 0], step, A, wide[..., :4], wide[..., 4:8], torch.ones(16, device=device))
         check([*selective_scan(*inputs, doc_BT=doc, **states, **past)])
     names = ("ssd", "gated_delta", "selective_scan")
@@ -98,7 +98,7 @@ def test_a_mamba2_layer(device, documents, served):
     mixer = Mamba2(16, Mamba2Settings(state=16, mamba_head_dim=16))
     mixer.init_weights(torch.Generator().manual_seed(0))
     mixer.to(device)
-    segments = Segments.build(documents(2, 21, 0.1), device=device)
+    segments = Segments.build(documents(2, 5, 0.2), device=device)
     with FakesAgree() as mode:
-        check([mixer(leaf(2, 21, 16).to(device), segments, None)[0]])
+        check([mixer(leaf(2, 5, 16).to(device), segments, None)[0]])
     assert mode.met == {"longspan::mamba2", "longspan::mamba2_backward"}

@@ -26,9 +26,11 @@ def test_between_the_projections(dtype, assert_same, device, documents, normal, 
     mixer = layer(torch.float64, torch.device("cpu"))
     rows, time, inner, state = 2, 21, 32, 16
     doc = documents(rows, time, 0.1)
+    sizes = {"doc_BT": doc.to(device), "rows": rows, "state": state, "eps": 1e-5}
 
     def fused(*z: Tensor) -> list[Tensor]:
-        return [mamba2.between_projections(*z, doc_BT=doc.to(device), state=state, eps=1e-5)]
+        between = mamba2.between_projections(z[0].flatten(0, 1), *z[1:], **sizes)
+        return [between.unflatten(0, (rows, time))]
 
     def single(projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Tensor) -> list[Tensor]:
         names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm.weight")
@@ -60,14 +62,31 @@ def test_training_takes_it_and_keeps_the_layers_results(device, documents, norma
         mixer(x, segments, None)
 
 
+def test_rows_may_lie_apart(device, documents, normal, served):
+    """As a compiler spreads them; nothing between them is read, and the gradient's rows begin whole lines."""
+    mixer = layer(FP32, device)
+    parameters = (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
+    sizes = {"doc_BT": documents(2, 9, 0.1).to(device), "rows": 2, "state": 16, "eps": 1e-5}
+    wide = normal(18, 120).float().to(device)
+    wide[:, 98:] = torch.nan
+    results = []
+    for projected in (wide[:, :98].contiguous(), wide[:, :98]):
+        leaf = projected.detach().requires_grad_()
+        y = mamba2.between_projections(leaf, *parameters, **sizes)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *parameters])))
+    for one, same in zip(*results, strict=True):
+        assert torch.equal(one, same)
+    assert results[1][1].stride() == (128, 1)
+
+
 def test_the_compiler_sees_through(device, documents, normal, served):
     from longspan.ops.triton.mamba2 import mamba2 as kernel
 
     mixer = layer(FP32, device)
-    projected = normal(1, 20, 98).float().to(device).requires_grad_()
+    projected = normal(20, 98).float().to(device).requires_grad_()
     parameters = (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, -mixer.A_log.exp().detach(), mixer.D)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (projected, *parameters, mixer.norm.weight, documents(1, 20, 0.1).to(device), 16, 1e-5)
+    arguments = (projected, *parameters, mixer.norm.weight, documents(1, 20, 0.1).to(device), 1, 16, 1e-5)
     torch.library.opcheck(kernel, arguments, test_utils=tests)
 
 

@@ -65,7 +65,7 @@ def test_rows_cut_into_segments(chance, assert_same, device, documents, monkeypa
     from longspan.ops.triton import ssd as kernels
 
     monkeypatch.setattr(kernels, "LEAST_CHUNKS", 2)
-    time = 11 * (64 if device.type == "cuda" else 16) - 3
+    time = 7 * (64 if device.type == "cuda" else 16) - 3
     doc = documents(1, time, chance)
     before = doc[:, 0].to(device)
     assert_same(

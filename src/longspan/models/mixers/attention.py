@@ -19,8 +19,9 @@ from longspan.foundation.config import Config
 from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import Mixer, MixerState, computed_dtype, init_linear, register
 from longspan.models.segments import Segments, Step
-from longspan.ops.attention import attention, flex_serves
+from longspan.ops.attention import attention
 from longspan.ops.decode_attention import decode_attention, place_token
+from longspan.ops.flex_attention import flex_serves
 from longspan.ops.rotary import RopeScaling, Rotation, rotary
 
 Positions = Literal["rope", "nope", "alibi", "hard_alibi", "hard_alibi_rope", "learned"]

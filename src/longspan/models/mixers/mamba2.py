@@ -131,11 +131,12 @@ class Mamba2(Mixer):
             return self._fixed_step(x_BTD, before), before
         if num_tokens == 1 and doc_BT is None and before.scan is not None:
             return self._step(x_BTD, before)
-        projected_BTK = self.in_proj(x_BTD)
         sizes = (self.inner, settings.conv, settings.mamba_head_dim, settings.state)
-        if state is None and mamba2.serves(projected_BTK, *sizes):
-            return self.out_proj(self._between_projections(projected_BTK, doc_BT)), None
-        z, xBC, dt = projected_BTK.split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
+        if state is None and mamba2.serves(x_BTD, *sizes):
+            # Tokens in one dimension: for a compiler every view of a product is a reason to copy it.
+            between_ME = self._between_projections(self.in_proj(x_BTD.flatten(0, 1)), doc_BT, rows)
+            return self.out_proj(between_ME).unflatten(0, (rows, num_tokens)), None
+        z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         xBC, tail, tail_doc = short_conv(xBC, self.conv_weight, self.conv_bias, segments, before.tail, before.tail_doc)
         x, B, C = xBC.split_with_sizes([self.inner, settings.state, settings.state], dim=-1)
         # The scan chooses its own precision: autocast would round its sums of decays.
@@ -155,12 +156,12 @@ class Mamba2(Mixer):
         y_BTD = self.out_proj(self.norm(y_BTHP.flatten(2), z))
         return y_BTD, None if state is None else Mamba2State(tail, tail_doc, scan)
 
-    def _between_projections(self, projected_BTK: Tensor, doc_BT: Tensor | None) -> Tensor:
-        """(B, T, E): what `forward` does in steps, for rows that start here."""
+    def _between_projections(self, projected_MK: Tensor, doc_BT: Tensor | None, rows: int) -> Tensor:
+        """(B * T, E): what `forward` does in steps, for rows that start here."""
         settings = self.settings
-        with without_autocast(projected_BTK.device):
+        with without_autocast(projected_MK.device):
             return mamba2.between_projections(
-                projected_BTK,
+                projected_MK,
                 self.conv_weight,
                 self.conv_bias,
                 self.dt_bias,
@@ -168,6 +169,7 @@ class Mamba2(Mixer):
                 self.D,
                 self.norm.weight,
                 doc_BT=doc_BT,
+                rows=rows,
                 state=settings.state,
                 eps=settings.norm_eps,
             )

@@ -1,10 +1,10 @@
 """The short causal convolution with bias and SiLU as two passes over memory: one forward, one backward.
 
 A few taps move next to no arithmetic, so what counts is that x is read once, y written once, and few instructions are
-spent in between. A program walks through spans of tokens with the last inputs in registers, many spans side by side;
-the backward meets every token once too, and holds what the next tokens still add to its gradient. Distances between
-tokens are constants of a kernel, so that any multiple of 8 gets wide loads. The gradient of the filters is summed per
-program and then in one order: the same bits in every run.
+spent in between. A program walks through a span of tokens with the last inputs in registers; the backward meets every
+token once too, and holds what the next tokens still add to its gradient. Distances between tokens are constants of a
+kernel, so that any multiple of 8 gets wide loads. The gradient of the filters is summed per program and then in one
+order: the same bits in every run.
 
 Shapes: B batch, T time, D channels, K taps, J programs along the tokens.
 """
@@ -19,167 +19,171 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
 LARGEST_TAPS = 4
+# So many tokens in a row need no moves from register to register.
+UNROLL = tl.constexpr(4)
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work: each program takes `spans` spans of `span` tokens of `channels` channels."""
+    """How a kernel cuts its work: each program takes a span of tokens of `channels` channels."""
 
     span: int
-    spans: int
     channels: int
     warps: int
 
 
-FORWARD, BACKWARD = Tile(64, 4, 128, 4), Tile(64, 2, 128, 2)
+FORWARD, BACKWARD = Tile(32, 256, 1), Tile(64, 256, 2)
 
 
 @triton.jit
-def _channels(values, t, c, stride, time, DIMS: tl.constexpr):
-    """(spans, channels) at the times t of each span, 0 outside the row."""
-    inside = ((t >= 0) & (t < time))[:, None] & (c < DIMS)[None, :]
-    return tl.load(values[:, None] + t[:, None] * stride + c[None, :], mask=inside, other=0.0)
+def _inputs(values, t, c, stride, time, DIMS: tl.constexpr):
+    """(channels,) at the time t, 0 outside the row."""
+    return tl.load(values + t * stride + c, mask=(c < DIMS) & (t >= 0) & (t < time), other=0.0)
 
 
 @triton.jit
 def _document(doc, t, time, DOCS: tl.constexpr):
-    """The ids at the times t; without documents all are one."""
-    ids = tl.zeros_like(t)
+    """The id at the time t; without documents all are one."""
     if DOCS:
-        ids = tl.load(doc + t, mask=(t >= 0) & (t < time), other=-1)
-    return ids
+        return tl.load(doc + t, mask=(t >= 0) & (t < time), other=-1)
+    return t * 0
 
 
 @triton.jit
 def _filter(filters, c, BACK: tl.constexpr, DIMS: tl.constexpr, TAPS: tl.constexpr):
-    """(1, channels): what multiplies the input BACK tokens ago; nothing where the filter is shorter."""
-    return tl.load(filters + c * TAPS + (TAPS - 1 - BACK), mask=(c < DIMS) & (BACK < TAPS), other=0.0).to(tl.float32)[
-        None, :
-    ]
-
-
-@triton.jit
-def _spans(batch, time, SPAN: tl.constexpr, SPANS: tl.constexpr):
-    """The row and the first token of every span of this program; those past the last row start past its end."""
-    per_row = tl.cdiv(time, SPAN)
-    span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
-    row = span // per_row
-    first = tl.where(row < batch, (span % per_row) * SPAN, time + SPAN)
-    return tl.minimum(row, batch - 1).to(tl.int64), first
+    """(channels,): what multiplies the input BACK tokens ago; nothing where the filter is shorter."""
+    there = (c < DIMS) & (BACK < TAPS)
+    return tl.load(filters + c * TAPS + (TAPS - 1 - BACK), mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def conv_forward(
-    x_ptr, filters, bias_ptr, doc_ptr, y_ptr, batch, time, x_row, y_row,
-    x_token: tl.constexpr, y_token: tl.constexpr,
+    x_ptr, filters, bias_ptr, doc_ptr, y_ptr, time, x_row, y_row, x_token: tl.constexpr, y_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """y of a few spans."""
+    """y of one span."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    row, first = _spans(batch, time, SPAN, SPANS)
+    first, row = tl.program_id(1) * SPAN, tl.program_id(2).to(tl.int64)
     x, y, doc = x_ptr + row * x_row, y_ptr + row * y_row, doc_ptr + row * time
-    bias = tl.zeros((1, CHANNELS), tl.float32)
+    bias = tl.zeros((CHANNELS,), tl.float32)
     if BIAS:
-        bias += tl.load(bias_ptr + c, mask=c < DIMS, other=0.0).to(tl.float32)[None, :]
+        bias += tl.load(bias_ptr + c, mask=c < DIMS, other=0.0).to(tl.float32)
     w0, w1 = _filter(filters, c, 0, DIMS, TAPS), _filter(filters, c, 1, DIMS, TAPS)
     w2, w3 = _filter(filters, c, 2, DIMS, TAPS), _filter(filters, c, 3, DIMS, TAPS)
-    x1 = _channels(x, first - 1, c, x_token, time, DIMS).to(tl.float32)
-    x2 = _channels(x, first - 2, c, x_token, time, DIMS).to(tl.float32)
-    x3 = _channels(x, first - 3, c, x_token, time, DIMS).to(tl.float32)
+    x1 = _inputs(x, first - 1, c, x_token, time, DIMS).to(tl.float32)
+    x2 = _inputs(x, first - 2, c, x_token, time, DIMS).to(tl.float32)
+    x3 = _inputs(x, first - 3, c, x_token, time, DIMS).to(tl.float32)
     d1, d2 = _document(doc, first - 1, time, DOCS), _document(doc, first - 2, time, DOCS)
     d3 = _document(doc, first - 3, time, DOCS)
-    x_next, x_after = _channels(x, first, c, x_token, time, DIMS), _channels(x, first + 1, c, x_token, time, DIMS)
+    x_next, x_after = _inputs(x, first, c, x_token, time, DIMS), _inputs(x, first + 1, c, x_token, time, DIMS)
     d_next = _document(doc, first, time, DOCS)
-    for step in range(SPAN):
+    for step in tl.range(SPAN, loop_unroll_factor=UNROLL):
         t = first + step
         x0, d0 = x_next.to(tl.float32), d_next
         # Two tokens are on their way while one is worked on.
-        x_next, x_after = x_after, _channels(x, t + 2, c, x_token, time, DIMS)
+        x_next, x_after = x_after, _inputs(x, t + 2, c, x_token, time, DIMS)
         d_next = _document(doc, t + 1, time, DOCS)
         z = bias + w0 * x0
-        z += w1 * tl.where((d0 == d1)[:, None], x1, 0.0)
-        z += w2 * tl.where((d0 == d2)[:, None], x2, 0.0)
-        z += w3 * tl.where((d0 == d3)[:, None], x3, 0.0)
+        # A branch of the whole program: most tokens see their own document alone, and need no masks.
+        if (d0 == d1) & (d0 == d2) & (d0 == d3):
+            z += w1 * x1 + w2 * x2 + w3 * x3
+        else:
+            z += w1 * tl.where(d0 == d1, x1, 0.0) + w2 * tl.where(d0 == d2, x2, 0.0)
+            z += w3 * tl.where(d0 == d3, x3, 0.0)
         if SILU:
-            z = z * tl.sigmoid(z)
-        inside = (t < time)[:, None] & (c < DIMS)[None, :]
-        tl.store(y[:, None] + t[:, None] * y_token + c[None, :], z.to(y_ptr.dtype.element_ty), mask=inside)
+            z = z * sigmoid(z, FAST)
+        tl.store(y + t * y_token + c, z.to(y_ptr.dtype.element_ty), mask=(c < DIMS) & (t < time))
         x1, x2, x3 = x0, x1, x2
         d1, d2, d3 = d0, d1, d2
 
 
 @triton.jit
+def _before_silu(dy, z, SILU: tl.constexpr, FAST: tl.constexpr):
+    """The gradient of what comes before the activation."""
+    if SILU:
+        gate = sigmoid(z, FAST)
+        dy *= gate + z * gate * (1.0 - gate)
+    return dy
+
+
+@triton.jit
 def conv_backward(
-    x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, batch, time,
+    x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, time,
     x_row, dy_row, dx_row, x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """dx of a few spans, and what they add to the gradients of filters and bias."""
+    """dx of one span, and what it adds to the gradients of filters and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    row, first = _spans(batch, time, SPAN, SPANS)
+    first, row = tl.program_id(1) * SPAN, tl.program_id(2).to(tl.int64)
     x, dy, dx, doc = x_ptr + row * x_row, dy_ptr + row * dy_row, dx_ptr + row * dx_row, doc_ptr + row * time
-    bias = tl.zeros((1, CHANNELS), tl.float32)
+    bias = tl.zeros((CHANNELS,), tl.float32)
     if BIAS:
-        bias += tl.load(bias_ptr + c, mask=c < DIMS, other=0.0).to(tl.float32)[None, :]
+        bias += tl.load(bias_ptr + c, mask=c < DIMS, other=0.0).to(tl.float32)
     w0, w1 = _filter(filters, c, 0, DIMS, TAPS), _filter(filters, c, 1, DIMS, TAPS)
     w2, w3 = _filter(filters, c, 2, DIMS, TAPS), _filter(filters, c, 3, DIMS, TAPS)
-    x1 = _channels(x, first - 1, c, x_token, time, DIMS).to(tl.float32)
-    x2 = _channels(x, first - 2, c, x_token, time, DIMS).to(tl.float32)
-    x3 = _channels(x, first - 3, c, x_token, time, DIMS).to(tl.float32)
+    x1 = _inputs(x, first - 1, c, x_token, time, DIMS).to(tl.float32)
+    x2 = _inputs(x, first - 2, c, x_token, time, DIMS).to(tl.float32)
+    x3 = _inputs(x, first - 3, c, x_token, time, DIMS).to(tl.float32)
     d1, d2 = _document(doc, first - 1, time, DOCS), _document(doc, first - 2, time, DOCS)
     d3 = _document(doc, first - 3, time, DOCS)
-    zero = tl.zeros((SPANS, CHANNELS), tl.float32)
+    zero = tl.zeros((CHANNELS,), tl.float32)
     # What the tokens so far give to the inputs 1, 2 and 3 tokens ago.
     p1, p2, p3 = zero, zero, zero
     d_bias, dw0, dw1, dw2, dw3 = zero, zero, zero, zero, zero
-    x_next, x_after = _channels(x, first, c, x_token, time, DIMS), _channels(x, first + 1, c, x_token, time, DIMS)
-    dy_next, dy_after = _channels(dy, first, c, dy_token, time, DIMS), _channels(dy, first + 1, c, dy_token, time, DIMS)
+    x_next, x_after = _inputs(x, first, c, x_token, time, DIMS), _inputs(x, first + 1, c, x_token, time, DIMS)
+    dy_next, dy_after = _inputs(dy, first, c, dy_token, time, DIMS), _inputs(dy, first + 1, c, dy_token, time, DIMS)
     d_next = _document(doc, first, time, DOCS)
-    for step in range(SPAN + 3):
+    for step in tl.range(SPAN + 3, loop_unroll_factor=UNROLL):
         t = first + step
         x0, d0, dz = x_next.to(tl.float32), d_next, dy_next.to(tl.float32)
-        x_next, x_after = x_after, _channels(x, t + 2, c, x_token, time, DIMS)
-        dy_next, dy_after = dy_after, _channels(dy, t + 2, c, dy_token, time, DIMS)
+        x_next, x_after = x_after, _inputs(x, t + 2, c, x_token, time, DIMS)
+        dy_next, dy_after = dy_after, _inputs(dy, t + 2, c, dy_token, time, DIMS)
         d_next = _document(doc, t + 1, time, DOCS)
-        same1, same2, same3 = (d0 == d1)[:, None], (d0 == d2)[:, None], (d0 == d3)[:, None]
-        s1, s2, s3 = tl.where(same1, x1, 0.0), tl.where(same2, x2, 0.0), tl.where(same3, x3, 0.0)
-        if SILU:
-            z = bias + w0 * x0 + w1 * s1 + w2 * s2 + w3 * s3
-            gate = tl.sigmoid(z)
-            dz *= gate + z * gate * (1.0 - gate)
-        to_store = (step >= 3) & (t - 3 < time)
-        dx3 = p3 + w3 * tl.where(same3, dz, 0.0)
-        tl.store(
-            dx[:, None] + (t - 3)[:, None] * dx_token + c[None, :],
-            dx3.to(dx_ptr.dtype.element_ty),
-            mask=to_store[:, None] & (c < DIMS)[None, :],
-        )
-        p3 = p2 + w2 * tl.where(same2, dz, 0.0)
-        p2 = p1 + w1 * tl.where(same1, dz, 0.0)
+        # A branch of the whole program: most tokens need no masks.
+        if (step < SPAN) & (d0 == d1) & (d0 == d2) & (d0 == d3):
+            dz = _before_silu(dz, bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3, SILU, FAST)
+            dx3 = p3 + w3 * dz
+            p3 = p2 + w2 * dz
+            p2 = p1 + w1 * dz
+            d_bias += dz
+            dw0 += dz * x0
+            dw1 += dz * x1
+            dw2 += dz * x2
+            dw3 += dz * x3
+        else:
+            s1, s2 = tl.where(d0 == d1, x1, 0.0), tl.where(d0 == d2, x2, 0.0)
+            s3 = tl.where(d0 == d3, x3, 0.0)
+            dz = _before_silu(dz, bias + w0 * x0 + w1 * s1 + w2 * s2 + w3 * s3, SILU, FAST)
+            dx3 = p3 + w3 * tl.where(d0 == d3, dz, 0.0)
+            p3 = p2 + w2 * tl.where(d0 == d2, dz, 0.0)
+            p2 = p1 + w1 * tl.where(d0 == d1, dz, 0.0)
+            # The last three steps belong to the next span, which sums them.
+            counted = tl.where(step < SPAN, dz, 0.0)
+            d_bias += counted
+            dw0 += counted * x0
+            dw1 += counted * s1
+            dw2 += counted * s2
+            dw3 += counted * s3
         p1 = w0 * dz
-        # The last three steps belong to the next span, which sums them.
-        dz = tl.where(step < SPAN, dz, 0.0)
-        d_bias += dz
-        dw0 += dz * x0
-        dw1 += dz * s1
-        dw2 += dz * s2
-        dw3 += dz * s3
+        to_store = (c < DIMS) & (step >= 3) & (t - 3 < time)
+        tl.store(dx + (t - 3) * dx_token + c, dx3.to(dx_ptr.dtype.element_ty), mask=to_store)
         x1, x2, x3 = x0, x1, x2
         d1, d2, d3 = d0, d1, d2
-    sums = sums_ptr + tl.program_id(1).to(tl.int64) * 5 * DIMS + c
-    tl.store(sums, tl.sum(dw0, 0), mask=c < DIMS)
-    tl.store(sums + DIMS, tl.sum(dw1, 0), mask=c < DIMS)
-    tl.store(sums + 2 * DIMS, tl.sum(dw2, 0), mask=c < DIMS)
-    tl.store(sums + 3 * DIMS, tl.sum(dw3, 0), mask=c < DIMS)
-    tl.store(sums + 4 * DIMS, tl.sum(d_bias, 0), mask=c < DIMS)
+    sums = sums_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * 5 * DIMS + c
+    tl.store(sums, dw0, mask=c < DIMS)
+    tl.store(sums + DIMS, dw1, mask=c < DIMS)
+    tl.store(sums + 2 * DIMS, dw2, mask=c < DIMS)
+    tl.store(sums + 3 * DIMS, dw3, mask=c < DIMS)
+    tl.store(sums + 4 * DIMS, d_bias, mask=c < DIMS)
 
 
-def _grid(x_BTD: Tensor, tile: Tile) -> tuple[int, int]:
+def _grid(x_BTD: Tensor, tile: Tile) -> tuple[int, int, int]:
     batch, time, channels = x_BTD.shape
-    return triton.cdiv(channels, tile.channels), triton.cdiv(batch * triton.cdiv(time, tile.span), tile.spans)
+    return triton.cdiv(channels, tile.channels), triton.cdiv(time, tile.span), batch
 
 
 def _dense(x_BTD: Tensor) -> Tensor:
@@ -195,9 +199,9 @@ def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT:
     channels, taps = weight_DK.shape
     conv_forward[_grid(x_BTD, FORWARD)](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
-        y_BTD, *x_BTD.shape[:2], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
+        y_BTD, x_BTD.shape[1], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        SPAN=FORWARD.span, SPANS=FORWARD.spans, CHANNELS=FORWARD.channels, num_warps=FORWARD.warps,
+        SPAN=FORWARD.span, CHANNELS=FORWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=FORWARD.warps,
     )  # fmt: skip
     return y_BTD
 
@@ -237,13 +241,13 @@ def run_backward(
     x_BTD, dy_BTD, weight_DK = _dense(x_BTD), _dense(dy_BTD), weight_DK.contiguous()
     channels, taps = weight_DK.shape
     grid = _grid(x_BTD, BACKWARD)
-    sums_JKD = x_BTD.new_empty((grid[1], 5, channels), dtype=torch.float32)
+    sums_JKD = x_BTD.new_empty((grid[1] * grid[2], 5, channels), dtype=torch.float32)
     conv_backward[grid](
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
-        dy_BTD, dx_BTD, sums_JKD, *x_BTD.shape[:2], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
+        dy_BTD, dx_BTD, sums_JKD, x_BTD.shape[1], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
         *(z.stride(1) for z in (x_BTD, dy_BTD, dx_BTD)),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        SPAN=BACKWARD.span, SPANS=BACKWARD.spans, CHANNELS=BACKWARD.channels, num_warps=BACKWARD.warps,
+        SPAN=BACKWARD.span, CHANNELS=BACKWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=BACKWARD.warps,
     )  # fmt: skip
     sums_KD = sums_JKD.sum(0)
     bias_dtype = weight_DK.dtype if bias_D is None else bias_D.dtype

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import LOG2_E, exp2, has_fast_exp2
 
 # Few tokens at a time on a multiprocessor: what all of them hold has to fit the cache until it is read again.
 BLOCK, WARPS = 8192, 16
@@ -22,41 +23,46 @@ BLOCK, WARPS = 8192, 16
 @triton.jit
 def _errors(
     logits_ptr, chosen_ptr, counted_ptr, scale_ptr, nll_ptr, V, row_stride,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    """Exponents are to the base of 2."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     counted = tl.load(counted_ptr + row).to(tl.int1)
     chosen = tl.load(chosen_ptr + row)
-    picked = tl.load(row_ptr + chosen).to(tl.float32)
+    picked = tl.load(row_ptr + chosen).to(tl.float32) * LOG2_E
     v = tl.arange(0, BLOCK)
     largest = float("-inf")
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         if WHOLE:
-            x = tl.load(row_ptr + start + v).to(tl.float32)
+            x = tl.load(row_ptr + start + v).to(tl.float32) * LOG2_E
         else:
-            x = tl.load(row_ptr + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(row_ptr + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32) * LOG2_E
         new = tl.maximum(largest, tl.max(x, 0))
-        sums = sums * tl.exp(largest - new) + tl.exp(x - new)
+        sums = sums * tl.exp2(largest - new) + exp2(x - new, FAST)
         largest = new
-    log_sum = largest + tl.log(tl.sum(sums, 0))
-    tl.store(nll_ptr + row, tl.where(counted, log_sum - picked, 0.0))
+    log_sum = largest + tl.log2(tl.sum(sums, 0))
+    tl.store(nll_ptr + row, tl.where(counted, (log_sum - picked) / LOG2_E, 0.0))
     scale = 1.0
     if SCALED:
         scale = tl.load(scale_ptr + row).to(tl.float32)
     scale = tl.where(counted, scale, 0.0)
-    for start in range(0, V, BLOCK):
+    # Backwards: what was read last is the surest to be in the cache. What is done with leaves it first.
+    for back in range(0, V, BLOCK):
+        start = (V - 1) // BLOCK * BLOCK - back
+        there = start + v < V
         if WHOLE:
-            x = tl.load(row_ptr + start + v).to(tl.float32)
+            x = tl.load(row_ptr + start + v, eviction_policy="evict_first").to(tl.float32)
         else:
-            x = tl.load(row_ptr + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)
-        error = tl.exp(x - log_sum) - tl.where(start + v == chosen, 1.0, 0.0)
+            x = tl.load(row_ptr + start + v, mask=there, other=float("-inf"), eviction_policy="evict_first")
+            x = x.to(tl.float32)
+        error = exp2(x * LOG2_E - log_sum, FAST) - tl.where(start + v == chosen, 1.0, 0.0)
         error = tl.where(counted, error * scale, 0.0).to(logits_ptr.dtype.element_ty)
         if WHOLE:
-            tl.store(row_ptr + start + v, error)
+            tl.store(row_ptr + start + v, error, eviction_policy="evict_first")
         else:
-            tl.store(row_ptr + start + v, error, mask=start + v < V)
+            tl.store(row_ptr + start + v, error, mask=there, eviction_policy="evict_first")
 
 
 @on_its_device
@@ -77,6 +83,7 @@ def softmax_errors(logits_cV: Tensor, chosen_c: Tensor, counted_c: Tensor, scale
     block = min(BLOCK, max(16, triton.next_power_of_2(vocab)))
     _errors[(tokens,)](
         logits_cV, chosen_c, counted_c, nll_c if scale_c is None else scale_c, nll_c, vocab, logits_cV.stride(0),
-        BLOCK=block, SCALED=scale_c is not None, WHOLE=vocab % block == 0, num_warps=min(WARPS, max(1, block // 256)),
+        BLOCK=block, SCALED=scale_c is not None, WHOLE=vocab % block == 0, FAST=has_fast_exp2(logits_cV),
+        num_warps=min(WARPS, max(1, block // 256)),
     )  # fmt: skip
     return nll_c

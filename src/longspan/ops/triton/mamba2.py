@@ -4,7 +4,11 @@ The kernels are those of the single ops. Done in one step, the gradients of z, x
 input projection reads them, instead of each on its own and then together once more; bias and softplus of the step sizes
 are part of the scan.
 
-Shapes: B rows, T tokens, E = H * P inner width, H heads, P head dim, N state, K = 2 E + 2 N + H, W taps.
+The projected tensor comes with all tokens in one dimension and any distance between them, and its gradient leaves with
+rows of whole lines of memory: a compiler that spreads the rows of a product copies nothing on the way in or out, and no
+product meets rows that begin at odd places.
+
+Shapes: B rows, T tokens, M = B * T, E = H * P inner width, H heads, P head dim, N state, K = 2 E + 2 N + H, W taps.
 """
 
 from __future__ import annotations
@@ -17,22 +21,29 @@ from torch import Tensor
 from longspan.ops.triton import causal_conv, rms_norm
 from longspan.ops.triton import ssd as scan
 
+LINE_BYTES = 128
+
 
 class Parts(NamedTuple):
-    """Views of a projected tensor (B, T, K) or of its gradient: z (B, T, E), x, B and C (B, T, E + 2 N), dt
-    (B, T, H)."""
+    """Views of a projected tensor (M, K) or of its gradient: z (B, T, E), x, B and C (B, T, E + 2 N), dt (B, T, H)."""
 
     z: Tensor
     convolved: Tensor
     dt: Tensor
 
     @staticmethod
-    def of(projected_BTK: Tensor, inner: int, state: int) -> Parts:
+    def of(projected_MK: Tensor, rows: int, inner: int, state: int) -> Parts:
         """In the order of the rows of `in_proj`."""
         convolved = inner + 2 * state
-        return Parts(
-            *projected_BTK.split_with_sizes([inner, convolved, projected_BTK.shape[2] - inner - convolved], -1)
-        )
+        sizes = [inner, convolved, projected_MK.shape[1] - inner - convolved]
+        return Parts(*projected_MK.unflatten(0, (rows, -1)).split_with_sizes(sizes, -1))
+
+
+def _spread(like_MK: Tensor) -> Tensor:
+    """Uninitialized (M, K), every row of which begins a line of memory."""
+    rows, width = like_MK.shape
+    line = LINE_BYTES // like_MK.element_size()
+    return like_MK.new_empty_strided((rows, width), (-(-width // line) * line, 1))
 
 
 def _scanned(xBC: Tensor, heads: int, state: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,9 +52,9 @@ def _scanned(xBC: Tensor, heads: int, state: int) -> tuple[Tensor, Tensor, Tenso
     return x.unflatten(2, (heads, -1)), B.unsqueeze(2), C.unsqueeze(2)
 
 
-@torch.library.custom_op("longspan::mamba2", mutates_args=())
+@torch.library.custom_op("longspan::mamba2", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def mamba2(
-    projected_BTK: Tensor,
+    projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     dt_bias_H: Tensor,
@@ -51,21 +62,23 @@ def mamba2(
     D_H: Tensor,
     norm_weight_E: Tensor,
     doc_BT: Tensor | None,
+    rows: int,
     state: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, T, E), the input of the output projection, in the dtype of `projected`; the other results are kept."""
+    """(M, E), the input of the output projection, in the dtype of `projected`; the other results are kept."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
-    parts = Parts.of(projected_BTK, inner, state)
+    parts = Parts.of(projected_MK, rows, inner, state)
     xBC = causal_conv.run_forward(parts.convolved, conv_weight, conv_bias, doc_BT, True)
     x, B, C = _scanned(xBC, heads, state)
     y, _, states = scan.run_forward(scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
-    return rms_norm.run_forward(y.flatten(2), parts.z, norm_weight_E, eps, y.dtype), xBC, y, states
+    out = rms_norm.run_forward(y.flatten(2), parts.z, norm_weight_E, eps, y.dtype)
+    return out.flatten(0, 1), xBC, y, states
 
 
 @mamba2.register_fake
 def _(
-    projected_BTK: Tensor,
+    projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     dt_bias_H: Tensor,
@@ -73,22 +86,24 @@ def _(
     D_H: Tensor,
     norm_weight_E: Tensor,
     doc_BT: Tensor | None,
+    rows: int,
     state: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
-    rows, time = projected_BTK.shape[:2]
-    y, _, states = scan.forward_like(projected_BTK.new_empty(rows, time, heads, inner // heads), state)
-    return y.flatten(2), projected_BTK.new_empty(rows, time, inner + 2 * state), torch.empty_like(y), states
+    time = projected_MK.shape[0] // rows
+    y, _, states = scan.forward_like(projected_MK.new_empty(rows, time, heads, inner // heads), state)
+    xBC = projected_MK.new_empty(rows, time, inner + 2 * state)
+    return projected_MK.new_empty(rows * time, inner), xBC, y, states
 
 
-@torch.library.custom_op("longspan::mamba2_backward", mutates_args=())
+@torch.library.custom_op("longspan::mamba2_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def mamba2_backward(
     d_out: Tensor,
     xBC: Tensor,
     y: Tensor,
     states: Tensor,
-    projected_BTK: Tensor,
+    projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     dt_bias_H: Tensor,
@@ -96,14 +111,15 @@ def mamba2_backward(
     D_H: Tensor,
     norm_weight_E: Tensor,
     doc_BT: Tensor | None,
+    rows: int,
     state: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `projected`, of the convolution's weight and bias, dt_bias, A, D and the norm's weight."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
-    parts = Parts.of(projected_BTK, inner, state)
-    d_projected = torch.empty_like(projected_BTK, memory_format=torch.contiguous_format)
-    d_parts = Parts.of(d_projected, inner, state)
+    parts = Parts.of(projected_MK, rows, inner, state)
+    d_projected = _spread(projected_MK)
+    d_parts = Parts.of(d_projected, rows, inner, state)
     dy, d_xBC = torch.empty_like(y), torch.empty_like(xBC)
     d_norm = rms_norm.run_backward(
         d_out, y.flatten(2), parts.z, norm_weight_E, eps, dy.view(-1, inner), d_parts.z.flatten(0, 1)
@@ -125,7 +141,7 @@ def _(
     xBC: Tensor,
     y: Tensor,
     states: Tensor,
-    projected_BTK: Tensor,
+    projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     dt_bias_H: Tensor,
@@ -133,23 +149,24 @@ def _(
     D_H: Tensor,
     norm_weight_E: Tensor,
     doc_BT: Tensor | None,
+    rows: int,
     state: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (projected_BTK, conv_weight, conv_bias, dt_bias_H, A_H, D_H, norm_weight_E)
-    dp, dw, db, ddt, dA, dD, dn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
-    return dp, dw, db, ddt, dA, dD, dn
+    tensors = (conv_weight, conv_bias, dt_bias_H, A_H, D_H, norm_weight_E)
+    dw, db, ddt, dA, dD, dn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
+    return _spread(projected_MK), dw, db, ddt, dA, dD, dn
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.state, ctx.eps = inputs
+    *tensors, ctx.rows, ctx.state, ctx.eps = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *tensors)
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = mamba2_backward(d_out, *ctx.saved_tensors, ctx.state, ctx.eps)
-    return *gradients, None, None, None
+    gradients = mamba2_backward(d_out, *ctx.saved_tensors, ctx.rows, ctx.state, ctx.eps)
+    return *gradients, None, None, None, None
 
 
 mamba2.register_autograd(_differentiate, setup_context=_save)

@@ -16,16 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
-# Programs of the backward: a few for every multiprocessor of a large chip.
-PROGRAMS = 1056
+# Programs of the backward: as many as the registers of a large chip hold side by side, for rows of over 1,024 numbers.
+PROGRAMS = 528
+# Rows of the backward in flight, the one that is worked on included.
+AHEAD = 2
 
 
 @triton.jit
 def norm_forward(
     x_ptr, gate_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, eps,
     x_row: tl.constexpr, gate_row: tl.constexpr, branch_row: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One row; ADDED: of x and a branch, whose sum is written too."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -38,7 +41,7 @@ def norm_forward(
         x = x.to(tl.float32)
     if GATED:
         z = tl.load(gate_ptr + row * gate_row + d, mask=d < D, other=0.0).to(tl.float32)
-        x *= z * tl.sigmoid(z)
+        x *= z * sigmoid(z, FAST)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * D + d, (x * inverse * weight).to(y_ptr.dtype.element_ty), mask=d < D)
@@ -49,6 +52,7 @@ def norm_backward(
     x_ptr, gate_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dgate_ptr, dbranch_ptr, sums_ptr, rows, eps,
     x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dsum_row: tl.constexpr, dx_row: tl.constexpr,
     dgate_row: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    FAST: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every so many rows, and what they add to the gradient of the weight.
 
@@ -57,7 +61,7 @@ def norm_backward(
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for step in range(tl.cdiv(rows, tl.num_programs(0))):
+    for step in tl.range(tl.cdiv(rows, tl.num_programs(0)), num_stages=AHEAD):
         row = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         there = (d < D) & (row < rows)
         x = tl.load(x_ptr + row * x_row + d, mask=there, other=0.0).to(tl.float32)
@@ -65,8 +69,8 @@ def norm_backward(
         silu, gated = x, x
         if GATED:
             z = tl.load(gate_ptr + row * gate_row + d, mask=there, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(z)
-            silu = z * sigmoid
+            opening = sigmoid(z, FAST)
+            silu = z * opening
             gated = x * silu
         inverse = tl.rsqrt(tl.sum(gated * gated, 0) / D + eps)
         normed = gated * inverse
@@ -74,7 +78,7 @@ def norm_backward(
         dnormed = dy * weight
         dgated = (dnormed - normed * (tl.sum(dnormed * normed, 0) / D)) * inverse
         if GATED:
-            dz = dgated * x * (sigmoid + silu * (1.0 - sigmoid))
+            dz = dgated * x * (opening + silu * (1.0 - opening))
             tl.store(dgate_ptr + row * dgate_row + d, dz.to(dgate_ptr.dtype.element_ty), mask=there)
             dgated = dgated * silu
         if ADDED:
@@ -95,6 +99,10 @@ def _warps(block: int) -> int:
     return min(16, max(4, block // 512))
 
 
+def _programs(rows: int, block: int) -> int:
+    return min(rows, PROGRAMS if block > 1024 else PROGRAMS * 3 // 2)
+
+
 @on_its_device
 def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`x * silu(gate) / rms * weight` in `dtype`, contiguous."""
@@ -105,7 +113,7 @@ def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dt
     block = max(16, triton.next_power_of_2(width))
     norm_forward[(rows_MD.shape[0],)](
         rows_MD, gates_MD, rows_MD, weight_D, y, y, eps, rows_MD.stride(0), gates_MD.stride(0), 0,
-        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, FAST=has_fast_exp2(x), num_warps=_warps(block),
     )  # fmt: skip
     return y
 
@@ -120,12 +128,13 @@ def run_backward(
     dgates_MD = dx_MD if dgate_MD is None else dgate_MD
     rows, width = rows_MD.shape
     block = max(16, triton.next_power_of_2(width))
-    programs = min(rows, PROGRAMS)
+    programs = _programs(rows, block)
     sums_JD = x.new_empty(programs, width, dtype=torch.float32)
     norm_backward[(programs,)](
         rows_MD, gates_MD, weight_D, dy_MD, dy_MD, dx_MD, dgates_MD, dx_MD, sums_JD, rows, eps,
         *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dy_MD, dx_MD, dgates_MD)),
-        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, FAST=has_fast_exp2(x), AHEAD=AHEAD,
+        num_warps=_warps(block),
     )  # fmt: skip
     return sums_JD.sum(0).to(weight_D.dtype)
 
@@ -187,7 +196,7 @@ def _add_forward(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype:
     block = max(16, triton.next_power_of_2(width))
     norm_forward[(rows_MD.shape[0],)](
         rows_MD, rows_MD, branch_MD, weight_D, y, total, eps, rows_MD.stride(0), 0, branch_MD.stride(0),
-        D=width, BLOCK=block, GATED=False, ADDED=True, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=False, ADDED=True, FAST=False, num_warps=_warps(block),
     )  # fmt: skip
     return total, y
 
@@ -213,12 +222,13 @@ def _add_backward(
     rows_MD, dy_MD, dtotal_MD = _rows(total), _rows(dy), _rows(dtotal)
     rows, width = rows_MD.shape
     dx, dbranch = (torch.empty(total.shape, dtype=dtype, device=total.device) for dtype in (x, branch))
-    block, programs = max(16, triton.next_power_of_2(width)), min(rows, PROGRAMS)
+    block = max(16, triton.next_power_of_2(width))
+    programs = _programs(rows, block)
     sums_JD = total.new_empty(programs, width, dtype=torch.float32)
     norm_backward[(programs,)](
         rows_MD, rows_MD, weight_D, dy_MD, dtotal_MD, dx, dx, dbranch, sums_JD, rows, eps,
         *(z.stride(0) for z in (rows_MD, rows_MD, dy_MD, dtotal_MD)), width, width,
-        D=width, BLOCK=block, GATED=False, ADDED=True, num_warps=_warps(block),
+        D=width, BLOCK=block, GATED=False, ADDED=True, FAST=False, AHEAD=AHEAD, num_warps=_warps(block),
     )  # fmt: skip
     return dx, dbranch, sums_JD.sum(0).to(weight_D.dtype)
 

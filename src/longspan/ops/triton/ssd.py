@@ -40,16 +40,15 @@ class Cut(NamedTuple):
     state_warps: tuple[int, int]
     output_heads: int
     output_warps: tuple[int, int]
-    gradient_warps: tuple[int, int]
+    token_warps: tuple[int, int]
     group_warps: tuple[int, int]
     precision: str
-    all_warps: tuple[int, int] | None = None
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 2), (4, 3), "ieee", (4, 2)),
-    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3", (4, 1)),
+    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 3), (8, 3), "ieee"),
+    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
 }
 
 
@@ -222,33 +221,27 @@ def run_backward(
     flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
     _carry(kernels.state_gradients, plan, rows, x, operands, sizes, **flags)
     groups, group = B.shape[2], plan.shared["GROUP"]
-    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:3])
-    dD, dA = (x.new_empty(rows, plan.chunks, heads, dtype=torch.float32) for _ in range(2))
-    dbias = x.new_zeros(heads, dtype=torch.float32) if inputs.bias is None else torch.empty_like(dA)
+    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:2])
+    # Of A, D and the bias, added up together in the end.
+    sums = x.new_empty(3, rows, plan.chunks, heads, dtype=torch.float32)
+    dA, dD, dbias = sums
+    if inputs.bias is None:
+        dbias.zero_()
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
-    if plan.cut.all_warps is not None:
-        warps, stages = plan.cut.all_warps
-        kernels.gradients[(3 * plan.chunks, groups, rows)](
-            x, B, C, inputs.D, dy, decays.planes, decays.carry, decays.run, states, dstates, into.x, into.B, into.C,
-            ddriving, dsums, dD, time, plan.chunks, plane, *strides,
-            *into.x.stride()[:2], *into.B.stride()[:2], *into.C.stride()[:2],
-            **plan.tiled(time), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    else:
-        parts = _parts(group, plan.chunks * rows * groups)
-        dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
-        warps, stages = plan.cut.gradient_warps
-        kernels.square_gradients[(plan.chunks, groups * parts, rows)](
-            x, B, C, inputs.D, dy, decays.planes, decays.run, into.x, dscores, ddriving, dsums, dD, time, plane,
-            *strides, *into.x.stride()[:2],
-            HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        warps, stages = plan.cut.group_warps
-        kernels.group_gradients[(2 * plan.chunks, groups, rows)](
-            x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.x, into.B, into.C, ddriving, dsums,
-            time, plan.chunks, plane, *strides, *into.x.stride()[:2], *into.B.stride()[:2], *into.C.stride()[:2],
-            PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    parts = _parts(group, plan.chunks * rows * groups)
+    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
+    warps, stages = plan.cut.token_warps
+    kernels.token_gradients[(plan.chunks, groups * parts, rows)](
+        x, B, C, inputs.D, dy, decays.planes, decays.run, dstates, into.x, dscores, ddriving, dsums, dD, time, plane,
+        *strides, *into.x.stride()[:2],
+        HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    warps, stages = plan.cut.group_warps
+    kernels.group_gradients[(plan.chunks, groups, rows)](
+        x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.B, into.C, dsums,
+        time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
+        PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     kernels.step_gradients[(plan.chunks, rows)](
         dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
@@ -256,9 +249,9 @@ def run_backward(
         num_warps=square_warps(plan.cut.chunk),
         num_stages=1,
     )  # fmt: skip
-    if inputs.bias is not None:
-        dbias = dbias.sum((0, 1))
-    return dA.sum((0, 1)), dD.sum((0, 1)), dbias, dinitial
+    # The results of an op may not share memory.
+    dA, dD, dbias = (z.clone() for z in sums.sum((1, 2)))
+    return dA, dD, dbias, dinitial
 
 
 def _parts(group: int, programs: int) -> int:

@@ -44,6 +44,12 @@ def states(
     B = B_ptr + row * B_row + h // GROUP * N
     by_head = planes_ptr + (row * H + h) * chunks * Q
     carries = carry_ptr + (row * H + h) * chunks
+    if ALONE:
+        # What lies before the last document's beginning is forgotten at the end.
+        begin = first
+        for chunk in tl.range(first, end, loop_unroll_factor=8):
+            begin = tl.where(tl.load(carries + chunk) == 0.0, chunk, begin)
+        first = begin
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if INITIAL:
         state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
@@ -125,6 +131,13 @@ def state_gradients(
     C = C_ptr + row * C_row + h // GROUP * N
     reads = planes_ptr + FROM_BEFORE * plane + (row * H + h) * chunks * Q
     carries = carry_ptr + (row * H + h) * chunks
+    if ALONE:
+        # Nothing behind the first document's end comes through to the beginning.
+        limit = end
+        for back in tl.range(end - first, loop_unroll_factor=8):
+            chunk = end - 1 - back
+            limit = tl.where(tl.load(carries + chunk) == 0.0, chunk + 1, limit)
+        end = limit
     dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if FINAL:
         dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
@@ -155,15 +168,15 @@ def state_gradients(
 
 
 @triton.jit
-def square_gradients(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dx_ptr, dscores_ptr, ddt_ptr, dsums_ptr, dD_ptr,
-    time, plane,
+def token_gradients(
+    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dstates_ptr, dx_ptr, dscores_ptr, ddt_ptr, dsums_ptr,
+    dD_ptr, time, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What passes between tokens of one chunk, for HEADS heads of one group, and what they give to the scores B C^T.
+    """The gradients of x, dt and D of one chunk, for HEADS heads of one group, and what they give to the scores B C^T.
 
     Squares are written with the token that is read first, (j, i), so that the large product needs no transpose.
     """
@@ -181,8 +194,10 @@ def square_gradients(
     for h in range(first, first + HEADS):
         by_head = (row * H + h) * chunks * Q + t
         dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
+        to_end = tl.load(planes_ptr + TO_END * plane + by_head)
         x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
         dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+        dafter_PN = load(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
         products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
         tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
@@ -191,10 +206,15 @@ def square_gradients(
         products *= dt[:, None]
         dscores += products * decay
         products *= mixing
-        tl.store(dsums_ptr + by_head, tl.sum(products, 0) - tl.sum(products, 1))
-        within = dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
-        tl.store(ddt_ptr + by_head, tl.sum(within * x_QP.to(tl.float32), 1))
-        dx = within * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
+        dsums = tl.sum(products, 0) - tl.sum(products, 1)
+        x = x_QP.to(tl.float32)
+        ddriving = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
+        dkept = tl.sum(ddriving * x, 1) * dt
+        dsums += tl.where(i == Q - 1, tl.sum(dkept, 0), 0.0) - dkept
+        tl.store(dsums_ptr + by_head, dsums)
+        ddriving += dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
+        tl.store(ddt_ptr + by_head, tl.sum(ddriving * x, 1))
+        dx = ddriving * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
         store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
     square = dscores_ptr + ((row * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * Q * Q
     store(square, i, Q, i, Q, Q, True, dscores)
@@ -202,20 +222,17 @@ def square_gradients(
 
 @triton.jit
 def group_gradients(
-    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, carry_ptr, states_ptr, dstates_ptr, dscores_ptr,
-    dx_ptr, dB_ptr, dC_ptr, ddt_ptr, dsums_ptr, time, chunks, plane,
+    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, carry_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr,
+    dsums_ptr, time, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
-    dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr, dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What passes through the states of one chunk, over the heads of a group.
-
-    Even programs find the gradient of B and add to those of x and dt what writing into the state gives; odd programs
-    find that of C. Both leave a plane of gradients of the sums of log decays.
-    """
-    chunk, group, row = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The gradients of B and C of one chunk, over the heads of a group, and what reading and keeping a state give to
+    the sums of log decays."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
     t = chunk * Q + i
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -226,128 +243,26 @@ def group_gradients(
     dscores = dscores.to(DTYPE)
     B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
     C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-    if tl.program_id(0) % 2 == 0:
-        dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            state = ((row * chunks + chunk) * H + h) * P * N
-            dt, to_end = tl.load(planes_ptr + by_head), tl.load(planes_ptr + TO_END * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-            before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
-            dx_QP = load(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE)
-            x = x_QP.to(tl.float32)
-            dB += dot(x * (to_end * dt)[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
-            beyond = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
-            dkept = tl.sum(beyond * x, 1)
-            tl.store(ddt_ptr + by_head, tl.load(ddt_ptr + by_head) + dkept)
-            dx = dx_QP.to(tl.float32) + beyond * dt[:, None]
-            store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
-            dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
-            dend = tl.sum(dkept * dt, 0) + dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-            tl.store(dsums_ptr + plane + by_head, tl.where(i == Q - 1, dend, 0.0) - dkept * dt)
-        store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
-    else:
-        dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
-            dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
-            dC += dread
-            tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(dread * C_QN.to(tl.float32), 1))
-        store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
-
-
-@triton.jit
-def gradients(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, carry_ptr, run_ptr, states_ptr, dstates_ptr,
-    dx_ptr, dB_ptr, dC_ptr, ddt_ptr, dsums_ptr, dD_ptr, time, chunks, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
-    dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All that is not the gradient of a state, of one chunk over the heads of a group, each tensor written once.
-
-    Three programs of a chunk run side by side, share what they load in the cache, and make the product of x and dy
-    anew: one sum over the heads is all that registers hold. The first finds the gradients of x, dt and D, the second
-    that of B, the third that of C; each leaves a plane of gradients of the sums of log decays.
-    """
-    chunk, part = tl.program_id(0) // 3, tl.program_id(0) % 3
-    group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    t = chunk * Q + i
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
-    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-    # (j, i): j is read by i.
-    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
-    if part == 0:
-        scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION).to(DTYPE)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            state = ((row * chunks + chunk) * H + h) * P * N
-            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-            to_end = tl.load(planes_ptr + TO_END * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-            x = x_QP.to(tl.float32)
-            ddriving = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
-            dkept = tl.sum(ddriving * x, 1) * dt
-            decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-            mixing = scores.to(tl.float32) * decay
-            ddriving += dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
-            tl.store(ddt_ptr + by_head, tl.sum(ddriving * x, 1))
-            dx = ddriving * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
-            store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
-            products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
-            dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
-            tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
-            products *= mixing * dt[:, None]
-            dsums = tl.sum(products, 0) - tl.sum(products, 1) - dkept
-            tl.store(dsums_ptr + by_head, dsums + tl.where(i == Q - 1, tl.sum(dkept, 0), 0.0))
-    elif part == 1:
-        dB = tl.zeros((Q, BLOCK_N), tl.float32)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            state = ((row * chunks + chunk) * H + h) * P * N
-            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-            to_end = tl.load(planes_ptr + TO_END * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-            before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
-            decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-            products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION) * (decay * dt[:, None])
-            dB += dot(products, C_QN, DTYPE, OPERAND, PRECISION)
-            dB += dot(x_QP.to(tl.float32) * (to_end * dt)[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
-            dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
-            dend = dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-            tl.store(dsums_ptr + plane + by_head, tl.where(i == Q - 1, dend, 0.0))
-        store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
-    else:
-        sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
-        dC = tl.zeros((Q, BLOCK_N), tl.float32)
-        for h in range(group * GROUP, group * GROUP + GROUP):
-            by_head = (row * H + h) * chunks * Q + t
-            dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-            from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
-            x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-            dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-            before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
-            reading = dy_QP.to(tl.float32) * from_before[:, None]
-            decay = tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
-            products = dot(dy_QP, tl.trans(x_QP), DTYPE, OPERAND, PRECISION) * (decay * dt[None, :])
-            dC += dot(products, B_QN, DTYPE, OPERAND, PRECISION)
-            dC += dot(reading, before_PN, DTYPE, OPERAND, PRECISION)
-            read = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION)
-            tl.store(dsums_ptr + 2 * plane + by_head, tl.sum(read * reading, 1))
-        store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
+    dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
+    dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
+    for h in range(group * GROUP, group * GROUP + GROUP):
+        by_head = (row * H + h) * chunks * Q + t
+        state = ((row * chunks + chunk) * H + h) * P * N
+        weight = tl.load(planes_ptr + by_head) * tl.load(planes_ptr + TO_END * plane + by_head)
+        from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
+        x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
+        dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
+        dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
+        before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
+        dB += dot(x_QP.to(tl.float32) * weight[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
+        dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
+        dC += dread
+        dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
+        dend = dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+        dsums = tl.sum(dread * C_QN.to(tl.float32), 1)
+        tl.store(dsums_ptr + plane + by_head, dsums + tl.where(i == Q - 1, dend, 0.0))
+    store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
+    store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
 
 @triton.jit
@@ -369,7 +284,6 @@ def step_gradients(
         dt = tl.load(planes_ptr + at, mask=heads, other=0.0)
         dsums = tl.load(dsums_ptr + at, mask=heads, other=0.0)
         dsums += tl.load(dsums_ptr + plane + at, mask=heads, other=0.0)
-        dsums += tl.load(dsums_ptr + 2 * plane + at, mask=heads, other=0.0)
         dlog = tl.dot(dsums, sees, input_precision="tf32x3")
         A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
         # Tokens first from here on, as dt lies in memory.

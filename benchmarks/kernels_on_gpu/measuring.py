@@ -1,0 +1,146 @@
+"""What all parts share: shapes, inputs, and how a time is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SHAPES = ((32, 2048), (4, 16384))
+WIDTH, HEADS, HEAD_DIM, STATE, INNER = 768, 24, 64, 128, 1536
+DELTA_HEADS = 9
+CONVOLVED, PROJECTED = INNER + 2 * STATE, 2 * INNER + 2 * STATE + HEADS
+DEVICE = torch.device("cuda")
+TOLD = "@"
+"""Begins a line that a process tells its parent."""
+
+
+class Run:
+    """What a process measures, told to the parent on the way."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.bytes_per_second = self.flops_per_second = float("nan")
+
+    def tell(self, what: str, value: Any) -> None:
+        """One line to the parent."""
+        print(TOLD + json.dumps({what: value}), flush=True)
+
+    def add(self, part: str, **values: Any) -> None:
+        """One row."""
+        self.tell("row", {"part": part, **values})
+
+    def floor_ms(self, num_bytes: float, flops: float) -> float:
+        return 1e3 * max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
+
+def median_ms(function: Callable[[], object], rep: int = 60) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(function, warmup=15, rep=rep, return_mode="median"))
+
+
+def device_ms(function: Callable[[], object]) -> float:
+    """Of the device alone: as a CUDA graph, so that a host that starts kernels slowly does not show."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(function, rep=20, return_mode="median"))
+
+
+def time_both(
+    run: Run, name: str, function: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], floor: float, **more: Any
+) -> float:
+    """Forward alone and forward with backward, as a training step calls them."""
+    leaves = [z.detach().requires_grad_() for z in leaves]
+    slopes = [torch.randn_like(y) for y in function(*leaves)]
+    with torch.no_grad():
+        forward = median_ms(lambda: function(*leaves))
+    both = median_ms(lambda: torch.autograd.grad(list(function(*leaves)), leaves, slopes))
+    run.add(name, forward_ms=forward, both_ms=both, floor_ms=floor, of_floor=floor / both, **more)
+    return both
+
+
+def profile(run: Run, name: str, function: Callable[[], object]) -> None:
+    """Which kernel takes how long, of one call after a warm one."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recording
+
+    function()
+    torch.cuda.synchronize()
+    with recording(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            function()
+        torch.cuda.synchronize()
+    times = {e.key: e.self_device_time_total / 3e3 for e in trace.key_averages() if e.self_device_time_total > 0}
+    for key, ms in sorted(times.items(), key=lambda item: -item[1])[:16]:
+        run.add(f"profile {name}", ms=ms, kernel=key[:70])
+
+
+def measure_ceilings(run: Run) -> None:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    copy = median_ms(lambda: target.copy_(source))
+    run.bytes_per_second = 2 * source.numel() / copy * 1e3
+    a, b = normal(8192, 8192), normal(8192, 8192)
+    product = median_ms(lambda: a @ b)
+    run.flops_per_second = 2 * 8192**3 / product * 1e3
+    run.add("ceilings", copy_TB_s=run.bytes_per_second / 1e12, matmul_TFLOP_s=run.flops_per_second / 1e12)
+
+
+def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def documents(rows: int, time: int, mean: float) -> Tensor:
+    return (torch.rand(rows, time, device=DEVICE) < 1.0 / mean).cumsum(1).int()
+
+
+def ssd_inputs(rows: int, time: int, heads: int, head_dim: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+    return [
+        normal(rows, time, heads, head_dim, dtype=dtype),
+        F.softplus(normal(rows, time, heads, dtype=FP32) - 3.0),
+        -torch.rand(heads, device=DEVICE) * 15 - 1,
+        normal(rows, time, 1, state, dtype=dtype),
+        normal(rows, time, 1, state, dtype=dtype),
+        normal(heads, dtype=FP32),
+    ]
+
+
+def scan_inputs(rows: int, time: int, channels: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+    return [
+        normal(rows, time, channels, dtype=dtype),
+        F.softplus(normal(rows, time, channels, dtype=FP32) - 3.0),
+        -torch.rand(channels, state, device=DEVICE) * 15 - 1,
+        normal(rows, time, state, dtype=dtype),
+        normal(rows, time, state, dtype=dtype),
+        normal(channels, dtype=FP32),
+    ]
+
+
+def delta_inputs(rows: int, time: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype = BF16):
+    return [
+        normal(rows, time, heads, key_dim, dtype=dtype),
+        normal(rows, time, heads, key_dim, dtype=dtype),
+        normal(rows, time, heads, value_dim, dtype=dtype),
+        -F.softplus(normal(rows, time, heads, dtype=FP32) - 3.0) * 4.0,
+        torch.sigmoid(normal(rows, time, heads, dtype=FP32)),
+    ]
+
+
+def mamba2_layer() -> Any:
+    from longspan.models.mixers.mamba2 import Mamba2, Mamba2Settings
+
+    mixer = Mamba2(WIDTH, Mamba2Settings(state=STATE, mamba_head_dim=HEAD_DIM))
+    mixer.init_weights(torch.Generator().manual_seed(0))
+    return mixer.to(DEVICE)
+
+
+def summed_and_normed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
+    """As plain ops."""
+    total = x + branch
+    return [total, (F.rms_norm(total, total.shape[-1:], eps=1e-5) * weight).to(branch.dtype)]

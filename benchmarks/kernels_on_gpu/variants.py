@@ -1,0 +1,191 @@
+"""Other cuts of the same work; which is best may differ from card to card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_on_gpu.measuring import (
+    BF16,
+    CONVOLVED,
+    DEVICE,
+    FP32,
+    HEAD_DIM,
+    HEADS,
+    INNER,
+    PROJECTED,
+    SHAPES,
+    STATE,
+    WIDTH,
+    Run,
+    device_ms,
+    documents,
+    median_ms,
+    normal,
+    scan_inputs,
+    ssd_inputs,
+)
+from longspan.ops.selective_scan import selective_scan
+
+
+def variants_ssd(run: Run) -> None:
+    from longspan.ops.triton import ssd as launched
+
+    usual = launched.CUTS[BF16]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"token_warps": (4, 2)},
+        {"token_warps": (8, 3)},
+        {"group_warps": (8, 2)},
+        {"group_warps": (4, 2)},
+    ]
+    shapes = (*SHAPES, (1, 32_768))
+    inputs = {shape: ssd_inputs(*shape, HEADS, HEAD_DIM, STATE) for shape in shapes}
+    slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
+    expected: dict[tuple[int, int], list[Tensor]] = {}
+    few = launched.MULTIPROCESSORS
+    for change in (*changes, {"segments": False}):
+        segments = change.get("segments", True)
+        launched.MULTIPROCESSORS = few if segments else 0
+        launched.CUTS[BF16] = usual if not segments else usual._replace(**change)
+        try:
+            for shape, leaves in inputs.items():
+                if not segments and shape[0] > 1:
+                    continue
+                given = launched.Inputs(*leaves, None, None, None, None)
+                y, _, states = launched.run_forward(given)
+                into, ddt, dy = launched.Gradients.like(given), torch.empty_like(leaves[1]), slopes[shape]
+                dA, dD, *_ = launched.run_backward(given, states, dy, None, into, ddt)
+                found = [z.clone() for z in (y, *into, ddt, dA, dD)]
+                known = expected.setdefault(shape, found)
+                apart = max(
+                    float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
+                )
+                forward = device_ms(lambda given=given: launched.run_forward(given))
+                backward = device_ms(
+                    lambda g=given, s=states, y=dy, i=into, d=ddt: launched.run_backward(g, s, y, None, i, d)
+                )
+                name = f"ssd cut {shape[0]}x{shape[1]}"
+                run.add(name, forward_ms=forward, backward_ms=backward, apart=apart, change=str(change))
+        except Exception as error:
+            run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
+        finally:
+            launched.CUTS[BF16], launched.MULTIPROCESSORS = usual, few
+
+
+def variants_scan(run: Run) -> None:
+    """Sizes of the Mamba-1 scan."""
+    from longspan.ops.triton import selective_scan as launched
+
+    usual = launched.CHUNK, launched.SEGMENT, launched.CHANNELS
+    for rows, time in SHAPES:
+        leaves = [z.requires_grad_() for z in scan_inputs(rows, time, INNER, 16)]
+        doc, slope = documents(rows, time, 700.0), normal(rows, time, INNER)
+        scan = lambda v=leaves, d=doc: selective_scan(*v, doc_BT=d)[0]  # noqa: E731
+        for sizes in (usual, (16, 16, 32), (8, 32, 32), (8, 16, 32), (8, 32, 16), (4, 64, 32), (8, 64, 32)):
+            launched.CHUNK, launched.SEGMENT, launched.CHANNELS = sizes
+            try:
+                both = median_ms(lambda f=scan, v=leaves, s=slope: torch.autograd.grad(f(), v, s), rep=30)
+                run.add(f"scan cut {rows}x{time}", both_ms=both, chunk_segment_channels=str(sizes))
+            finally:
+                launched.CHUNK, launched.SEGMENT, launched.CHANNELS = usual
+
+
+def variants_conv(run: Run) -> None:
+    """Tokens and channels of a program, and its warps, where the input lies as `in_proj` leaves it."""
+    from longspan.ops.triton import causal_conv as launched
+
+    x = spread(8, 4096)[..., INNER : INNER + CONVOLVED]
+    weight, bias, dx = normal(CONVOLVED, 4, dtype=FP32), normal(CONVOLVED, dtype=FP32), torch.empty_like(x)
+    y, doc = normal(8, 4096, CONVOLVED), documents(8, 4096, 700.0)
+    run.add(
+        "conv floors, 32,768 tokens",
+        forward_ms=run.floor_ms(2 * x.numel() * 2, 0),
+        backward_ms=run.floor_ms(3 * x.numel() * 2, 0),
+    )
+    usual = launched.FORWARD, launched.BACKWARD
+    for tile in (
+        (32, 256, 1),
+        (32, 256, 2),
+        (64, 256, 1),
+        (64, 256, 2),
+        (128, 256, 2),
+        (64, 128, 1),
+        (64, 512, 4),
+        (16, 256, 1),
+    ):
+        try:
+            launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
+            forward = device_ms(lambda: launched.run_forward(x, weight, bias, doc, True))
+            backward = device_ms(lambda: launched.run_backward(dx, y, x, weight, bias, doc, True))
+            run.add("conv tile, 32,768 tokens", forward_ms=forward, backward_ms=backward, tile=str(tile))
+        finally:
+            launched.FORWARD, launched.BACKWARD = usual
+
+
+def spread(rows: int, time: int) -> Tensor:
+    """(B, T, K) with every row at the begin of a line of memory."""
+    return normal(rows, time, -(-PROJECTED // 64) * 64)[..., :PROJECTED]
+
+
+def variants_norm(run: Run) -> None:
+    """Warps of a row, programs and rows in flight of the backward, of the gated norm and of that of a sum."""
+    from longspan.ops.triton import rms_norm as launched
+
+    usual = launched._warps, launched.PROGRAMS, launched.AHEAD
+    y, z, weight = normal(8, 4096, INNER), spread(8, 4096)[..., :INNER], normal(INNER, dtype=FP32)
+    dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
+    x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    for warps, programs, ahead in (
+        (4, 528, 2),
+        (4, 528, 1),
+        (4, 704, 1),
+        (4, 1056, 2),
+        (4, 528, 3),
+        (8, 528, 2),
+        (2, 528, 2),
+    ):
+        launched._warps, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        try:
+            run.add(
+                "norms of 32,768 tokens",
+                gated_forward_ms=device_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16)),
+                gated_backward_ms=device_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz)),
+                sum_forward_ms=device_ms(lambda: launched._add_forward(x, branch, scale, 1e-5, BF16)),
+                sum_backward_ms=device_ms(lambda: launched._add_backward(x, branch, x, scale, 1e-5, FP32, BF16)),
+                warps=warps,
+                programs=programs,
+                ahead=ahead,
+            )
+        finally:
+            launched._warps, launched.PROGRAMS, launched.AHEAD = usual
+
+
+def variants_loss(run: Run) -> None:
+    """Words at a time and warps of a token, for vocabularies of 32,000 and 49,152."""
+    from longspan.ops.triton import cross_entropy as launched
+
+    usual = launched.BLOCK, launched.WARPS
+    for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
+        logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
+        counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+        for block, warps in (usual, (8192, 32), (4096, 16), (16384, 32), (4096, 8)):
+            launched.BLOCK, launched.WARPS = block, warps
+            try:
+                ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))
+                floor = run.floor_ms(2 * logits.numel() * 2, 0)
+                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block=block, warps=warps)
+            finally:
+                launched.BLOCK, launched.WARPS = usual
+
+
+VARIANTS: dict[str, Callable[[Run], None]] = {
+    "variants conv": variants_conv,
+    "variants ssd": variants_ssd,
+    "variants norm": variants_norm,
+    "variants loss": variants_loss,
+    "variants scan": variants_scan,
+}
