@@ -236,6 +236,7 @@ def test_perplexities_of_the_harness_weigh_by_their_counts(
     [
         (("import", "{file}", "--format", "lm_eval", "--to", "{run}"), "lm-eval (samples_*.jsonl"),
         (("import", "nowhere.jsonl", "--format", "longbench", "--to", "{run}"), "nowhere.jsonl is not there"),
+        (("import", ".", "--format", "longbench", "--to", "{run}"), ". is a folder"),
         (("import", "{file}", "--format", "lm-eval", "--to", "{run}"), "no `doc_id` and `target`"),
         (("rescore", "nowhere"), "nowhere holds no records"),
         (("rescore", "{run}", "--scorer", "strict"), "longbench_v2: official, earlier, first_pass, robust"),

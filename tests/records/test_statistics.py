@@ -291,3 +291,11 @@ def test_an_interval_of_few_discordant_pairs_is_finite_and_covers() -> None:
         assert interval.high - interval.low < 0.3
         inside += interval.low <= 0.04 * 0.5 <= interval.high
     assert inside / draws >= 0.94
+
+
+def test_resamples_without_a_difference_tell_nothing_whatever_rounding_leaves() -> None:
+    # Means over seeds are no whole numbers: among clusters that all agree their spread is rounding and not 0.
+    numerator_a, numerator_b, ones = np.zeros((48, 1)), np.zeros((48, 1)), np.ones((48, 1))
+    numerator_a[3], numerator_b[5] = 0.1, 1 / 3
+    (found,) = s.paired_bootstrap(numerator_a, ones, numerator_b, ones, seed=0)
+    assert found.multiplier == math.inf

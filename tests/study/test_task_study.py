@@ -152,6 +152,10 @@ def test_named_levels_are_chosen_by_their_names(study: str) -> None:
     assert [subject.config.model.pattern for subject in both] == ["AA", "MM"]
     (one,) = expand(load_study(study, ["pattern=Mamba-2"])).subjects
     assert (one.label, one.config.model.pattern) == ("Mamba-2", "MM")
+    (listed,) = expand(load_study(study, ["pattern=[attention]"])).subjects
+    assert (listed.label, listed.config.model.pattern) == ("attention", "AA")
+    with pytest.raises(UserError, match="can mean two things"):
+        load_study(study, ["pattern=[AM]"])
     (other,) = expand(load_study(study, ["pattern=AM"])).subjects
     assert (other.label, other.config.model.pattern) == ("AM", "AM")
     named = expand(load_study(study, ["vary.pattern={short: A, long: AAA}"])).subjects

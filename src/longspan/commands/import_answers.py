@@ -86,6 +86,8 @@ def import_answers(
 
 
 def _read(file: Path, form: str, subject: str | None, context: int | None) -> tuple[Imported, str]:
+    if file.is_dir():
+        raise UserError(f"{file} is a folder", FORMATS[form], f"name the files in it, e.g. {file}/*.jsonl")
     if not file.is_file():
         raise UserError(f"{file} is not there", FORMATS[form], "check the path")
     if form == "lm-eval":

@@ -226,8 +226,9 @@ def _bootstrap(na: Array, da: Array, nb: Array, db: Array, seed: int, resamples:
             spread += (1 if i == j else 2) * factors[i] * factors[j] * product
         error_star = np.sqrt(np.maximum(spread, 0) * clusters / (clusters - 1))
         distance = np.abs(change_a - change_b)
-        # A resample of one document repeated has no spread: it can tell nothing, which counts against us.
-        tests.append(np.where(error_star > 1e-9 * error, distance / np.maximum(error_star, 1e-300), np.inf))
+        # A resample of clusters that all agree has no spread: it can tell nothing, which counts against us. What
+        # rounding leaves of a variance is some 1e-16 of its terms, so 1e-8 to 1e-7 of the error.
+        tests.append(np.where(error_star > 1e-6 * error, distance / np.maximum(error_star, 1e-300), np.inf))
     multiplier = np.quantile(np.concatenate(tests), 0.95, axis=0, method="higher")
     floor = float(special.stdtrit(clusters - 1, 0.975))
     # rounding leaves a spread of 1e-17 where all clusters agree exactly

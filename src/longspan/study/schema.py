@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     raw["probes"] = named_probes(raw.get("probes") or [])
     overrides = tuple(overrides)
     changes = [read_override(text) for text in overrides]
-    _refuse_bare_groups(overrides, changes)
+    _refuse_bare_groups(overrides, changes, _named_patterns(raw.get("vary")))
     chosen = next((str(value) for key, value in reversed(changes) if key == "variant"), str(raw.get("variant") or ""))
     variants = {
         name: checked_mapping(f"variants.{name}", overlay)
@@ -194,11 +194,20 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     )
 
 
-def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, Any]]) -> None:
-    """`pattern=[AM]` is a list to YAML and one layer with two mixers to a reader: neither is taken silently."""
+def _named_patterns(vary: Any) -> set[str]:
+    """The names that the study gives to its patterns."""
+    patterns = vary.get("pattern", vary.get(".".join(PATTERN))) if isinstance(vary, Mapping) else None
+    return {str(name) for name in patterns} if isinstance(patterns, Mapping) else set()
+
+
+def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, Any]], named: Collection[str]) -> None:
+    """`pattern=[AM]` is a list to YAML and one layer with two mixers to a reader: neither is taken silently.
+
+    `pattern=[RoPE]` is the pattern of that name where the study has one.
+    """
     for text, (key, value) in zip(overrides, changes, strict=True):
         bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
-        if bare and value == [bare[1]] and resolve_key(key.removeprefix("vary.")) == PATTERN:
+        if bare and value == [bare[1]] and bare[1] not in named and resolve_key(key.removeprefix("vary.")) == PATTERN:
             layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""
             raise UserError(
                 f"override {text!r}, which can mean two things",
