@@ -17,6 +17,8 @@ from longspan.report.data import ProbeSection
 from longspan.report.decision import value_text
 
 HEIGHT = 300
+WIDTH = 580
+"""Of the chart in pixels; the page makes it a little wider or narrower."""
 SHARES = tuple(10.0**power for power in range(-6, 1))
 
 
@@ -69,7 +71,9 @@ def _chart(rows: Sequence[Row], x: Axis, y: Axis) -> dict[str, Any]:
         points.mark_point(filled=True, size=95, opacity=1, strokeWidth=2).encode(
             y=encode_y, fill=alt.condition("datum.open", alt.value(PAPER), colour),
             stroke=alt.Stroke("c:N", scale=None, legend=None), tooltip=tip),
-        points.mark_text(align="left", dx=10, fontWeight=600).encode(y=alt.Y("label_y:Q"), text="name:N", color=colour),
+        *(points.transform_filter(f"datum.left == {str(left).lower()}")
+          .mark_text(align="right" if left else "left", dx=-10 if left else 10, fontWeight=600)
+          .encode(y=alt.Y("label_y:Q"), text="name:N", color=colour) for left in (False, True)),
     ]  # fmt: skip
     return charts.single(layers, values, HEIGHT)
 
@@ -79,12 +83,16 @@ def _domain(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _labelled(rows: Sequence[Row], domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list[Row]:
-    """Names beside their points, spread apart among neighbours."""
-    values = sorted((dict(row) for row in rows), key=lambda row: row["y"])
+    """Names beside their points, on the side where they meet no other subject, spread apart among neighbours."""
+    values = [dict(row) for row in rows]
+    for row in values:
+        right, left = (_meets(row, values, side, domain_x, domain_y) for side in (1, -1))
+        row["left"] = right and not left
     near = math.log(domain_x[1] / domain_x[0]) / 5
     groups: list[list[Row]] = []
-    for row in sorted(values, key=lambda row: row["x"]):
-        if groups and math.log(row["x"] / groups[-1][-1]["x"]) < near:
+    for row in sorted(values, key=lambda row: (row["left"], row["x"])):
+        last = groups[-1][-1] if groups else None
+        if last is not None and last["left"] == row["left"] and math.log(row["x"] / last["x"]) < near:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -94,6 +102,21 @@ def _labelled(rows: Sequence[Row], domain_x: tuple[float, float], domain_y: tupl
         for row, place in zip(group, places, strict=True):
             row["label_y"] = value_at(place, domain_y, "log", HEIGHT)
     return values
+
+
+def _meets(
+    row: Row, rows: Sequence[Row], side: int, domain_x: tuple[float, float], domain_y: tuple[float, float]
+) -> bool:
+    """Whether a name on a side of its point (1 right, -1 left) runs over another subject's point or bar, or out."""
+    here = pixel(row["x"], domain_x, "log", WIDTH)
+    height = pixel(row["y"], domain_y, "log", HEIGHT)
+    end = here + side * charts.width_of([row["name"]])
+    for other in rows:
+        across = side * (pixel(other["x"], domain_x, "log", WIDTH) - here)
+        marked = [pixel(other[key], domain_y, "log", HEIGHT) for key in ("y", "low", "high") if other[key]]
+        if 0 < across < abs(end - here) + 8 and min(marked) - 12 < height < max(marked) + 12:
+            return True
+    return side < 0 and end < 0
 
 
 def _lines(domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list[Row]:
