@@ -44,7 +44,9 @@ class Mqar(Task):
     def _fits(self) -> Self:
         if not self.pairs or min(self.pairs) < 1:
             raise UserError(
-                f"pairs = {list(self.pairs)}", "numbers of pairs, each at least 1", "give one or more, e.g. [4, 8]"
+                f"pairs = {list(self.pairs)}",
+                "one or more numbers of pairs, each at least 1",
+                "give `pairs` as a list, e.g. [4, 8]",
             )
         if self.length % 2:
             raise UserError(f"length = {self.length}", "an even number of positions", f"use {self.length + 1}")
