@@ -12,8 +12,8 @@ from longspan.records.observation import Measurement, Summary
 from longspan.report import page
 from longspan.report.arms import arrange
 from longspan.report.bound_figure import bound_figure
-from longspan.report.charts import static_spec
 from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.figure import static_spec
 from longspan.report.figures import quality_figures
 
 

@@ -12,9 +12,9 @@ from longspan.records.observation import Measurement, Metric
 from longspan.report import charts, findings, numbers, tables
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, pixel, spread, value_at, x_channel, y_channel
-from longspan.report.charts import LINE, PAPER, SOFT, Figure
 from longspan.report.data import ProbeSection
 from longspan.report.decision import value_text
+from longspan.report.figure import LINE, PAPER, SOFT, Figure
 
 HEIGHT = 300
 WIDTH = 580
