@@ -53,7 +53,8 @@ def _row(m: Measurement, limit: Measurement, metric: Metric, bound: Metric, arms
 
 
 def _chart(rows: Sequence[Row], x: Axis, y: Axis) -> dict[str, Any]:
-    domain_x = _domain([row["x"] for row in rows])
+    # At the left there is room for a name.
+    domain_x = _domain([row["x"] for row in rows], below=3.0)
     domain_y = _domain([row[key] for row in rows for key in ("y", "low", "high") if row[key]])
     values = [*_labelled(rows, domain_x, domain_y), *_lines(domain_x, domain_y)]
     encode_x, encode_y = x_channel(x, domain_x), y_channel(y, domain_y)
@@ -78,8 +79,8 @@ def _chart(rows: Sequence[Row], x: Axis, y: Axis) -> dict[str, Any]:
     return charts.single(layers, values, HEIGHT)
 
 
-def _domain(values: Sequence[float]) -> tuple[float, float]:
-    return min(values) / 2, max(values) * 2
+def _domain(values: Sequence[float], below: float = 2.0) -> tuple[float, float]:
+    return min(values) / below, max(values) * 2
 
 
 def _labelled(rows: Sequence[Row], domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list[Row]:
