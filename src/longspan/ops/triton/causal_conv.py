@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.sums import add_up
 from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
 LARGEST_TAPS = 4
@@ -34,7 +35,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(32, 256, 1), Tile(64, 256, 2)
+FORWARD = BACKWARD = Tile(128, 256, 2)
 
 
 @triton.jit
@@ -249,7 +250,7 @@ def run_backward(
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
         SPAN=BACKWARD.span, CHANNELS=BACKWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=BACKWARD.warps,
     )  # fmt: skip
-    sums_KD = sums_JKD.sum(0)
+    sums_KD = add_up(sums_JKD.view(1, -1, 5 * channels)).view(5, channels)
     bias_dtype = weight_DK.dtype if bias_D is None else bias_D.dtype
     dweight_DK = sums_KD[:taps].flip(0).T.to(weight_DK.dtype).contiguous()
     return dweight_DK, sums_KD[4].to(bias_dtype)
