@@ -109,12 +109,12 @@ def variants_conv(run: Run) -> None:
     )
     usual = launched.FORWARD, launched.BACKWARD
     for tile in (
-        (128, 256, 2),
-        (256, 256, 2),
-        (128, 256, 4),
-        (256, 256, 4),
-        (128, 128, 2),
-        (128, 128, 1),
+        (128, 256, 2, 2),
+        (128, 256, 2, 4),
+        (112, 256, 2, 4),
+        (148, 256, 2, 4),
+        (296, 256, 2, 4),
+        (256, 256, 4, 4),
     ):
         try:
             launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
