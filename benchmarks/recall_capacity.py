@@ -1,6 +1,6 @@
 """Recall capacity: how many bits of MQAR does a state of N numbers a channel come to hold, and is that in proportion?
 
-    python benchmarks/recall_capacity.py                          # 46 trainings, about 25 min on 4 cores
+    python benchmarks/recall_capacity.py                          # 42 trainings, about 25 min on 4 cores
     python benchmarks/recall_capacity.py --processes 16 --seconds 420
 
 Trains the two Mamba-2 layers of `recall variant=cpu` (width 32, fp32, its recipe) with states of N = 1 to 16, each in

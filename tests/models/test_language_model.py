@@ -46,6 +46,19 @@ def test_dt_lies_in_its_range_after_the_whole_model_is_built(init):
     assert a.max() <= 16 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("letter", ["M", "m"])
+def test_every_step_size_of_an_ssm_follows_its_input_and_learns(letter):
+    """An earlier code clamped them at their upper end from the start: constant, and without a gradient."""
+    model = build(letter)
+    tokens = torch.randint(0, 50, (2, 32), generator=torch.Generator().manual_seed(0))
+    loss, _ = model.loss(tokens, tokens.roll(-1, 1))
+    loss.backward()
+    mixer = model.blocks[0].mixer
+    projection = mixer.in_proj.weight.grad[-mixer.heads :] if letter == "M" else mixer.dt_proj.weight.grad
+    assert (mixer.dt_bias.grad != 0).all()
+    assert (projection != 0).any(dim=1).all()
+
+
 def test_what_writes_into_the_residual_stream_starts_small():
     shallow, deep = build("A"), build("A8")
     for part in ("mixer.out_proj", "mlp.output_linear"):

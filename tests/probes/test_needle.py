@@ -263,6 +263,12 @@ def test_what_cannot_be_asked_is_refused_with_a_way_out(
         probe_with(**settings).items(text)
 
 
+@pytest.mark.parametrize("settings", [{"needles": 5}, {"candidates": 3}, {"contexts": [32]}, {"values": []}])
+def test_settings_that_fit_no_text_are_refused_before_anything_is_trained(settings: dict[str, object]) -> None:
+    with pytest.raises(UserError):
+        probe_with(**settings).check_task(None)
+
+
 def test_a_number_that_goes_on_is_another_number() -> None:
     assert is_exact(" 4711", "4711")
     assert is_exact("4711. The", "4711")

@@ -36,7 +36,7 @@ def data_of(settings: dict[str, Any], folder: Path) -> ProbeData:
     return ProbeData(prepared.shards["test"], prepared.tokenizer, 32, task=prepared.task)
 
 
-def half_taught(task: Task, pattern: str, steps: int = 60) -> NativeEngine:
+def half_taught(task: Task, pattern: str, steps: int = 30) -> NativeEngine:
     """A subject that gets some strings right and some wrong."""
     config = ModelConfig(pattern=pattern, width=24, heads=2, state=8, mamba_head_dim=8, chunk=16, mlp_width=32)
     tokenizer = task.tokenizer()
@@ -55,7 +55,6 @@ def half_taught(task: Task, pattern: str, steps: int = 60) -> NativeEngine:
     ("name", "pattern"),
     [
         ("copy", "AA"),
-        ("copy", "MM"),
         ("copy", "AM"),
         ("copy", "[AM]L"),
         ("suffix_ngram", "AM"),
@@ -66,8 +65,8 @@ def half_taught(task: Task, pattern: str, steps: int = 60) -> NativeEngine:
 def test_both_ways_agree_on_every_string(name: str, pattern: str, tmp_path: Path, ask: Any) -> None:
     data = data_of(TASKS[name], tmp_path)
     assert data.task is not None
-    records = ask(make_probe("task", {"strings": 48}), half_taught(data.task, pattern), data)
-    assert len(records) == 48 * len(data.task.sizes())
+    records = ask(make_probe("task", {"strings": 24}), half_taught(data.task, pattern), data)
+    assert len(records) == 24 * len(data.task.sizes())
     whole = [all(record.answer["forced"]) for record in records]
     # A test of subjects that are always right or always wrong would show nothing.
     assert 0 < sum(whole) < len(whole)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
+import vl_convert
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.report.axes import log_steps, spread
+from longspan.report import charts, page
+from longspan.report.axes import Axis, log_steps, spread
 from longspan.report.findings import crossovers
 
 
@@ -24,6 +27,16 @@ def test_log_axes_have_few_ticks_inside_their_domain(low: float, factor: float) 
         ticks = log_steps((low, low * factor), base)
         assert len(ticks) <= 6
         assert all(low <= tick <= low * factor for tick in ticks)
+
+
+def test_zero_of_an_axis_in_thousands_is_called_zero() -> None:
+    rows = [{"name": "A", "value": 90_000.0, "low": None, "high": None, "c": "#000", "text": "", "hollow": False,
+             "detail": "", "zone": 0}]  # fmt: skip
+    spec = charts.dots(rows, Axis("samples", form="~s", zero=True))
+    svg = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=page.VEGA_LITE)
+    assert ">0<" in svg
+    assert ">20k<" in svg
+    assert ">0k<" not in svg
 
 
 def test_a_crossing_is_found_between_its_contexts_and_says_its_doubt() -> None:

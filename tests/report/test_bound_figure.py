@@ -12,8 +12,8 @@ from longspan.records.observation import Measurement, Summary
 from longspan.report import page
 from longspan.report.arms import arrange
 from longspan.report.bound_figure import bound_figure
-from longspan.report.charts import static_spec
 from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.figure import static_spec
 from longspan.report.figures import quality_figures
 
 
@@ -52,6 +52,27 @@ def test_subjects_that_hold_in_proportion_lie_on_one_line_of_equal_share(quickst
     for theme in ("light", "dark"):
         spec = json.dumps(static_spec(figure, arms, theme))
         assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
+
+
+def test_a_name_stands_on_the_side_where_it_runs_over_no_other_subject(quickstart_report: ReportInput) -> None:
+    first, second, third = (subject.label for subject in quickstart_report.subjects)
+    found = (
+        # A bar that reaches down beside the first point, and a point to the right of the second one.
+        *(
+            measured("half", *each)
+            for each in ((first, 6.0, 6.0, 18.0), (second, 80.0, 5.0, 80.7), (third, 80.7, 80, 81))
+        ),
+        *(
+            measured("state_bits", who, bits, bits, bits)
+            for who, bits in ((first, 27e3), (second, 30e3), (third, 33e3))
+        ),
+    )
+    section = ProbeSection("recall", "MQAR", "", make_probe("mqar").metrics, Summary(found, (), ()))
+    (metric,) = (each for each in section.metrics if each.bound)
+    figure = bound_figure("half", section, metric, arrange(quickstart_report))
+    assert figure is not None
+    left = {row["name"]: row["left"] for row in figure.spec["data"]["values"] if "name" in row}
+    assert left == {first: True, second: True, third: False}
 
 
 def test_without_a_known_state_the_loads_stand_alone(quickstart_report: ReportInput) -> None:

@@ -15,6 +15,7 @@ from longspan.records.observation import Metric, Observation, summarise
 from longspan.report import charts, figures, page, palette
 from longspan.report.arms import arrange
 from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.figure import THEMES, static_spec
 from longspan.report.heat import STEPS, step_of
 
 FOUND = Metric(
@@ -88,7 +89,7 @@ def test_it_draws_in_both_themes_with_one_scale(report: ReportInput) -> None:
     assert scale["domain"] == [0.0, 1.0]
     assert len(scale["range"]) == STEPS
     for theme in ("light", "dark"):
-        spec = charts.static_spec(figure, arrange(report), theme)
+        spec = static_spec(figure, arrange(report), theme)
         assert "var(--" not in json.dumps(spec)
         svg = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=page.VEGA_LITE)
         for colour in (palette.heat_shades()["heat9"], palette.heat_shades()["heat2"]):
@@ -132,7 +133,7 @@ def test_an_axis_reaches_the_bound_of_a_metric_and_its_table_keeps_small_places_
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_colours_run_steadily_away_from_the_paper_and_their_text_is_readable(theme: str) -> None:
     shades = {name: getattr(shade, theme) for name, shade in palette.heat_shades().items()}
-    paper = charts.THEMES[theme]["paper"]
+    paper = THEMES[theme]["paper"]
     away = [palette.contrast(shades[palette.heat_name(step)], paper) for step in range(STEPS)]
     assert all(b > 1.1 * a for a, b in pairwise(away)), away
     for step in range(STEPS):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from longspan.records.observation import Measurement, Metric, Summary
-from longspan.report import charts
 from longspan.report.arms import arrange
 from longspan.report.data import ProbeSection, ReportInput, TrainingCurve
+from longspan.report.figure import static_spec
 from longspan.report.figures import quality_figures
 from longspan.report.mastery_figures import mastery_figures
 
@@ -89,7 +89,7 @@ def test_accuracy_is_drawn_with_intervals_and_a_table(learned: ReportInput) -> N
 def test_both_charts_have_colours_in_both_themes(learned: ReportInput, theme: str) -> None:
     arms = arrange(learned)
     for figure in mastery_figures(learned, arms):
-        assert "var(--" not in str(charts.static_spec(figure, arms, theme))
+        assert "var(--" not in str(static_spec(figure, arms, theme))
 
 
 def test_what_is_read_off_a_curve_has_a_figure_and_whole_numbers(quickstart_report: ReportInput) -> None:

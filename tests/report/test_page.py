@@ -10,9 +10,10 @@ import pytest
 import vl_convert
 
 from longspan.records.observation import Summary
-from longspan.report import charts, page
+from longspan.report import page
 from longspan.report.content import compared_units
 from longspan.report.data import ReportInput, Reproduce, SubjectFacts
+from longspan.report.figure import static_spec
 from longspan.report.tables import summary_rows
 
 SECTIONS = [
@@ -120,7 +121,7 @@ def test_every_chart_draws_in_both_themes(content: page.Content) -> None:
     shown = {figure.name: figure for figure in content.figures}
     assert {"answer", "position-curve-nll", "state-bytes", "pareto-state-bytes", "training-loss"} <= shown.keys()
     for name, theme in (("answer", "light"), ("position-curve-nll", "dark"), ("training-grad-norm", "light")):
-        spec = charts.static_spec(shown[name], content.arms, theme)
+        spec = static_spec(shown[name], content.arms, theme)
         assert "var(--" not in json.dumps(spec)
         assert "<svg" in vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=page.VEGA_LITE)
 
@@ -130,7 +131,7 @@ def test_panels_draw(leakage_report: ReportInput) -> None:
     figure = next(f for f in laid_out.figures if f.name == "position-curve-nll")
     assert figure.panels == 4
     assert "<svg" in vl_convert.vegalite_to_svg(
-        json.dumps(charts.static_spec(figure, laid_out.arms)), vl_version=page.VEGA_LITE
+        json.dumps(static_spec(figure, laid_out.arms)), vl_version=page.VEGA_LITE
     )
     names = [f.name for f in laid_out.comparisons]
     assert "perplexity-bits-per-byte-differences-effects" in names
@@ -179,7 +180,7 @@ def test_values_without_intervals_draw_and_are_marked(quickstart_report: ReportI
     assert laid_out.decision.verdict == "undecided"
     for name in ("position-curve-nll", "perplexity-bits-per-byte-differences"):
         figure = next(f for f in laid_out.figures if f.name == name)
-        spec = json.dumps(charts.static_spec(figure, laid_out.arms), allow_nan=False)
+        spec = json.dumps(static_spec(figure, laid_out.arms), allow_nan=False)
         assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
 
 

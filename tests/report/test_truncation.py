@@ -14,8 +14,8 @@ from longspan.records.observation import Summary, summarise
 from longspan.records.store import Record
 from longspan.report import figures, page, truncation
 from longspan.report.arms import arrange
-from longspan.report.charts import static_spec
 from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.figure import static_spec
 
 SUBJECTS = ("AAAA", "MMMM", "AMAM")
 PROBE = make_probe("longbench_v2", {})

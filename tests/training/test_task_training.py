@@ -141,8 +141,7 @@ def test_mastery_ends_training_and_says_what_it_took(tmp_path: Path) -> None:
     assert not hard.stopped_early
 
 
-def test_the_step_size_moves(tmp_path: Path) -> None:
-    """An earlier code's schedule never left its first value."""
+def test_every_step_has_the_rate_of_its_schedule(tmp_path: Path) -> None:
     training = settings()
     run(tmp_path, training)
     rates = [line["lr"] for line in numbers(tmp_path) if line["kind"] == "train"]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine
 from longspan.foundation.errors import UserError
@@ -319,10 +320,6 @@ class Needle(Probe):
 
     def _contexts(self, data: ProbeData) -> tuple[int, ...]:
         if self.contexts is not None:
-            if min(self.contexts, default=0) < SHORTEST:
-                raise UserError(
-                    f"contexts {list(self.contexts)}", f"one or more lengths from {SHORTEST} on", "mend `contexts`"
-                )
             return tuple(sorted(set(self.contexts)))
         found = [256]
         while found[-1] * 2 <= 2 * data.context:
@@ -357,6 +354,11 @@ class Needle(Probe):
         """The settings on which what is drawn depends."""
         return [self.depths, self.per_cell, self.needles, self.questions, self.candidates, self.haystack, self.needle]
 
+    def check_task(self, task: Task | None) -> None:
+        """Refuse settings that go together with no corpus, before anything is trained."""
+        del task
+        self._check_settings()
+
     def _check_settings(self) -> None:
         if self.needles > self.depths:
             raise UserError(
@@ -370,6 +372,9 @@ class Needle(Probe):
             )
         if not self.values:
             raise UserError("values = []", "number, name", "name one or both in `values`")
+        if self.contexts is not None and min(self.contexts, default=0) < SHORTEST:
+            fix = f"raise or leave out those below {SHORTEST}; without `contexts`, they follow from training's"
+            raise UserError(f"contexts {list(self.contexts)}", f"one or more lengths from {SHORTEST} on", fix)
 
     def _few_facts(self, kind: str, found: int) -> UserError:
         return UserError(

@@ -98,7 +98,8 @@ class TaskProbe(Probe):
         task = self.task(trained)
         sizes = tuple(sorted(set(self.sizes if self.sizes is not None else task.sizes())))
         if not sizes or sizes[0] < 1:
-            raise UserError(f"sizes {list(sizes)}", "one or more positive sizes", "mend `sizes`")
+            fix = "e.g. `sizes: [10, 20]`; without it, those of training"
+            raise UserError(f"sizes {list(sizes)}", "one or more positive sizes", fix)
         return self.strings_of(task, sizes, seed)
 
     def strings_of(self, task: Task, sizes: Sequence[int], seed: int) -> list[Item]:

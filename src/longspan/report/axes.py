@@ -12,6 +12,7 @@ import altair as alt
 Row = dict[str, Any]
 Scale = Literal["log", "linear"]
 TICKS = {
+    "~s": "datum.value === 0 ? '0' : format(datum.value, '~s')",
     "signed": "datum.value === 0 ? '0' : format(datum.value, '+~r')",
     "tokens": "datum.value >= 8192 ? (datum.value % 1024 == 0 ? format(datum.value / 1024, '~r') + 'k' : "
     "format(datum.value, '~s')) : format(datum.value, ',~r')",
@@ -19,7 +20,7 @@ TICKS = {
     "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? format(datum.value / 1024, '~r') + ' KiB' : "
     "format(datum.value, '~r') + ' B'",
 }
-"""Ticks that a d3 format cannot write: it has no binary prefixes and calls zero `+0`."""
+"""Ticks that a d3 format cannot write: it has no binary prefixes and calls zero `0k` or `+0`."""
 _BINARY = ("tokens", "bytes")
 
 

@@ -12,11 +12,13 @@ from longspan.records.observation import Measurement, Metric
 from longspan.report import charts, findings, numbers, tables
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, pixel, spread, value_at, x_channel, y_channel
-from longspan.report.charts import LINE, PAPER, SOFT, Figure
 from longspan.report.data import ProbeSection
 from longspan.report.decision import value_text
+from longspan.report.figure import LINE, PAPER, SOFT, Figure
 
 HEIGHT = 300
+WIDTH = 580
+"""Of the chart in pixels; the page makes it a little wider or narrower."""
 SHARES = tuple(10.0**power for power in range(-6, 1))
 
 
@@ -51,7 +53,8 @@ def _row(m: Measurement, limit: Measurement, metric: Metric, bound: Metric, arms
 
 
 def _chart(rows: Sequence[Row], x: Axis, y: Axis) -> dict[str, Any]:
-    domain_x = _domain([row["x"] for row in rows])
+    # At the left there is room for a name.
+    domain_x = _domain([row["x"] for row in rows], below=3.0)
     domain_y = _domain([row[key] for row in rows for key in ("y", "low", "high") if row[key]])
     values = [*_labelled(rows, domain_x, domain_y), *_lines(domain_x, domain_y)]
     encode_x, encode_y = x_channel(x, domain_x), y_channel(y, domain_y)
@@ -69,22 +72,28 @@ def _chart(rows: Sequence[Row], x: Axis, y: Axis) -> dict[str, Any]:
         points.mark_point(filled=True, size=95, opacity=1, strokeWidth=2).encode(
             y=encode_y, fill=alt.condition("datum.open", alt.value(PAPER), colour),
             stroke=alt.Stroke("c:N", scale=None, legend=None), tooltip=tip),
-        points.mark_text(align="left", dx=10, fontWeight=600).encode(y=alt.Y("label_y:Q"), text="name:N", color=colour),
+        *(points.transform_filter(f"datum.left == {str(left).lower()}")
+          .mark_text(align="right" if left else "left", dx=-10 if left else 10, fontWeight=600)
+          .encode(y=alt.Y("label_y:Q"), text="name:N", color=colour) for left in (False, True)),
     ]  # fmt: skip
     return charts.single(layers, values, HEIGHT)
 
 
-def _domain(values: Sequence[float]) -> tuple[float, float]:
-    return min(values) / 2, max(values) * 2
+def _domain(values: Sequence[float], below: float = 2.0) -> tuple[float, float]:
+    return min(values) / below, max(values) * 2
 
 
 def _labelled(rows: Sequence[Row], domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list[Row]:
-    """Names beside their points, spread apart among neighbours."""
-    values = sorted((dict(row) for row in rows), key=lambda row: row["y"])
+    """Names beside their points, on the side where they meet no other subject, spread apart among neighbours."""
+    values = [dict(row) for row in rows]
+    for row in values:
+        right, left = (_meets(row, values, side, domain_x, domain_y) for side in (1, -1))
+        row["left"] = right and not left
     near = math.log(domain_x[1] / domain_x[0]) / 5
     groups: list[list[Row]] = []
-    for row in sorted(values, key=lambda row: row["x"]):
-        if groups and math.log(row["x"] / groups[-1][-1]["x"]) < near:
+    for row in sorted(values, key=lambda row: (row["left"], row["x"])):
+        last = groups[-1][-1] if groups else None
+        if last is not None and last["left"] == row["left"] and math.log(row["x"] / last["x"]) < near:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -94,6 +103,21 @@ def _labelled(rows: Sequence[Row], domain_x: tuple[float, float], domain_y: tupl
         for row, place in zip(group, places, strict=True):
             row["label_y"] = value_at(place, domain_y, "log", HEIGHT)
     return values
+
+
+def _meets(
+    row: Row, rows: Sequence[Row], side: int, domain_x: tuple[float, float], domain_y: tuple[float, float]
+) -> bool:
+    """Whether a name on a side of its point (1 right, -1 left) runs over another subject's point or bar, or out."""
+    here = pixel(row["x"], domain_x, "log", WIDTH)
+    height = pixel(row["y"], domain_y, "log", HEIGHT)
+    end = here + side * charts.width_of([row["name"]])
+    for other in rows:
+        across = side * (pixel(other["x"], domain_x, "log", WIDTH) - here)
+        marked = [pixel(other[key], domain_y, "log", HEIGHT) for key in ("y", "low", "high") if other[key]]
+        if 0 < across < abs(end - here) + 8 and min(marked) - 12 < height < max(marked) + 12:
+            return True
+    return side < 0 and end < 0
 
 
 def _lines(domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list[Row]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from longspan.report import figures, numbers, tables
 from longspan.report.arms import Arms, arrange
-from longspan.report.charts import Figure
+from longspan.report.comparison_figures import comparison_figures
 from longspan.report.crossings import crossing_table
 from longspan.report.data import LedgerEntry, ProbeSection, ReportInput
 from longspan.report.decision import Decision, decide
+from longspan.report.figure import Figure
 from longspan.report.mastery_figures import mastery_figures
 from longspan.report.tables import Table
 from longspan.report.training_figures import training_figures
@@ -87,7 +88,7 @@ def lay_out(report: ReportInput) -> Content:
         figures.cost_figures(report, arms),
         crossing_table(report),
         figures.pareto_figures(report, arms),
-        [f for section in report.probes for f in figures.comparison_figures(report, section, arms)],
+        [f for section in report.probes for f in comparison_figures(report, section, arms)],
         [*mastery_figures(report, arms), *training_figures(report, arms)],
         [LedgerPart(entry, tables.ledger_table(entry.table) if entry.table else None) for entry in ledger],
     )

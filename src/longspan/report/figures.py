@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from longspan.records.observation import Comparison, Measurement, Metric
+from longspan.records.observation import Measurement, Metric
 from longspan.report import charts, crossings, findings, heat, numbers, tables, truncation
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, log_ticks
 from longspan.report.bound_figure import bound_figure
-from longspan.report.charts import Figure
 from longspan.report.data import ProbeSection, ReportInput, SubjectFacts
-from longspan.report.decision import difference_text, quantity, value_text
+from longspan.report.decision import quantity, value_text
+from longspan.report.figure import Figure
 from longspan.report.findings import Finding
 
 BAND = "Bands are 95 % intervals."
@@ -25,8 +25,6 @@ X_TITLES = {
     "window": "window (tokens)",
     "entries": "entries of the book",
 }
-MOST_PAIRS = 15
-MOST_CURVES = 6
 MOST_HALF = 6
 """Subjects whose lines can be told apart at half the width."""
 
@@ -111,25 +109,6 @@ def pareto_figures(report: ReportInput, arms: Arms) -> list[Figure]:
     return found
 
 
-def comparison_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
-    """Paired differences of every compared metric: a forest plot, or curves of the difference against x."""
-    found = []
-    for metric in section.metrics:
-        effects = findings.effects(section, metric.name)
-        compared = findings.pairs(section, metric.name)
-        if not (effects or compared):
-            continue
-        xs = sorted({c.x for c in compared if c.x is not None})
-        name = slug(f"{section.kind}-{metric.name}-differences")
-        if effects:
-            found.append(_forest(f"{name}-effects", section, metric, effects, arms, "Main effects: "))
-        if len(xs) > 1:
-            found.append(_difference_curves(name, section, metric, compared, arms))
-        elif compared:
-            found.append(_forest(name, section, metric, compared, arms, ""))
-    return found
-
-
 def slug(text: str) -> str:
     """A name for files and anchors."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "figure"
@@ -189,7 +168,7 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     seen = [row["x"] for row in rows]
     ticks = log_ticks([*seen, metric.mark] if metric.mark is not None else seen)
     beyond = None if metric.mark is None else 1.2 * metric.mark
-    x = Axis(_x_title(metric), section.x_scale, "tokens", values=ticks, reach=beyond)
+    x = Axis(title_of_x(metric), section.x_scale, "tokens", values=ticks, reach=beyond)
     under = truncation.underlay(report, section, metric)
     reach = None if under is None else 1.0
     y = Axis(metric.unit, form="~%" if percent else ",~r", zero=metric.kind == "proportion", reach=reach)
@@ -225,7 +204,7 @@ def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
     rows = [{"panel": headers[label], **_cell(metric, m)} for label in headers for m in found if m.subject == label]
     low, high = min(row["value"] for row in rows), max(row["value"] for row in rows)
     domain = (0.0, 1.0) if metric.kind == "proportion" else (low, high if high > low else low + 1.0)
-    x_title, y_title = _x_title(metric), metric.y_name or ""
+    x_title, y_title = title_of_x(metric), metric.y_name or ""
     columns = len(headers) if len(headers) <= 3 else 2 if len(headers) == 4 else 3
     spec = heat.heat_map(
         rows, domain, x_title=x_title, y_title=y_title, y_unit=metric.y_unit, percent=percent, columns=columns
@@ -282,7 +261,8 @@ def _unit_title(metric: Metric) -> str:
     )
 
 
-def _x_title(metric: Metric) -> str:
+def title_of_x(metric: Metric) -> str:
+    """What the x axis of a metric is called."""
     return X_TITLES.get(metric.x_name or "", metric.x_name or "")
 
 
@@ -325,7 +305,7 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
             found.append(_dot_figure(name, Finding(section, metric, points[0].x), arms))
             continue
         rows = [_point(metric, m) for m in points]
-        x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
+        x = Axis(title_of_x(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
         positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
         y = Axis(metric.unit, "log" if positive else "linear", "~s")
         how, doubt = ("Computed", "") if metric.kind == "exact" else ("Measured", f" {QUARTILES}")
@@ -388,109 +368,3 @@ def _dominates(finding: Finding, costs: dict[str, float], one: str, other: str, 
     sign = 1 if finding.metric.better == "lower" else -1
     better = sign * (values[one].value - values[other].value) < 0
     return better and costs[one] <= costs[other] and findings.decided(findings.between(finding, one, other))
-
-
-def _forest(
-    name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms, head: str
-) -> Figure:
-    shown, left_out = _worth_showing(section, metric, compared)
-    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
-    rows = [_forest_row(metric, _better_first(metric, c), factor, arms) for c in shown]
-    unit = "percentage points" if factor > 1 else _difference_unit(metric)
-    better = "left" if metric.better == "lower" else "right"
-    spec = charts.dots(rows, Axis(f"difference ({unit})", form="signed"), reference=0.0)
-    caption = (
-        f"Paired on the same {metric.counted}; the first subject of a pair looks better, {better} of zero. Filled: "
-        "beyond doubt after Holm's adjustment; rings: not decided. Grey: differences that this study would not find "
-        "reliably."
-    )
-    if left_out:
-        caption += f" {left_out} further pairs are in the table."
-    table = tables.comparison_table(metric, compared)
-    width = charts.width_of([row["text"] for row in rows]) + 8
-    return Figure(name, f"{head}{section.title}: {metric.title}", caption, spec, table, 1, width)
-
-
-def _forest_row(metric: Metric, c: Comparison, factor: float, arms: Arms) -> Row:
-    colour = "var(--soft)"
-    if c.decided:
-        colour = f"var({arms[c.a].variable})" if c.a in arms else "var(--ink)"
-    ends = [None if end is None else end * factor for end in (c.low, c.high)]
-    detail = f"p (Holm) {numbers.p_value(c.p_holm)}, n={c.n:,}; {c.method}" + (f"; {c.note}" if c.note else "")
-    return {"name": _pair(c), "value": c.difference * factor, "low": ends[0], "high": ends[1], "c": colour,
-            "text": difference_text(metric, c), "hollow": not c.decided, "detail": detail,
-            "zone": c.mde * factor if c.mde else 0}  # fmt: skip
-
-
-def _difference_unit(metric: Metric) -> str:
-    return "log scale" if metric.transform == "exp" else metric.unit or metric.title.lower()
-
-
-def _pair(c: Comparison) -> str:
-    if findings.is_effect(c):
-        factor, _, level = c.a.partition("=")
-        return f"{factor}: {level} − {c.b.partition('=')[2]}"
-    return f"{c.a} − {c.b}"
-
-
-def _better_first(metric: Metric, c: Comparison) -> Comparison:
-    sign = 1 if metric.better == "lower" else -1
-    return findings.turned(c) if sign * c.difference > 0 else c
-
-
-def _worth_showing(
-    section: ProbeSection, metric: Metric, compared: Sequence[Comparison]
-) -> tuple[list[Comparison], int]:
-    """All pairs where they are few; of many, those with the best subject."""
-    chosen = list(compared)
-    if len(chosen) > MOST_PAIRS:
-        finding = Finding(section, metric, chosen[0].x)
-        ranked = findings.order(metric, findings.measured(finding).values())
-        best = ranked[0].subject if ranked else chosen[0].a
-        chosen = [c for c in chosen if best in (c.a, c.b)] or chosen[:MOST_PAIRS]
-    chosen.sort(key=lambda c: (-abs(c.difference), c.a, c.b))
-    return chosen, len(compared) - len(chosen)
-
-
-def _difference_curves(
-    name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms
-) -> Figure:
-    """The difference of every pair against x, each in its own panel on shared axes."""
-    pairs = list(dict.fromkeys((c.a, c.b) for c in compared))
-    largest = max(c.x for c in compared if c.x is not None)
-    if len(pairs) > MOST_CURVES:
-        at_end = [c for c in compared if c.x == largest]
-        kept, _ = _worth_showing(section, metric, at_end)
-        pairs = [(c.a, c.b) for c in kept][:MOST_CURVES]
-    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
-    rows: list[Row] = [
-        {"pair": _pair(c), "x": c.x, "y": c.difference * factor, "n": c.n, "text": difference_text(metric, c),
-         "low": None if c.low is None else c.low * factor, "high": None if c.high is None else c.high * factor,
-         "zone": c.mde * factor if c.mde else 0.0, "decided": c.decided,
-         "open": c.low is not None and c.high is not None and factor > 1 and c.high - c.low >= 2.0 - 1e-9}
-        for c in compared if (c.a, c.b) in pairs and c.x is not None
-    ]  # fmt: skip
-    unit = "percentage points" if factor > 1 else _difference_unit(metric)
-    x = Axis(_x_title(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
-    columns = min(3, len(pairs))
-    least = charts.least_width([row["pair"] for row in rows], x.title)
-    spec = charts.differences(rows, x, Axis(f"difference ({unit})", form="signed"), columns)
-    direction = "below" if metric.better == "lower" else "above"
-    caption = (
-        f"The first subject of a pair is better where the line is {direction} zero. {BAND} Filled points are beyond "
-        "doubt after Holm's adjustment; the grey zone holds differences this study would not reliably detect."
-    )
-    left_out = len({(c.a, c.b) for c in compared}) - len(pairs)
-    caption += f" {left_out} further pairs are in the table." if left_out else ""
-    table = tables.comparison_table(metric, compared)
-    return Figure(
-        name,
-        f"{section.title}: {metric.title}, difference ({unit})",
-        caption,
-        spec,
-        table,
-        columns,
-        8,
-        len(pairs),
-        least,
-    )

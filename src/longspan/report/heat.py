@@ -9,7 +9,8 @@ import altair as alt
 
 from longspan.report import palette
 from longspan.report.axes import TICKS, Row
-from longspan.report.charts import INK, plain
+from longspan.report.charts import plain
+from longspan.report.figure import INK
 
 STEPS = palette.HEAT_STEPS
 ROW_HEIGHT = 32

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.report import crossings, tables
-from longspan.report.charts import Figure
 from longspan.report.content import VERDICTS, Content, subject_notes, subjects_lead
+from longspan.report.figure import Figure
 from longspan.report.tables import markdown_text
 
 

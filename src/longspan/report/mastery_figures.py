@@ -10,8 +10,8 @@ from longspan.records.statistics import wilson
 from longspan.report import charts, numbers, tables
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row
-from longspan.report.charts import Figure
 from longspan.report.data import ReportInput, TrainingCurve
+from longspan.report.figure import Figure
 
 HALF, MOST = 0.5, 0.9
 """String accuracies on the way to mastery: when a subject begins to be able to, and when it mostly is."""

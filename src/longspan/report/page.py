@@ -14,11 +14,11 @@ import vl_convert
 from markupsafe import Markup
 
 from longspan.foundation.files import atomic_directory, atomic_write
-from longspan.report import charts, crossings, numbers, palette, tables
+from longspan.report import crossings, numbers, palette, tables
 from longspan.report.arms import Arms
-from longspan.report.charts import Figure
 from longspan.report.content import VERDICTS, Content, compared_units, lay_out, same, subject_notes, subjects_lead
 from longspan.report.data import ReportInput, to_json
+from longspan.report.figure import FONT, THEMES, Figure, static_spec
 from longspan.report.markdown import markdown
 from longspan.report.tables import Table
 
@@ -55,7 +55,7 @@ def write_report(report: ReportInput, folder: Path, *, files: bool = True) -> Pa
 
 
 def _write_figure(figure: Figure, arms: Arms, folder: Path) -> None:
-    spec = json.dumps(charts.static_spec(figure, arms))
+    spec = json.dumps(static_spec(figure, arms))
     svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
     (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
     (folder / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
@@ -151,9 +151,9 @@ def _script_json(value: Any) -> Markup:
 
 
 def _styles(arms: Arms, letters: Sequence[tuple[str, str]]) -> str:
-    text = _template_text("report.css").replace("FONT", charts.FONT)
+    text = _template_text("report.css").replace("FONT", FONT)
     for theme in ("light", "dark"):
-        colours = [f"--{name}: {colour};" for name, colour in charts.THEMES[theme].items()]
+        colours = [f"--{name}: {colour};" for name, colour in THEMES[theme].items()]
         colours += [f"{name}: {getattr(shade, theme)};" for name, shade in arms.shades.items()]
         mixers = dict.fromkeys(["attention", "mamba2", *(mixer for _, mixer in letters)])
         colours += [f"{_variable(mixer)}: {getattr(palette.mixer_shade(mixer), theme)};" for mixer in mixers]

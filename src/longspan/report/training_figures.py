@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from longspan.report import charts, numbers, tables
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, Scale
-from longspan.report.charts import Figure
 from longspan.report.data import ReportInput
+from longspan.report.figure import Figure
 
 
 def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:

@@ -219,9 +219,12 @@ def test_rows_are_packed_as_published_and_the_cut_string_has_no_loss() -> None:
 
 def test_the_answer_stands_in_the_input_where_it_is_read_back_in() -> None:
     """An earlier code hid it behind padding, which turned copying into a task of counting positions."""
-    batch = next(batches(task_of("copy")))
-    scored = batch.targets[:, :-1] != IGNORE
-    assert np.array_equal(batch.tokens[:, 1:][scored], batch.targets[:, :-1][scored])
+    trained = next(batches(task_of("copy")))
+    validated = next(validation_batches(task_of("copy"), PackingConfig(), context=64, rows=4, strings=8))
+    for batch in (trained, validated):
+        scored = batch.targets[:, :-1] != IGNORE
+        assert scored.any()
+        assert np.array_equal(batch.tokens[:, 1:][scored], batch.targets[:, :-1][scored])
 
 
 def test_no_batch_comes_twice() -> None:

@@ -184,7 +184,8 @@ def check_range(name: str, low: int, high: int) -> None:
     """
     if low > high:
         given = f"min_{name} = {low} with max_{name} = {high}: no {name} lies between them"
-        raise UserError(given, f"min_{name} at most max_{name}, both included", "exchange them")
+        fix = f"raise max_{name} to {low} or more, or lower min_{name}; one {name} is a range too: set both to it"
+        raise UserError(given, f"min_{name} at most max_{name}, both included", fix)
 
 
 # --- registry ---------------------------------------------------------------------------------------------------------

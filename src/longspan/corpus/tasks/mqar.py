@@ -43,7 +43,11 @@ class Mqar(Task):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if not self.pairs or min(self.pairs) < 1:
-            raise UserError(f"pairs = {list(self.pairs)}", "one or more numbers of pairs, each at least 1", "add one")
+            raise UserError(
+                f"pairs = {list(self.pairs)}",
+                "one or more numbers of pairs, each at least 1",
+                "give `pairs` as a list, e.g. [4, 8]",
+            )
         if self.length % 2:
             raise UserError(f"length = {self.length}", "an even number of positions", f"use {self.length + 1}")
         if self.vocab_size % 2 or self.vocab_size <= self.length:

@@ -42,7 +42,7 @@ class LettersTask(Task):
             raise UserError(
                 f"vocab_size = {self.vocab_size} letters for {self.task}",
                 f"2 to {len(ALPHABET)} letters (the four signs are not counted)",
-                "the published number is 26",
+                "set `vocab_size` to one of these; 26 is the published number",
             )
         if self.curriculum:
             self.curriculum.check("length", self.min_length, self.max_length)
