@@ -127,6 +127,7 @@ def train_stage(
     prepared.validation_batches(packing, **shape)
     batches: list[TrainingBatches] = []
     if ranks.is_first:
+        end = None if prepared.task is None else prepared.task.vocabulary().end
         describe_run(
             folder,
             name=job.title.removeprefix("train "),
@@ -136,6 +137,7 @@ def train_stage(
             isolation=packing.isolation,
             context=training.context,
             plugins=job.details.get("plugins", ()),
+            ends=() if end is None else (end,),
         )
 
     def make_batches() -> TrainingBatches:
