@@ -156,7 +156,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
         UserError: for any combination that cannot be built or matched.
     """
     expansion: Expansion = expand(study)
-    _check_primary(study, expansion)
+    check_primary(study, expansion)
     check_probes(expansion)
     if study.plugins:
         own = [each.config for each in expansion.subjects if isinstance(each.config, SubjectConfig)]
@@ -196,7 +196,7 @@ def _items_context(study: Study, expansion: Expansion) -> int:
     return max(contexts)
 
 
-def _check_primary(study: Study, expansion: Expansion) -> None:
+def check_primary(study: Study, expansion: Expansion) -> None:
     """Refuse a primary metric that no probe of quality measures and compares (where the study has probes at all)."""
     metrics = {
         f"{name}.{metric.name}"

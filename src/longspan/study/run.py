@@ -120,7 +120,7 @@ def run_study(
 
     with letting_go(), _executor(side_by_side) as executor:
         run_all(executor, plan.jobs_until("prepare"))
-        if until in ("probe", "report"):
+        if until != "prepare":
             check_items(plan, runs)
         run_all(executor, first)
         if until in ("probe", "report"):
