@@ -362,6 +362,8 @@ def _print_outcome(outcome: Any, json: bool) -> None:
         print_json(outcome.to_json())
     else:
         print_summary(outcome)
+    if outcome.error is not None:
+        raise outcome.error
 
 
 def main() -> None:

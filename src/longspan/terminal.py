@@ -135,6 +135,13 @@ class Terminal:
         seconds = f" in {duration(time.monotonic() - shown.started)}" if shown is not None else ""
         self.line(f"done: {job.title}{seconds}{'  ' + text if text else ''}")
 
+    def failed(self, job: Job, text: str) -> None:
+        """Say that a job failed and the others go on."""
+        shown = self._jobs.pop(job.key, None)
+        if self._bars is not None and shown is not None and shown.task is not None:
+            self._bars.remove_task(shown.task)
+        self.line(f"failed: {job.title}  {text}")
+
     def _show_bar(self, job: Job, progress: Progress, shown: _Shown) -> None:
         assert self._bars is not None
         if shown.task is None:

@@ -57,6 +57,12 @@ def refusal(data: object, where: str = "") -> UserError:
         ({"pair": [1, "x"]}, "pair.1 = 'x'", "a number"),
         ({"share": "x"}, "share = 'x'", "a whole number or a number"),
         ({"flag": 3}, "flag = 3", "true or false"),
+        ({"width": True}, "width = true", "a number, not true or false"),
+        ({"share": False}, "share = false", "a number, not true or false"),
+        ({"inner": {"rate": True}}, "inner.rate = true", "a number, not true or false"),
+        ({"inner": {"steps": True}}, "inner.steps = true", "a number, not true or false"),
+        ({"pair": [0.5, True]}, "pair = [0.5, True]", "a number, not true or false"),
+        ({"named": {"a": {"rate": True}}}, "named.a.rate = true", "a number, not true or false"),
         ({"named": {"a": {"rate": None}}}, "named.a.rate = null", "a number"),
     ],
 )

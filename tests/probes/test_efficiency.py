@@ -59,6 +59,12 @@ def test_prompts_are_fresh_exact_and_repeat_a_short_split(data: ProbeData) -> No
     assert [item.details["context"] for item in probe.items(data)] == [32, 64, 128, 256, 512]
 
 
+def test_contexts_that_are_no_lengths_are_refused_when_they_are_read() -> None:
+    for contexts in ([0, 64], []):
+        with pytest.raises(UserError, match=r"probes\.efficiency: contexts [^$]*positive lengths"):
+            make_probe("efficiency", {**SETTINGS, "contexts": contexts})
+
+
 def test_time_per_token_is_a_line_over_the_contexts(
     data: ProbeData, fake: Callable[..., object], ask: Ask, read: Callable[..., object]
 ) -> None:

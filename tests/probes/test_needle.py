@@ -247,12 +247,8 @@ def test_items_depend_on_the_seed_and_on_nothing_of_the_subject(text: ProbeData)
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"needles": 5}, "one needle a depth"),
-        ({"candidates": 3}, "at least as many candidates as needles"),
         ({"contexts": [100]}, "the needles take"),
-        ({"contexts": [32]}, "lengths from 64 on"),
         ({"contexts": [60_000]}, "haystack: made_up"),
-        ({"values": []}, "number, name"),
         ({"longest_needle": 8}, "needle: made_up"),
     ],
 )
@@ -263,10 +259,22 @@ def test_what_cannot_be_asked_is_refused_with_a_way_out(
         probe_with(**settings).items(text)
 
 
-@pytest.mark.parametrize("settings", [{"needles": 5}, {"candidates": 3}, {"contexts": [32]}, {"values": []}])
-def test_settings_that_fit_no_text_are_refused_before_anything_is_trained(settings: dict[str, object]) -> None:
-    with pytest.raises(UserError):
-        probe_with(**settings).check_task(None)
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"needles": 5}, "one needle a depth"),
+        ({"candidates": 3}, "at least as many candidates as needles"),
+        ({"contexts": [32]}, "lengths from 64 on"),
+        ({"contexts": [0, 256]}, "lengths from 64 on"),
+        ({"contexts": []}, "lengths from 64 on"),
+        ({"values": []}, "number, name"),
+    ],
+)
+def test_settings_that_no_text_could_serve_are_refused_when_they_are_read(
+    settings: dict[str, object], rule: str
+) -> None:
+    with pytest.raises(UserError, match=rf"probes\.needle: [^$]*{rule}"):
+        probe_with(**settings)
 
 
 def test_a_number_that_goes_on_is_another_number() -> None:

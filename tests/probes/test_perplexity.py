@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.corpus.packing import PackingConfig
+from longspan.corpus.tasks import make_task
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.probes.base import ProbeData, make_probe
@@ -51,6 +52,13 @@ def test_perplexity_is_token_weighted_by_hand(
         assert values["perplexity"] == pytest.approx(math.exp(nats / len(scored)))
         size = data.tokenizer.token_bytes[scored].sum()
         assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
+
+
+def test_the_strings_of_a_task_are_no_text() -> None:
+    probe = make_probe("perplexity")
+    probe.check_task(None)
+    with pytest.raises(UserError, match="bits per byte of a task"):
+        probe.check_task(make_task({"task": "copy"}, ""))
 
 
 def test_a_uniform_subject_has_the_vocabulary_as_perplexity(

@@ -180,7 +180,7 @@ def test_too_few_documents_are_refused_with_numbers_and_a_way_out(
     with pytest.raises(UserError, match="use more or longer test documents"):
         probe_with().items(make_data(30, 40))
     with pytest.raises(UserError, match="positive lengths"):
-        probe_with(contexts=[0]).items(data)
+        probe_with(contexts=[0])
 
 
 def test_text_without_variety_is_refused(data: ProbeData, make_data: Callable[..., ProbeData]) -> None:

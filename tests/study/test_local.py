@@ -21,6 +21,8 @@ def test_a_killed_process_is_told_with_its_job_and_what_to_lower(tmp_path: Path)
     ]
     executor = LocalExecutor(["cpu", "cpu"])
     with pytest.raises(MachineError, match="out of memory and killed") as caught:
-        executor.run(jobs, tmp_path / "runs", lambda job, progress: None, lambda job, result: None)
+        executor.run(
+            jobs, tmp_path / "runs", lambda job, progress: None, lambda job, result: None, lambda job, reason: None
+        )
     assert "train AA seed" in caught.value.given
     assert "training.batch_tokens" in caught.value.fix

@@ -315,6 +315,14 @@ def test_a_corpus_without_validation_is_refused_before_training(run_longspan: Ru
     assert "the corpus has no validation split" in refused.stderr
 
 
+def test_a_test_split_that_cannot_serve_a_probe_is_refused_before_training(run_longspan: Run, tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    refused = run_longspan(tmp_path, "train", "mini.yaml", "probes.position_curve.min_documents=1000", check=False)
+    assert refused.returncode == 2
+    assert "error: probes.position_curve: " in refused.stderr
+    assert "done: train" not in refused.stderr
+
+
 def test_a_folder_that_cannot_be_written_is_no_defect(run_longspan: Run, tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(STUDY)
     (tmp_path / "there").mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from longspan.foundation.errors import UserError
+from longspan.study.budget_table import budget_table
 from longspan.study.expand import expand
 from longspan.study.overlay import resolve_key
 from longspan.study.plan import make_plan
@@ -175,6 +176,29 @@ def test_probes_can_be_replaced_as_a_list(study_file: Path) -> None:
 def test_a_primary_metric_that_nothing_measures_is_refused(study_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean `perplexity\.bits_per_byte`"):
         make_plan(load_study(str(study_file), ["primary=perplexity.bits_per_bite"]), tmp_path / "runs")
+    with pytest.raises(UserError, match=r"did you mean `perplexity\.bits_per_byte`"):
+        budget_table(load_study(str(study_file), ["primary=perplexity.bits_per_bite"]), tmp_path / "runs")
+
+
+def test_no_variant_is_named_by_nothing(study_file: Path) -> None:
+    study_file.write_text(SMALL + "variant: wide\n")
+    assert load_study(str(study_file)).variant == "wide"
+    for nothing in ("", "null"):
+        assert load_study(str(study_file), [f"variant={nothing}"]).variant == ""
+
+
+def test_the_folder_of_a_report_says_what_it_is_the_report_of(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name the file in it"):
+        load_study(str(tmp_path))
+    (tmp_path / "report.json").write_text('{"reproduce": {"command": "longspan run quickstart width=64"}}')
+    with pytest.raises(UserError, match="the report of `longspan run quickstart width=64`: name that study"):
+        load_study(str(tmp_path))
+
+
+def test_a_boolean_is_no_learning_rate(study_file: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.peak_lr = true"):
+        expand(load_study(str(study_file), ["peak_lr=true"]))
+    assert expand(load_study(str(study_file), ["peak_lr='2e-3'"])).subjects[0].config.training.peak_lr == 2e-3
 
 
 def test_a_plugin_is_part_of_what_a_job_is(study_file: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ if multiprocessing.current_process().name == "rank 1":
 
 
 def run(executor: LocalExecutor, job: Job, runs: Path) -> None:
-    executor.run([job], runs, lambda job, progress: None, lambda job, result: None)
+    executor.run([job], runs, lambda job, progress: None, lambda job, result: None, lambda job, reason: None)
 
 
 def test_a_killed_process_ends_the_others_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from longspan.engines.loading import load as load_engine
 from longspan.foundation.errors import Stopped, UserError
 from longspan.foundation.progress import Progress
 from longspan.records.store import RecordStore
@@ -47,6 +48,9 @@ def facts_of(page: str) -> ReportInput:
 def test_a_study_on_a_task_ends_in_a_report(study: str, tmp_path: Path) -> None:
     outcome = run_study(study, [], tmp_path / "runs", until="report", terminal=Terminal(quiet=True))
     facts = facts_of(outcome.data["report"])
+    for folder in (tmp_path / "runs/jobs").glob("train-*"):
+        engine = load_engine(folder)
+        assert engine.tokenizer.decode(sorted(engine.end_tokens)) == "."
     assert [subject.label for subject in facts.subjects] == ["attention", "Mamba-2"]
     assert [subject.factors for subject in facts.subjects] == [{"pattern": "attention"}, {"pattern": "Mamba-2"}]
     (section,) = facts.probes

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.foundation.config import Config
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, SubjectError, UserError
 
 Tokens = NDArray[Any]
 """Integer ids (T,), of any integer dtype."""
@@ -30,7 +30,7 @@ OWN = -1
 """In what is given to `generate`: the subject reads what it wrote itself."""
 
 
-class UnusableAnswer(DataError):
+class UnusableAnswer(SubjectError, DataError):
     """A subject answered with NaN or an infinity: there is no score to be had from it."""
 
 

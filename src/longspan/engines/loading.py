@@ -114,6 +114,7 @@ def engine_of(
         dtype=dtype,
         batch_tokens=batch_tokens,
         trained_context=run.context,
+        end_tokens=run.ends,
         name=run.name,
     )
     engine.weight_bytes = engine.num_parameters * torch_dtype(dtype).itemsize

@@ -9,7 +9,7 @@ training/       what the training loop writes: checkpoints/{best,last}/ and, las
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ class TrainedRun:
         isolation: what was kept apart in training.
         context: tokens of a training row; None where a model from elsewhere does not say.
         vocab_size: rows of the embedding, at least those of the tokenizer.
+        ends: ids that end what it writes, beside the boundary token.
         description: all of `subject.json`.
     """
 
@@ -54,6 +55,7 @@ class TrainedRun:
     isolation: Isolation
     context: int | None
     vocab_size: int
+    ends: frozenset[int]
     description: Mapping[str, Any]
 
     @staticmethod
@@ -82,6 +84,7 @@ class TrainedRun:
             isolation=found["isolation"],
             context=found["context"],
             vocab_size=found["vocab_size"],
+            ends=frozenset(found.get("ends", ())),
             description=found,
         )
 
@@ -142,6 +145,7 @@ def describe_run(
     context: int | None,
     plugins: Sequence[str | Path] = (),
     vocab_size: int | None = None,
+    ends: Iterable[int] = (),
 ) -> None:
     """Make `folder` a run's folder, `subject.json` last; training then writes below `training/`.
 
@@ -168,5 +172,6 @@ def describe_run(
         "isolation": isolation,
         "context": context,
         "plugins": names,
+        "ends": sorted(ends),
     }
     write_json(folder / SUBJECT, description)

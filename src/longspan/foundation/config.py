@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from longspan.foundation.errors import UserError
@@ -30,6 +30,17 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, data: Any) -> Any:
+        """Python counts `true` as 1: a learning rate of `true` would be trained with."""
+        for key, value in data.items() if isinstance(data, Mapping) else ():
+            if key in cls.model_fields and _is_mistaken(value, cls.model_fields[key].annotation):
+                raise ConfigError(
+                    key, f"{_PATH} = {shown_value(value)}", "a number, not true or false", f"change `{_PATH}`"
+                )
+        return data
 
     @classmethod
     def parse(cls, data: Any, where: str) -> Self:
@@ -181,6 +192,20 @@ def _fix(detail: ErrorDetails, wanted: Sequence[str]) -> str:
     if isinstance(detail["input"], list) and not any("list" in each for each in wanted):
         return f"give one value, or make a subject of each with `vary.{_PATH}=[...]`"
     return f"change `{_PATH}`"
+
+
+def _is_mistaken(value: Any, annotation: Any) -> bool:
+    """Whether a boolean stands, also within a list or mapping, where a number and no boolean is meant."""
+    members = _members(annotation)
+    if isinstance(value, bool):
+        taken = {*members, *(type(choice) for each in members for choice in typing.get_args(each))}
+        return bool({int, float} & set(members)) and bool not in taken
+    if not isinstance(value, list | tuple | Mapping):
+        return False
+    held = list(value.values()) if isinstance(value, Mapping) else list(value)
+    holder = _holder(members, "" if isinstance(value, Mapping) else 0)
+    inner = [each for each in typing.get_args(holder) if each is not Ellipsis] if holder else []
+    return bool(inner) and any(_is_mistaken(each, inner[-1]) for each in held)
 
 
 def _locate(config: type[BaseModel], detail: ErrorDetails) -> tuple[list[str], Any]:

@@ -49,7 +49,11 @@ class MachineError(UserError):
     exit_code = 1
 
 
-class DivergenceError(LongspanError):
+class SubjectError(LongspanError):
+    """What is wrong with one subject of a study and says nothing about the others, which go on."""
+
+
+class DivergenceError(SubjectError):
     """Training met a loss or gradient that is not finite; the message names the step and the layer."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.cuda import OutOfMemoryError, empty_cache
 
 from longspan.engines.base import Engine, Generation, LargestBatch, Sampling
@@ -72,6 +72,12 @@ class Efficiency(Probe):
     longest: float | None = Field(None, gt=0)
     largest_batch: bool | tuple[int, ...] = False
 
+    @model_validator(mode="after")
+    def _contexts_are_lengths(self) -> Self:
+        if self.contexts is not None and min(self.contexts, default=0) < 1:
+            raise UserError(f"contexts {list(self.contexts)}", "one or more positive lengths", "mend `contexts`")
+        return self
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """In order of importance."""
@@ -99,8 +105,6 @@ class Efficiency(Probe):
     def items(self, data: ProbeData) -> list[Item]:
         """One item per context."""
         contexts = self.contexts or tuple(sorted({max(2, data.context * k // 2) for k in (1, 2, 4, 8, 16)}))
-        if min(contexts) < 1:
-            raise UserError(f"contexts {list(contexts)}", "positive lengths", "mend `contexts`")
         if data.shards.num_tokens == 0:
             raise UserError("the test split is empty", "some text for prompts", "give it a larger share")
         return [Item(f"context-{n}", 0, n * (self.repeats + self.warm_ups), {"context": n}) for n in contexts]

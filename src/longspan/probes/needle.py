@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines.base import Engine
 from longspan.foundation.errors import UserError
@@ -117,7 +116,6 @@ class Needle(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """One text with its needles per item; the same texts at every context."""
-        self._check_settings()
         contexts, generator = self._contexts(data), numpy_generator(data.seed, "needle", *self._drawn_by())
         facts = self._facts(data, generator)
         documents = self._haystacks(data, contexts[-1])
@@ -354,12 +352,14 @@ class Needle(Probe):
         """The settings on which what is drawn depends."""
         return [self.depths, self.per_cell, self.needles, self.questions, self.candidates, self.haystack, self.needle]
 
-    def check_task(self, task: Task | None) -> None:
-        """Refuse settings that go together with no corpus, before anything is trained."""
-        del task
-        self._check_settings()
-
-    def _check_settings(self) -> None:
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if self.contexts is not None and min(self.contexts, default=0) < SHORTEST:
+            raise UserError(
+                f"contexts {list(self.contexts)}",
+                f"one or more lengths from {SHORTEST} on",
+                f"raise or leave out those below {SHORTEST}; without `contexts`, they follow from training's",
+            )
         if self.needles > self.depths:
             raise UserError(
                 f"{self.needles} needles at {self.depths} depths", "one needle a depth at most", "raise `depths`"
@@ -372,9 +372,7 @@ class Needle(Probe):
             )
         if not self.values:
             raise UserError("values = []", "number, name", "name one or both in `values`")
-        if self.contexts is not None and min(self.contexts, default=0) < SHORTEST:
-            fix = f"raise or leave out those below {SHORTEST}; without `contexts`, they follow from training's"
-            raise UserError(f"contexts {list(self.contexts)}", f"one or more lengths from {SHORTEST} on", fix)
+        return self
 
     def _few_facts(self, kind: str, found: int) -> UserError:
         return UserError(

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from longspan.corpus.packing import IGNORE, evaluation_batches
+from longspan.corpus.tasks import Task
 from longspan.engines.base import Engine, Tokens
 from longspan.foundation.errors import UserError
 from longspan.probes.base import Item, Probe, ProbeData, register
@@ -68,6 +69,15 @@ class Perplexity(Probe):
                 "remove it, or choose mode: per_document",
             )
         return self
+
+    def check_task(self, task: Task | None) -> None:
+        """Refuse the strings of a task: their tokens stand for no text, so there are no bytes to count."""
+        if task is not None:
+            raise UserError(
+                "bits per byte of a task, whose strings are no text",
+                "a corpus of documents",
+                "ask the probe `task` how many strings are right instead",
+            )
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

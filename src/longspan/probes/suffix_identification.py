@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longspan.engines.base import Engine, UnusableAnswer
 from longspan.foundation.errors import UserError
@@ -166,10 +166,14 @@ class SuffixIdentification(Probe):
         spans.insert(item.details["place"], data.shards.document(item.document)[position : position + self.suffix])
         return spans
 
+    @model_validator(mode="after")
+    def _contexts_are_lengths(self) -> Self:
+        if self.contexts is not None and min(self.contexts, default=0) < 1:
+            raise UserError(f"contexts {list(self.contexts)}", "one or more positive lengths", "mend `contexts`")
+        return self
+
     def _contexts(self, data: ProbeData) -> tuple[int, ...]:
         if self.contexts is not None:
-            if min(self.contexts, default=0) < 1:
-                raise UserError(f"contexts {list(self.contexts)}", "one or more positive lengths", "mend `contexts`")
             return tuple(sorted({BASE_CONTEXT, *self.contexts}))
         found = [BASE_CONTEXT]
         while found[-1] * 2 <= 2 * data.context:

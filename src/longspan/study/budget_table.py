@@ -23,7 +23,14 @@ from longspan.report.numbers import byte_size, count, duration, relative, scaled
 from longspan.study.environment import hardware
 from longspan.study.expand import Match, Subject, expand, match_model
 from longspan.study.jobs import DONE, SPECIFICATION
-from longspan.study.plan import ASSUMED_EFFICIENCY, check_probes, describe_mixers, matmul_rate, trained_tokens
+from longspan.study.plan import (
+    ASSUMED_EFFICIENCY,
+    check_primary,
+    check_probes,
+    describe_mixers,
+    matmul_rate,
+    trained_tokens,
+)
 from longspan.study.schema import Study
 from longspan.study.sections import SubjectConfig
 
@@ -165,6 +172,7 @@ def budget_table(
         if context < 1:
             raise UserError(f"context {context}", "at least 1 token", "e.g. --contexts 512,4096")
     expansion = expand(study)
+    check_primary(study, expansion)
     check_probes(expansion)
     trained = [subject for subject in expansion.subjects if isinstance(subject.config, SubjectConfig)]
     if not trained:

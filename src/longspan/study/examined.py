@@ -145,10 +145,12 @@ def import_model(source: ModelSource, folder: Path, name: str) -> None:
     """Make `folder` a run's folder that holds the model as it is, in fp32."""
     found = examine(source)
     plugins: list[Path] = []
+    ends: frozenset[int] = frozenset()
     tokenizer: Tokenizer
     if source.checkpoint is not None:
         run = TrainedRun.open(found.folder)
-        model, tokenizer, plugins = run.load_model(source.weights), run.tokenizer, run.plugins
+        model, tokenizer = run.load_model(source.weights), run.tokenizer
+        plugins, ends = run.plugins, run.ends
     else:
         model, tokenizer = read_folder(found.folder).float(), read_tokenizer(found.folder)[0]
     describe_run(
@@ -161,6 +163,7 @@ def import_model(source: ModelSource, folder: Path, name: str) -> None:
         isolation=found.isolation,
         context=found.context,
         plugins=plugins,
+        ends=ends,
     )
     training = folder / TRAINING
     save_checkpoint(training / "checkpoints" / "best", found.fingerprint, TrainingState(), model)

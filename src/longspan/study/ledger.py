@@ -23,6 +23,7 @@ def ledger(plan: Plan, runs: Path, prepared: dict[str, PreparedCorpus]) -> list[
     entries += _benchmarks(plan)
     entries += _oracle(plan, runs)
     entries += _packing(plan, runs)
+    entries += [LedgerEntry("warning", "failed", f"{title}: {reason}") for title, reason in plan.failed]
     entries += _training(plan, runs)
     entries += _shared(plan, runs)
     entries += _not_measured(plan, runs)

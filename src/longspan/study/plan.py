@@ -24,6 +24,7 @@ from longspan.probes.base import Probe
 from longspan.report.numbers import duration, relative, scaled
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
+from longspan.study.failures import failure
 from longspan.study.jobs import DOWNLOADS, Job, Kind
 from longspan.study.pinned import pinned, pinned_probes
 from longspan.study.plugin_laws import check_own_mixers
@@ -92,7 +93,7 @@ class Plan:
     """A study unfolded: its subjects with their jobs, and the table that a person sees first.
 
     `context` is the tokens of the items, the same for every subject; `merged` says which arms are listed once, being
-    the same run; `notes` is for the terminal, that included.
+    the same run; `notes` is for the terminal, that included; `failed` is jobs that failed, by title, and why.
     """
 
     study: Study
@@ -101,6 +102,7 @@ class Plan:
     seconds: float
     context: int
     merged: tuple[str, ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()
 
     columns = ("<subject", "seeds", "<mixers", "parameters", "non-embedding", "match", "tokens", "training FLOPs")
 
@@ -154,7 +156,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
         UserError: for any combination that cannot be built or matched.
     """
     expansion: Expansion = expand(study)
-    _check_primary(study, expansion)
+    check_primary(study, expansion)
     check_probes(expansion)
     if study.plugins:
         own = [each.config for each in expansion.subjects if isinstance(each.config, SubjectConfig)]
@@ -162,7 +164,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
     # Items must be the same for every subject, whatever context it was trained at.
     context = _items_context(study, expansion)
     subjects = [_plan_subject(subject, runs, study.plugins, context) for subject in expansion.subjects]
-    waiting = [planned for planned in subjects if planned.training_flops and not planned.train.is_done(runs)]
+    waiting = [planned for planned in subjects if planned.training_flops and _is_due(planned.train, runs)]
     notes = list(expansion.merged)
     seconds = 0.0
     if waiting:
@@ -175,6 +177,10 @@ def make_plan(study: Study, runs: Path) -> Plan:
         beside = "validation and probes come on top" if None in shares else "probes come on top"
         notes.append(f"{work} {scaled(pending, 'FLOP')}, about {duration(seconds)} on this machine; {beside}")
     return Plan(study, subjects, notes, seconds, context, tuple(expansion.merged))
+
+
+def _is_due(job: Job, runs: Path) -> bool:
+    return not job.is_done(runs) and not failure(job, runs)
 
 
 def _items_context(study: Study, expansion: Expansion) -> int:
@@ -190,7 +196,7 @@ def _items_context(study: Study, expansion: Expansion) -> int:
     return max(contexts)
 
 
-def _check_primary(study: Study, expansion: Expansion) -> None:
+def check_primary(study: Study, expansion: Expansion) -> None:
     """Refuse a primary metric that no probe of quality measures and compares (where the study has probes at all)."""
     metrics = {
         f"{name}.{metric.name}"

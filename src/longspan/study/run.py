@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from longspan.corpus.prepare import PreparedCorpus
 from longspan.engines.run_index import ListedRun, list_runs
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import LongspanError, UserError
 from longspan.foundation.files import digest
 from longspan.foundation.machine import num_launched
 from longspan.foundation.progress import Progress
@@ -23,6 +23,7 @@ from longspan.study.environment import devices
 from longspan.study.executors.base import Executor
 from longspan.study.executors.local import LocalExecutor
 from longspan.study.executors.processes import processes_of
+from longspan.study.failures import known_failures, standing, told
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan as Plan
 from longspan.study.plan import PlannedSubject, make_plan
@@ -49,18 +50,22 @@ class Observer(Protocol):
     def finished(self, job: Job, text: str) -> None:
         """Say that a job is done."""
 
+    def failed(self, job: Job, text: str) -> None:
+        """Say that a job failed and the others go on."""
+
     def line(self, text: str) -> None:
         """Print one line that stays."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command ends with: a table for people, lines below it, and the same as data."""
+    """What a command ends with: a table for people, lines below it, the same as data, and what failed."""
 
     columns: tuple[str, ...] = ()
     rows: list[tuple[str, ...]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    error: LongspanError | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
@@ -75,8 +80,12 @@ def run_study(
     Args:
         side_by_side: jobs at a time where there is no GPU; what a probe measures in seconds is measured alone.
 
+    Returns:
+        What was done; where subjects failed, that of the others, and the error to end with.
+
     Raises:
         UserError: for anything wrong with the study file or the data.
+        LongspanError: every subject failed.
         Stopped: the person asked to stop; the same command goes on.
     """
     started = time.monotonic()
@@ -99,20 +108,38 @@ def run_study(
     def finished(job: Job, result: dict[str, Any]) -> None:
         terminal.finished(job, headline(job, result))
 
+    failed: list[tuple[Job, str]] = []
+
+    def lost(job: Job, reason: str) -> None:
+        failed.append((job, reason))
+        terminal.failed(job, reason)
+
+    def run_all(executor: Executor, jobs: list[Job]) -> None:
+        left = standing(jobs, [job.key for job, _ in failed])
+        executor.run(left, runs, terminal.observe, finished, lost)
+
     with letting_go(), _executor(side_by_side) as executor:
-        executor.run(plan.jobs_until("prepare"), runs, terminal.observe, finished)
-        if until in ("probe", "report"):
+        run_all(executor, plan.jobs_until("prepare"))
+        if until != "prepare":
             check_items(plan, runs)
-        executor.run(first, runs, terminal.observe, finished)
+        run_all(executor, first)
         if until in ("probe", "report"):
             for text in forget_stale_probes(plan, runs):
                 terminal.line(f"note: {text}")
         alone = executor if side_by_side == 1 else LocalExecutor(devices())
-        alone.run(jobs, runs, terminal.observe, finished)
+        run_all(alone, jobs)
     seconds = time.monotonic() - started
+    error = told(failed, runs) if failed else None
     if until != "report":
-        return _stage_outcome(jobs, runs, seconds)
-    return _write_report(plan, runs, folder, name, seconds)
+        outcome = _stage_outcome(standing(jobs, [job.key for job, _ in failed]), runs, seconds)
+    else:
+        plan = _without(plan, failed, runs)
+        if error is not None and not plan.subjects:
+            raise error
+        outcome = _write_report(plan, runs, folder, name, seconds, _notes(failed))
+    if error is not None:
+        outcome.data["failed"] = {job.title: reason for job, reason in failed}
+    return replace(outcome, error=error)
 
 
 @contextmanager
@@ -207,8 +234,13 @@ def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
     plan = make_plan(study, runs)
     command = command_line(name, study.overrides, runs)
     jobs = plan.jobs_until("report")
-    missing = [job for job in jobs if not _is_whole(job, runs)]
-    notes = []
+    failed = known_failures(jobs, runs)
+    missing = [job for job in standing(jobs, [job.key for job, _ in failed]) if not _is_whole(job, runs)]
+    if failed:
+        plan = _without(plan, failed, runs)
+        if not plan.subjects and not missing:
+            raise told(failed, runs)
+    notes = _notes(failed)
     if missing:
         finished = _finished_part(plan, runs)
         said = f"{len(missing)} of {len(jobs)} jobs of {study.name} are not done in {runs}"
@@ -219,7 +251,7 @@ def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
             raise UserError(f"{said}, first `{(lost or missing[0]).title}`", allowed, command)
         titles = ", ".join(job.title for job in missing[:SHOWN_MISSING])
         more = f" and {len(missing) - SHOWN_MISSING} more" if len(missing) > SHOWN_MISSING else ""
-        notes = [f"Unfinished: {said}; missing are {titles}{more}. `{command}` goes on."]
+        notes.insert(0, f"Unfinished: {said}; missing are {titles}{more}. `{command}` goes on.")
         plan = finished
     folder = study_folder(study, runs)
     moved = claim_study_folder(study, folder)
@@ -229,6 +261,17 @@ def report_only(name: str, overrides: Iterable[str], runs: Path) -> Outcome:
 
 def _is_whole(job: Job, runs: Path) -> bool:
     return job.is_done(runs) and not (job.kind == "probe" and lost_answers(job, runs))
+
+
+def _without(plan: Plan, failed: Sequence[tuple[Job, str]], runs: Path) -> Plan:
+    """The plan as far as it is done, where something failed, with that."""
+    if not failed:
+        return plan
+    return replace(_finished_part(plan, runs), failed=tuple((job.title, reason) for job, reason in failed))
+
+
+def _notes(failed: Sequence[tuple[Job, str]]) -> list[str]:
+    return [f"Failed, so not in this report: {job.title} ({reason.splitlines()[0]})." for job, reason in failed]
 
 
 def _finished_part(plan: Plan, runs: Path) -> Plan:

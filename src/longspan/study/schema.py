@@ -119,7 +119,8 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
     overrides = tuple(overrides)
     changes = [read_override(text) for text in overrides]
     _refuse_bare_groups(overrides, changes, _named_patterns(raw.get("vary")))
-    chosen = next((str(value) for key, value in reversed(changes) if key == "variant"), str(raw.get("variant") or ""))
+    chosen = next((value for key, value in reversed(changes) if key == "variant"), raw.get("variant"))
+    chosen = "" if chosen is None else str(chosen)
     variants = {
         name: checked_mapping(f"variants.{name}", overlay)
         for name, overlay in checked_mapping("variants", raw.get("variants")).items()

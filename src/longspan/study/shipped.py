@@ -9,6 +9,7 @@ import yaml
 
 from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
+from longspan.foundation.files import read_json
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -29,7 +30,7 @@ def find_study(name: str) -> Path:
     path = Path(name)
     if path.suffix in {".yaml", ".yml"} or path.exists():
         if path.is_dir():
-            raise UserError(f"study file {path} is a folder", "a YAML file or a shipped study", "name the file in it")
+            raise UserError(f"study file {path} is a folder", "a YAML file or a shipped study", _instead_of(path))
         if not path.is_file():
             raise UserError(
                 f"study file {path} does not exist", "a YAML file or a shipped study", f"one of: {', '.join(shipped)}"
@@ -37,6 +38,15 @@ def find_study(name: str) -> Path:
         return path
     fix = did_you_mean(name, shipped, "see `longspan studies`")
     raise UserError(f"no study is called {name!r}", f"{', '.join(shipped)}, or a path to a .yaml file", fix)
+
+
+def _instead_of(folder: Path) -> str:
+    """What to name in place of a folder; that of a report is written from a study and overrides, which it holds."""
+    facts = folder / "report.json"
+    if not facts.is_file():
+        return "name the file in it"
+    command = read_json(facts)["reproduce"]["command"]
+    return f"it is the report of `{command}`: name that study, with its overrides"
 
 
 def list_studies() -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from longspan.engines.base import Engine
 from longspan.engines.oracle import check_equivalence, sample_tokens
 from longspan.engines.source import ModelSource
 from longspan.engines.trained_run import TRAINING, TrainedRun, describe_run
-from longspan.foundation.errors import DataError, LongspanError
+from longspan.foundation.errors import DataError, LongspanError, SubjectError
 from longspan.foundation.files import sha256_file
 from longspan.foundation.plugins import load_file
 from longspan.foundation.progress import Progress, Report
@@ -26,6 +26,7 @@ from longspan.records.store import RECORDS as RECORDS
 from longspan.records.store import Record, RecordStore
 from longspan.study.asked import asked_engine, held_engine, imported_engine
 from longspan.study.examined import import_model
+from longspan.study.failures import failure, remembering
 from longspan.study.jobs import DOWNLOADS, Job, finished_job
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
@@ -47,21 +48,27 @@ Train = Callable[[Job, Path, Path, Report], dict[str, Any]]
 def execute(job: Job, runs: Path, report: Report, device: str, train_with: Train | None = None) -> dict[str, Any]:
     """Do one job in its directory, unless it is done, and return its result.
 
+    Raises:
+        SubjectError: the job failed, now or before in the same way that it would now.
+
     Args:
         device: what it runs on.
         train_with: trains in place of this process alone.
     """
     if job.is_done(runs):
         return job.result(runs)
+    if reason := failure(job, runs):
+        raise SubjectError(reason)
     for plugin in job.details.get("plugins", ()):
         load_file(plugin)
     with job.claim(runs) as folder:
         if job.is_done(runs):
             return job.result(runs)
-        if job.kind == "train" and train_with is not None:
-            result = train_with(job, folder, runs, report)
-        else:
-            result = STAGES[job.kind](job, folder, runs, report, device)
+        with remembering(job, folder):
+            if job.kind == "train" and train_with is not None:
+                result = train_with(job, folder, runs, report)
+            else:
+                result = STAGES[job.kind](job, folder, runs, report, device)
         job.finish(folder, result)
         return result
 
@@ -120,6 +127,7 @@ def train_stage(
     prepared.validation_batches(packing, **shape)
     batches: list[TrainingBatches] = []
     if ranks.is_first:
+        end = None if prepared.task is None else prepared.task.vocabulary().end
         describe_run(
             folder,
             name=job.title.removeprefix("train "),
@@ -129,6 +137,7 @@ def train_stage(
             isolation=packing.isolation,
             context=training.context,
             plugins=job.details.get("plugins", ()),
+            ends=() if end is None else (end,),
         )
 
     def make_batches() -> TrainingBatches:

@@ -34,12 +34,14 @@ class Vocabulary:
         symbols: the text of every id, in order.
         boundary, pad: ids of the marker before each string (or of an id that no string holds), and of padding.
         separator: what stands between symbols where people read them.
+        end: id that ends every string; None where none does.
     """
 
     symbols: tuple[str, ...]
     boundary: int
     pad: int
     separator: str = ""
+    end: int | None = None
 
 
 @dataclass(frozen=True)

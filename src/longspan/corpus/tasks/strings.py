@@ -51,7 +51,7 @@ class LettersTask(Task):
     def vocabulary(self) -> Vocabulary:
         """Letters, then `$`, `|`, `.` and `*`."""
         signs = ("$", "|", ".", "*")
-        return Vocabulary((*ALPHABET[: self.vocab_size], *signs), self.sign(BOS), self.sign(PAD))
+        return Vocabulary((*ALPHABET[: self.vocab_size], *signs), self.sign(BOS), self.sign(PAD), end=self.sign(EOS))
 
     def sign(self, place: int) -> int:
         """The id of a sign."""

@@ -13,12 +13,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from longspan.foundation.errors import Stopped, UserError
+from longspan.foundation.errors import Stopped, SubjectError, UserError
 from longspan.foundation.failures import killed_process
 from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
-from longspan.study.executors.base import Finished, Observe
+from longspan.study.executors.base import Failed, Finished, Observe, one_by_one
 from longspan.study.executors.processes import processes_of, together
+from longspan.study.failures import standing
 from longspan.study.jobs import Job
 from longspan.study.stages import execute
 
@@ -31,7 +32,7 @@ class LocalExecutor:
     def __init__(self, devices: Sequence[str]) -> None:
         self.devices = tuple(devices)
 
-    def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished) -> None:
+    def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished, failed: Failed) -> None:
         """See `Executor.run`.
 
         Raises:
@@ -42,10 +43,13 @@ class LocalExecutor:
             return
         places = _places(self.devices, max(map(processes_of, pending)))
         if len(places) == 1 or len(pending) < 2:
-            for job in pending:
-                finished(job, _execute(job, runs, _observer(job, observe), places[0]))
+
+            def here(job: Job) -> dict[str, Any]:
+                return _execute(job, runs, _observer(job, observe), places[0])
+
+            one_by_one(pending, here, finished, failed)
         else:
-            _run_in_processes(pending, runs, observe, finished, places)
+            _run_in_processes(pending, runs, observe, finished, failed, places)
 
 
 def _places(devices: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
@@ -94,7 +98,12 @@ def _work(job: Job, runs: Path) -> dict[str, Any]:
 
 
 def _run_in_processes(
-    pending: list[Job], runs: Path, observe: Observe, finished: Finished, places: list[tuple[str, ...]]
+    pending: list[Job],
+    runs: Path,
+    observe: Observe,
+    finished: Finished,
+    failed: Failed,
+    places: list[tuple[str, ...]],
 ) -> None:
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cores() // len(places)) if places[0] == ("cpu",) else None
@@ -119,7 +128,11 @@ def _run_in_processes(
                     _drain(events, jobs, observe)
                     for future in done:
                         job = running.pop(future)
-                        finished(job, future.result())
+                        if isinstance(error := future.exception(), SubjectError):
+                            failed(job, str(error))
+                            waiting = {each.key: each for each in standing(waiting.values(), [job.key])}
+                        else:
+                            finished(job, future.result())
                 except BrokenProcessPool:
                     failure = failure or killed_process(job.title)
                     stop.set()

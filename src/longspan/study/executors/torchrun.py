@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import SubjectError, UserError
 from longspan.foundation.plugins import load_file
 from longspan.foundation.progress import Report, silent
-from longspan.study.executors.base import Finished, Observe
+from longspan.study.executors.base import Failed, Finished, Observe, one_by_one
 from longspan.study.executors.processes import processes_of
 from longspan.study.jobs import Job
 from longspan.study.stages import execute, train_stage
@@ -32,9 +32,10 @@ class TorchrunExecutor:
         self.ranks, self.device = ranks, device
         self.training = False
 
-    def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished) -> None:
+    def run(self, jobs: Sequence[Job], runs: Path, observe: Observe, finished: Finished, failed: Failed) -> None:
         """See `Executor.run`."""
-        for job in [job for job in jobs if not job.is_done(runs)]:
+
+        def together(job: Job) -> dict[str, Any]:
             if processes_of(job) not in (1, self.ranks.size):
                 raise UserError(
                     f"training.processes = {processes_of(job)} under torchrun with {self.ranks.size} processes",
@@ -42,15 +43,22 @@ class TorchrunExecutor:
                     "leave training.processes out",
                 )
 
-            def report(progress: Any, job: Job = job) -> None:
+            def report(progress: Any) -> None:
                 observe(job, progress)
 
-            finished(job, execute(job, runs, report, self.device, train_with=self._train))
+            return execute(job, runs, report, self.device, train_with=self._train)
+
+        one_by_one([job for job in jobs if not job.is_done(runs)], together, finished, failed)
 
     def _train(self, job: Job, folder: Path, runs: Path, report: Report) -> dict[str, Any]:
         self.training = True
         _tell((job, folder, runs))
-        result = train_stage(job, folder, runs, report, self.device, _sharing(self.ranks, job))
+        try:
+            result = train_stage(job, folder, runs, report, self.device, _sharing(self.ranks, job))
+        except SubjectError:
+            # All ranks see it at the same step and wait for the next job.
+            self.training = False
+            raise
         self.training = False
         return result
 
@@ -82,7 +90,8 @@ def follow() -> None:
             job, folder, runs = order[0]
             for plugin in job.details.get("plugins", ()):
                 load_file(plugin)
-            train_stage(job, folder, runs, silent, device, _sharing(ranks, job))
+            with suppress(SubjectError):
+                train_stage(job, folder, runs, silent, device, _sharing(ranks, job))
 
 
 def own_device() -> str:
