@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines import oracle
+from longspan.engines import oracle, precision
 from longspan.engines.native import NativeEngine
 from longspan.engines.oracle import Check, check_equivalence
 from longspan.engines.precision import fits_in_fp32, in_fp32
@@ -153,6 +153,15 @@ def test_without_memory_for_fp32_the_bound_is_fixed_and_said(
     found = checks(engine)
     assert {check.allowed for check in found.values()} == {oracle.ROUNDED}
     assert all("not asked in fp32" in check.note for check in found.values())
+
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_fp32_is_not_tried_where_no_room_is_known(
+    free: int | None, deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "free_memory", lambda: free)
+    assert not fits_in_fp32(deep().module)
+    assert fits_in_fp32(deep().module.float())
 
 
 def test_kernels_that_fail_in_fp32_leave_the_fixed_bound(
