@@ -12,7 +12,7 @@ from pydantic import Field
 from torch.cuda import OutOfMemoryError, empty_cache
 
 from longspan.engines.base import Engine, Generation, LargestBatch, Sampling
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import UserError, first_line
 from longspan.foundation.randomness import numpy_generator
 from longspan.probes.base import Answer, Asked, Item, Probe, ProbeData, register
 from longspan.records.observation import Metric, Observation
@@ -123,14 +123,14 @@ class Efficiency(Probe):
         self, engine: Engine, context: int, data: ProbeData, before: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
-        copy_rate = engine.copy_rate()
+        copy_rate = _copy_rate(engine)
         try:
             if reason := self._not_evaluable(engine, context, data, before):
                 return {**content, "not_evaluable": reason}
             if reason := self._run(engine, context, data, content):
                 return {**content, "not_counted": reason}
         except OutOfMemoryError as error:
-            reason = f"out of memory at {context:,} tokens: {str(error).splitlines()[0]}"
+            reason = f"out of memory at {context:,} tokens: {first_line(error)}"
             content = {**content, "runs": [], "not_evaluable": reason}
         if "not_evaluable" in content:
             # Only here, where no frame of the failed call holds its tensors any more.
@@ -182,7 +182,8 @@ class Efficiency(Probe):
         content: dict[str, Any] = {"context": context, "new_tokens": TRIED_TOKENS, "runs": []}
         sampling = Sampling(max_new_tokens=TRIED_TOKENS, stop_at_boundary=False)
         for run in range(2 if context else 0):
-            written = engine.timed(self._prompt(data, context, run), sampling)
+            # Prompts of its own: a server that had met those of this context would not count it later.
+            written = engine.timed(self._prompt(data, context, self.warm_ups + self.repeats + run), sampling)
             if _not_counted(written, context):
                 break
             content["runs"] = [[written.first_token_seconds, written.decode_seconds, len(written.tokens) - 1]]
@@ -291,6 +292,14 @@ def _runs(answer: Mapping[str, Any]) -> Iterator[tuple[float, float, int]]:
     """(seconds to the first token, seconds of the others, how many others) of each run."""
     for run in answer["runs"]:
         yield run[0], run[1], run[2] if len(run) > 2 else answer["new_tokens"] - 1
+
+
+def _copy_rate(engine: Engine) -> float | None:
+    """None as well where the model leaves no room for the copy."""
+    try:
+        return engine.copy_rate()
+    except OutOfMemoryError:
+        return None
 
 
 def _largest_batch(engine: Engine, context: int) -> LargestBatch | None:
