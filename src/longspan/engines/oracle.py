@@ -106,6 +106,8 @@ def check_equivalence(engine: Engine, tokens: Tokens, report: Report = silent) -
     module = _module(engine)
     exact: dict[str, Pair | str] = {}
     if module is not None and not _exact(engine) and fits_in_fp32(module):
+        if isinstance(engine, NativeEngine):
+            engine.drop_graphs()
         with in_fp32(module):
             for name, way in ways.items():
                 report(Progress("oracle", len(found) + len(exact), steps, "checks"))

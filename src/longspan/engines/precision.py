@@ -13,7 +13,7 @@ from longspan.foundation.machine import free_memory
 
 @contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """Every weight of less precision in fp32 while this lasts, and then the same bytes as before."""
+    """Every weight of less precision in fp32 while this lasts, and then the same bytes as before, in another place."""
     rounded = [(tensor, tensor.dtype) for tensor in _rounded(model)]
     try:
         for tensor, _ in rounded:
