@@ -343,7 +343,7 @@ def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
         ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 20),
         ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True), 15),
         ("A 1x32768 ours graph", lambda: own(run, "A", *long, True), 10),
-        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True), 10),
+        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True, True), 10),
         ("A 1x32768 theirs eager", lambda: theirs(run, "A", *long, False), 10),
         *((f"small {p} ours graph", lambda p=p: own(run, f"small {p}", *small, True), 15) for p in ("M", "A", "AM")),
         ("D 8x4096 ours graph", lambda: own(run, "D", *short, True, True), 25),

@@ -37,25 +37,26 @@ def variants_ssd(run: Run) -> None:
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
-        {"token_warps": (4, 2)},
-        {"token_warps": (8, 3)},
-        {"group_warps": (8, 2)},
-        {"group_warps": (4, 2)},
+        {"state_warps": (4, 4)},
+        {"state_warps": (4, 5)},
+        {"MULTIPROCESSORS": 264},
+        {"MULTIPROCESSORS": 528},
+        {"output_heads": 12},
+        {"output_warps": (8, 3)},
+        {"token_warps": (4, 4)},
+        {"MULTIPROCESSORS": 0},
     ]
-    shapes = (*SHAPES, (1, 32_768))
-    inputs = {shape: ssd_inputs(*shape, HEADS, HEAD_DIM, STATE) for shape in shapes}
+    shapes = ((8, 4096), (1, 32_768), (4, 16_384))
+    inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}
     slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
     expected: dict[tuple[int, int], list[Tensor]] = {}
     few = launched.MULTIPROCESSORS
-    for change in (*changes, {"segments": False}):
-        segments = change.get("segments", True)
-        launched.MULTIPROCESSORS = few if segments else 0
-        launched.CUTS[BF16] = usual if not segments else usual._replace(**change)
+    for change in changes:
+        launched.MULTIPROCESSORS = change.get("MULTIPROCESSORS", few)
+        launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
         try:
             for shape, leaves in inputs.items():
-                if not segments and shape[0] > 1:
-                    continue
-                given = launched.Inputs(*leaves, None, None, None, None)
+                given = launched.Inputs(*leaves, None, None)
                 y, _, states = launched.run_forward(given)
                 into, ddt, dy = launched.Gradients.like(given), torch.empty_like(leaves[1]), slopes[shape]
                 dA, dD, *_ = launched.run_backward(given, states, dy, None, into, ddt)
@@ -108,14 +109,12 @@ def variants_conv(run: Run) -> None:
     )
     usual = launched.FORWARD, launched.BACKWARD
     for tile in (
-        (32, 256, 1),
-        (32, 256, 2),
-        (64, 256, 1),
-        (64, 256, 2),
-        (128, 256, 2),
-        (64, 128, 1),
-        (64, 512, 4),
-        (16, 256, 1),
+        (128, 256, 2, 2),
+        (128, 256, 2, 4),
+        (112, 256, 2, 4),
+        (148, 256, 2, 4),
+        (296, 256, 2, 4),
+        (256, 256, 4, 4),
     ):
         try:
             launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
@@ -140,13 +139,11 @@ def variants_norm(run: Run) -> None:
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
     x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
     for warps, programs, ahead in (
-        (4, 528, 2),
-        (4, 528, 1),
-        (4, 704, 1),
-        (4, 1056, 2),
         (4, 528, 3),
-        (8, 528, 2),
-        (2, 528, 2),
+        (4, 528, 4),
+        (4, 528, 2),
+        (4, 264, 4),
+        (8, 528, 3),
     ):
         launched._warps, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
         try:
@@ -162,6 +159,23 @@ def variants_norm(run: Run) -> None:
             )
         finally:
             launched._warps, launched.PROGRAMS, launched.AHEAD = usual
+
+
+def variants_sums(run: Run) -> None:
+    """What the programs of a layer's backward leave, added up: torch's kernel and ours, in several tiles."""
+    from longspan.ops.triton import sums as launched
+
+    usual = launched.ROWS, launched.COLUMNS, launched.STAGES
+    for shape in ((1, 528, INNER), (1, 792, WIDTH), (1, 256, 5 * CONVOLVED), (3, 512, HEADS)):
+        values = normal(*shape, dtype=FP32)
+        name = "sums " + "x".join(map(str, shape))
+        run.add(name, torch_ms=device_ms(lambda v=values: v.sum(1)), floor_ms=run.floor_ms(values.numel() * 4, 0))
+        for tile in (usual, (128, 32, 4), (128, 32, 2), (64, 32, 1)):
+            launched.ROWS, launched.COLUMNS, launched.STAGES = tile
+            try:
+                run.add(name, ms=device_ms(lambda v=values: launched.add_up(v)), tile=str(tile))
+            finally:
+                launched.ROWS, launched.COLUMNS, launched.STAGES = usual
 
 
 def variants_loss(run: Run) -> None:
@@ -184,8 +198,9 @@ def variants_loss(run: Run) -> None:
 
 VARIANTS: dict[str, Callable[[Run], None]] = {
     "variants conv": variants_conv,
-    "variants ssd": variants_ssd,
     "variants norm": variants_norm,
+    "variants sums": variants_sums,
+    "variants ssd": variants_ssd,
     "variants loss": variants_loss,
     "variants scan": variants_scan,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from longspan.commands.bench import run
 from longspan.commands.bench.ceilings import Ceilings
-from longspan.commands.bench.measured import share_of_ceiling
+from longspan.commands.bench.measured import Measured, share_of_ceiling
 from longspan.commands.bench.plan import LEFT_OUT, expected_seconds, plan, to_go_on
 from longspan.commands.bench.run import bench, measure
 from longspan.commands.bench.setting import models_of, read_setting
@@ -64,8 +65,9 @@ def test_it_ends_in_one_json_line_with_every_part(
     monkeypatch.setattr(run, "measure_ceilings", lambda device, dtype: Ceilings("a cpu", 1e11, 1e10))
     setting = tiny(seconds=0.3, patterns="AM")
     bench(setting, peers=False, json_only=False)
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     assert "█" in shown
+    assert re.search(r"training step: [\d,]+ tok/s; prefill, one prompt: [\d,]+ tok/s; decoding", told)
     found = json.loads(shown.splitlines()[-1])
     assert [row["part"] for row in found["measured"]] == ["train", "prefill", "decode"]
     for row in found["measured"]:
@@ -116,9 +118,10 @@ def test_what_would_take_longer_than_is_left_gives_way_to_what_follows(monkeypat
     setting = tiny(patterns="AM,MM,AA", seconds=30.0)
     models = models_of(setting)
     monkeypatch.setattr(run, "expected_seconds", lambda cell, *others: 60.0 if cell.pattern != "AA" else 1.0)
-    monkeypatch.setattr(run, "_measure_one", lambda config, pattern, *others: [pattern])
-    found: list[Any] = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
-    assert [each if isinstance(each, str) else each.failure for each in found] == ["AM", *[LEFT_OUT] * 3, "AA"]
+    got = Measured("", 32, "train", "longspan", 1, (1.0,))
+    monkeypatch.setattr(run, "_measure_one", lambda config, pattern, *others: [replace(got, pattern=pattern)])
+    found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
+    assert [each.failure or each.pattern for each in found] == ["AM", *[LEFT_OUT] * 3, "AA"]
 
 
 def test_longer_contexts_are_expected_to_take_longer() -> None:

@@ -15,6 +15,7 @@ from longspan.engines import graphs
 from longspan.engines.graphs import SLOT_STEP, VARIABLE, Graphs
 from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.models.mixers.base import state_tensors
 
 
 @pytest.mark.parametrize(("copied", "wanted"), [(0, True), (graphs.MOST_COPIED + 1, False)])
@@ -54,6 +55,24 @@ def test_a_mixer_that_makes_new_states_is_seen_to_copy_them(pattern: str, copies
     decoding.load(model.next_logits(tokens, model.initial_state())[1])
     decoding.step(tokens[:, :1])
     assert (decoding.copied_bytes > 0) == copies
+
+
+@torch.no_grad()
+def test_of_the_states_that_fixed_ones_are_made_after_only_one_layer_is_kept_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = LanguageModel(ModelConfig(pattern="MMM", width=16, heads=2, state=4, mamba_head_dim=8), 32).eval()
+    mixer = type(model.blocks[0].mixer)
+    made, before = mixer.fixed_state, list[weakref.ref[Any]]()
+
+    def watched(self: Any, layer: Any, slots: int) -> Any:
+        assert [each for each in before if each() is not None] == []
+        before.extend(weakref.ref(tensor) for tensor in state_tensors(layer))
+        return made(self, layer, slots)
+
+    monkeypatch.setattr(mixer, "fixed_state", watched)
+    GraphedDecoding(model, 2, 8)
+    assert len(before) >= 3
 
 
 class Borrower:

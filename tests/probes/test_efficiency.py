@@ -74,7 +74,7 @@ def test_time_per_token_is_a_line_over_the_contexts(
     found = {each.metric: each.numerator / each.denominator for each in probe.observe_together(records)}
     assert found == {"fixed": pytest.approx(2.0), "growth": pytest.approx(1.0)}
     assert len(list(probe.observe_together(records))) == 2 * 3
-    assert list(probe.observe_together(records[:1])) == []
+    assert list(probe.observe_together(records[:2])) == []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from longspan.report.decision import decide, value_text
 
 BPB = Metric("bits_per_byte", "Bits per byte", "bits/byte", "ratio", "lower")
 
+SHARES = (("AA", 0.25), ("MM", 0.12))
+
 
 def measurement(subject: str, value: float, half: float | None = 0.01) -> Measurement:
     low, high = (None, None) if half is None else (value - half, value + half)
@@ -60,6 +62,28 @@ def test_an_open_question_says_how_many_documents_would_decide_it() -> None:
     assert found.verdict == "undecided"
     assert "cannot be decided with this data" in found.answer
     assert "would need about 690 documents; this study had 120" in found.certainty
+
+
+def test_where_nothing_tells_how_many_would_decide_it_is_said_why() -> None:
+    def strings(difference: float, mde: float | None) -> str:
+        exactly = replace(comparison("AA", "MM", difference, 0.2, 1.0, None), mde=mde)
+        asked = report([measurement("AA", 0.2 + difference), measurement("MM", 0.2)], [exactly])
+        section = replace(asked.probes[0], metrics=(replace(BPB, counted="strings"),))
+        return decide(replace(asked, probes=[section])).certainty
+
+    alike = "Too few of the 120 strings differ between MM and AA to say how many more would decide. Intervals"
+    assert strings(0.1, None).startswith(alike)
+    assert strings(0.0, 0.3).startswith("Differences below about 0.30 bits/byte are invisible here. Intervals")
+
+
+def test_a_further_probe_without_a_difference_is_told_from_its_lowest_to_its_highest_value() -> None:
+    share = Metric("accuracy", "Accuracy", "", "proportion", "higher")
+    found = [Measurement("accuracy", name, None, value, 0.0, 0.5, 40, 1, 40) for name, value in SHARES]
+    section = ProbeSection("task", "Copying", "", (share,), Summary(tuple(found), (), ()))
+    asked = report([measurement("AA", 1.2), measurement("MM", 1.3)], [comparison("AA", "MM", -0.1, 0.01, 0.001, None)])
+    (also,) = decide(replace(asked, probes=[*asked.probes, section])).also
+    assert also.startswith("Copying: accuracy is 12 %")
+    assert "(MM) to 25 %" in also
 
 
 def test_leaders_that_tie_are_named_together_and_the_rest_behind_them() -> None:

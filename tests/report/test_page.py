@@ -11,6 +11,7 @@ import vl_convert
 
 from longspan.records.observation import Summary
 from longspan.report import page
+from longspan.report.content import compared_units
 from longspan.report.data import ReportInput, Reproduce, SubjectFacts
 from longspan.report.figure import static_spec
 from longspan.report.tables import summary_rows
@@ -151,6 +152,14 @@ def test_files_are_written_and_the_markdown_links_to_them(quickstart_report: Rep
     for link in links:
         assert (tmp_path / "out" / link).is_file(), link
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_both_subjects_were_asked_is_called_by_its_name(quickstart_report: ReportInput) -> None:
+    first, *rest = quickstart_report.probes
+    strings = replace(first, metrics=tuple(replace(each, counted="strings") for each in first.metrics))
+    assert compared_units(quickstart_report) == "documents"
+    assert compared_units(replace(quickstart_report, probes=[strings, *rest])) == "strings and documents"
+    assert "on the same strings for both" in page.html(page.lay_out(replace(quickstart_report, probes=[strings])))
 
 
 def test_empty_sections_say_why(quickstart_report: ReportInput) -> None:

@@ -65,11 +65,11 @@ class GraphedDecoding:
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
             self.logits_BV, state = model.next_logits(self._tokens_B1, model.initial_state())
-            mixers = [block.mixer for block in model.blocks]
-            self._fixed = tuple(
-                mixer.fixed_state(layer, slots) for mixer, layer in zip(mixers, state.layers, strict=True)
-            )
-            self._mixers = mixers
+            self._mixers = [block.mixer for block in model.blocks]
+            layers = list(reversed(state.layers))
+            # What a layer's fixed state is made after goes before the next is made: all of both would halve the rows.
+            del state
+            self._fixed = tuple(mixer.fixed_state(layers.pop(), slots) for mixer in self._mixers)
             if device.type == "cuda":
                 self._capture()
 

@@ -20,6 +20,9 @@ from longspan.records.store import Record
 
 MOST_CACHED = 0.05
 """Share of a fresh prompt that a server may have met before (what every prompt begins with)."""
+FEWEST_CONTEXTS = 3
+"""Two points are on a line whatever disturbed them: transformers' Mamba-2, slowed down at its first context, was
+−3.6 ms for 1,000 tokens more."""
 TRIED, TRIED_TOKENS = 8, 4
 """The first context is tried at this part of it, with so many new tokens."""
 
@@ -31,8 +34,8 @@ class Efficiency(Probe):
     Time to first token is from sending the prompt to the first token; prefill rate is prompt tokens over that time;
     time per output token leaves out the first. Medians with quartiles over `repeats`, after `warm_ups` that are not
     counted. Time per output token is also fitted as `fixed` + `growth` × context over all contexts: what the weights
-    cost, and what each token of context adds. Records also hold the state bytes of a sequence, by the configuration
-    and as measured.
+    cost, and what each token of context adds; no line is drawn through fewer than `FEWEST_CONTEXTS`. Records also hold
+    the state bytes of a sequence, by the configuration and as measured.
 
     A run does not count where the engine cannot time it (a server that sends its answer at once), where it failed, or
     where the server had more than `MOST_CACHED` of the prompt in its cache. A context beyond the subject's limit, one
@@ -245,7 +248,7 @@ class Efficiency(Probe):
                     measured.setdefault(run, []).append((float(record.answer["context"]), 1e3 * decode / further))
         for run, points in measured.items():
             contexts, times = (np.array(values) for values in zip(*points, strict=True))
-            if len(set(contexts.tolist())) < 2:
+            if len(set(contexts.tolist())) < FEWEST_CONTEXTS:
                 continue
             # Relative errors are alike at all contexts, so the short ones count as much as the long ones.
             growth, fixed = np.polyfit(contexts, times, 1, w=1 / times)

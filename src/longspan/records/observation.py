@@ -224,7 +224,7 @@ def _measure(metric: Metric, place: Place, subject: str, answers: _Answers, seed
             value, max(0.0, value - math.hypot(low_half, extra)), min(1.0, value + math.hypot(high_half, extra))
         )
     if clusters < statistics.FEWEST_CLUSTERS:
-        return measured(value, None, None, _too_few(clusters))
+        return measured(value, None, None, _too_few(clusters, metric.counted))
     (boot,) = statistics.cluster_bootstrap(
         numerator_CS.mean(1, keepdims=True), denominator_CS.mean(1, keepdims=True), seed=seed, resamples=resamples
     )
@@ -235,8 +235,8 @@ def _measure(metric: Metric, place: Place, subject: str, answers: _Answers, seed
     return measured(value, low, high)
 
 
-def _too_few(clusters: int) -> str:
-    return f"no interval: {clusters} documents, at least {statistics.FEWEST_CLUSTERS} are needed"
+def _too_few(clusters: int, counted: str) -> str:
+    return f"no interval: {clusters} {counted}, at least {statistics.FEWEST_CLUSTERS} are needed"
 
 
 def _ends(
@@ -297,7 +297,7 @@ def _comparison(
     low = high = p = mde = None
     needed, method, note = None, "none", ""
     if boot is None:
-        note = _too_few(clusters)
+        note = _too_few(clusters, metric.counted)
     else:
         spread = statistics.seed_spread(*(side.tolist() for side in ratios))
         by_cluster = [(numerator / denominator).mean(1) for numerator, denominator in sides]

@@ -100,6 +100,15 @@ def same(report: ReportInput, read: Callable[[Any], Any]) -> Any:
     return values.pop() if len(values) == 1 else None
 
 
+def compared_units(report: ReportInput) -> str:
+    """What is the same for both subjects of the differences: `documents`, `strings`."""
+    found: dict[str, None] = {}
+    for section in report.probes:
+        compared = {comparison.metric for comparison in section.summary.comparisons}
+        found |= dict.fromkeys(metric.counted for metric in section.metrics if metric.name in compared)
+    return " and ".join(filter(None, [", ".join(list(found)[:-1]), *list(found)[-1:]]))
+
+
 def subjects_lead(report: ReportInput) -> str:
     """How many subjects, what varies between them and how well they are matched."""
     residuals = [abs(s.match_residual) for s in report.subjects if s.match_residual is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -146,7 +147,8 @@ def _no_difference(finding: Finding, ranked: list[Measurement], what: str) -> tu
     )
     shown = value_text(finding.metric, best)
     if all(other.value == best.value for other in ranked):
-        return "undecided", f"{text}: {'both' if len(ranked) == 2 else 'all'} have {shown}.", ""
+        text += f": {'both' if len(ranked) == 2 else 'all'} have {shown}."
+        return "undecided", text, _open_question(finding, best.subject, [r.subject for r in ranked[1:]])
     text += f": {best.subject} looks best at {shown}, "
     beaten = [c.b for c in compared if c.decided]
     standing = [r.subject for r in ranked[1:] if r.subject not in beaten]
@@ -169,14 +171,10 @@ def _open_question(finding: Finding, best: str, others: list[str]) -> str:
     compared = [c for other in dict.fromkeys(others) if (c := findings.between(finding, best, other)) is not None]
     sized = [c for c in compared if c.mde and c.difference]
     if not sized:
-        return " ".join(f"{note[:1].upper()}{note[1:]}." for note in dict.fromkeys(c.note for c in compared if c.note))
+        return _no_size_known(finding, best, compared)
     comparison = max(sized, key=lambda c: abs(c.difference) / (c.mde or math.inf))
     mde = comparison.mde or math.nan
-    proportion = finding.metric.kind in ("proportion", "difference")
-    unit = f" {finding.metric.unit}" if finding.metric.unit and finding.metric.transform == "identity" else ""
-    limit = numbers.significant(100 * mde, 2) + " pp" if proportion else numbers.significant(mde, 2) + unit
-    text = f"Differences below about {limit} are invisible here; confirming one of the observed size ({best} against "
-    text += f"{comparison.b}) "
+    text = f"{_invisible(finding.metric, mde)}; confirming one of the observed size ({best} against {comparison.b}) "
     factor = (mde / abs(comparison.difference)) ** 2
     counted = finding.metric.counted
     if factor > 100:
@@ -189,6 +187,25 @@ def _open_question(finding: Finding, best: str, others: list[str]) -> str:
         text
         + f"would need about {max(seeds, comparison.seeds + 1)} seeds per subject; this study had {comparison.seeds}."
     )
+
+
+def _no_size_known(finding: Finding, best: str, compared: Sequence[Comparison]) -> str:
+    """What stands in the way where nothing tells how many more it would take."""
+    notes = dict.fromkeys(c.note for c in compared if c.note)
+    if notes or not compared:
+        return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
+    if limits := [c.mde for c in compared if c.mde]:
+        return f"{_invisible(finding.metric, max(limits))}."
+    n, counted = numbers.count(max(c.n for c in compared)), finding.metric.counted
+    others = _names(list(dict.fromkeys(c.b for c in compared)))
+    return f"Too few of the {n} {counted} differ between {best} and {others} to say how many more would decide."
+
+
+def _invisible(metric: Metric, mde: float) -> str:
+    unit = f" {metric.unit}" if metric.unit and metric.transform == "identity" else ""
+    proportion = metric.kind in ("proportion", "difference")
+    limit = f"{numbers.significant(100 * mde, 2)} pp" if proportion else f"{numbers.significant(mde, 2)}{unit}"
+    return f"Differences below about {limit} are invisible here"
 
 
 def _tail(finding: Finding, best: str, behind: list[str]) -> str:
@@ -236,8 +253,11 @@ def _also(section: ProbeSection, primary: Finding) -> str:
     head = f"{section.title}: {quantity(finding)} is "
     shown = value_text(finding.metric, best)
     if len(groups) == 1:
-        worst = value_text(finding.metric, ranked[-1])
-        return f"{head}{shown} ({best.subject}) to {worst} ({ranked[-1].subject}); no difference is beyond doubt."
+        low, high = sorted((best, ranked[-1]), key=lambda m: m.value)
+        if low.value == high.value:
+            return f"{head}{shown} for {'both' if len(ranked) == 2 else 'all'}."
+        ends = [f"{value_text(finding.metric, end)} ({end.subject})" for end in (low, high)]
+        return f"{head}{' to '.join(ends)}; no difference is beyond doubt."
     if len(groups[0]) == 1:
         runner = value_text(finding.metric, ranked[1])
         return f"{head}best for {best.subject}, {shown}, beyond doubt; next {ranked[1].subject}, {runner}."

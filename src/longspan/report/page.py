@@ -16,7 +16,7 @@ from markupsafe import Markup
 from longspan.foundation.files import atomic_directory, atomic_write
 from longspan.report import crossings, numbers, palette, tables
 from longspan.report.arms import Arms
-from longspan.report.content import VERDICTS, Content, lay_out, same, subject_notes, subjects_lead
+from longspan.report.content import VERDICTS, Content, compared_units, lay_out, same, subject_notes, subjects_lead
 from longspan.report.data import ReportInput, to_json
 from longspan.report.figure import FONT, THEMES, Figure, static_spec
 from longspan.report.markdown import markdown
@@ -106,6 +106,7 @@ def html(content: Content) -> str:
         cost_notes=[s.empty_because for s in report.probes if s.place == "cost" and s.empty_because],
         pareto_figures=content.pareto,
         comparison_figures=content.comparisons,
+        compared_units=compared_units(report),
         training_figures=content.training,
         ledger=content.ledger,
         item_probes=list(dict.fromkeys(row.probe for row in report.items)),

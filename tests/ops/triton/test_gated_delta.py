@@ -38,8 +38,7 @@ def inputs(normal, rows: int, time: int, heads: int, key_dim: int, value_dim: in
     ]
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("chance", [0.1, 1.0])
+@pytest.mark.parametrize(("dtype", "chance"), [(FP32, 0.1), (BF16, 0.1), (BF16, 1.0)])
 def test_matches_fp64(chance, dtype, assert_same, device, documents, normal, served, size):
     """Boundaries on and off the edges of chunks, documents longer than a chunk and of one token."""
     doc = documents(*size[:2], chance)

@@ -91,8 +91,16 @@ def measure(
         )
         # Half for training, half for generating; what a part's first call costs comes on top.
         seconds = left / (len(cells) - number) / 3
-        found += _measure_one(config, cell.pattern, cell.context, cell.peer, setting, ceilings, seconds)
+        measured = _measure_one(config, cell.pattern, cell.context, cell.peer, setting, ceilings, seconds)
+        # Told at once: whoever ends a run that compiles for longer than expected keeps what was measured.
+        say("   " + "; ".join(_in_short(each) for each in measured))
+        found += measured
     return found
+
+
+def _in_short(measured: Measured) -> str:
+    got = measured.failure if measured.rate is None else f"{measured.rate:,.0f} tok/s"
+    return f"{TITLES[measured.part]}: {got}"
 
 
 def _measure_one(

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.sums import add_up
 from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
 
 LARGEST_TAPS = 4
@@ -27,20 +28,45 @@ UNROLL = tl.constexpr(4)
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work: each program takes a span of tokens of `channels` channels."""
+    """How a kernel cuts its work: each program takes a span of tokens of `channels` channels.
+
+    `ahead`: tokens that are on their way while one is worked on, 2 or 4.
+    """
 
     span: int
     channels: int
     warps: int
+    ahead: int = 2
 
 
-FORWARD, BACKWARD = Tile(32, 256, 1), Tile(64, 256, 2)
+FORWARD = BACKWARD = Tile(128, 256, 2)
 
 
 @triton.jit
 def _inputs(values, t, c, stride, time, DIMS: tl.constexpr):
     """(channels,) at the time t, 0 outside the row."""
     return tl.load(values + t * stride + c, mask=(c < DIMS) & (t >= 0) & (t < time), other=0.0)
+
+
+@triton.jit
+def _later(values, first, c, stride, time, DIMS: tl.constexpr, AHEAD: tl.constexpr):
+    """The third and fourth token of a span; with two ahead nothing reads them, so the first stands in."""
+    if AHEAD == 4:
+        third = _inputs(values, first + 2, c, stride, time, DIMS)
+        fourth = _inputs(values, first + 3, c, stride, time, DIMS)
+    else:
+        third = _inputs(values, first, c, stride, time, DIMS)
+        fourth = third
+    return third, fourth
+
+
+@triton.jit
+def _moved(second, third, fourth, coming, AHEAD: tl.constexpr):
+    """What is on its way, one token later."""
+    if AHEAD == 4:
+        return second, third, fourth, coming
+    else:
+        return second, coming, third, fourth
 
 
 @triton.jit
@@ -62,7 +88,7 @@ def _filter(filters, c, BACK: tl.constexpr, DIMS: tl.constexpr, TAPS: tl.constex
 def conv_forward(
     x_ptr, filters, bias_ptr, doc_ptr, y_ptr, time, x_row, y_row, x_token: tl.constexpr, y_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y of one span."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -79,12 +105,13 @@ def conv_forward(
     d1, d2 = _document(doc, first - 1, time, DOCS), _document(doc, first - 2, time, DOCS)
     d3 = _document(doc, first - 3, time, DOCS)
     x_next, x_after = _inputs(x, first, c, x_token, time, DIMS), _inputs(x, first + 1, c, x_token, time, DIMS)
+    x_third, x_fourth = _later(x, first, c, x_token, time, DIMS, AHEAD)
     d_next = _document(doc, first, time, DOCS)
     for step in tl.range(SPAN, loop_unroll_factor=UNROLL):
         t = first + step
         x0, d0 = x_next.to(tl.float32), d_next
-        # Two tokens are on their way while one is worked on.
-        x_next, x_after = x_after, _inputs(x, t + 2, c, x_token, time, DIMS)
+        coming = _inputs(x, t + AHEAD, c, x_token, time, DIMS)
+        x_next, x_after, x_third, x_fourth = _moved(x_after, x_third, x_fourth, coming, AHEAD)
         d_next = _document(doc, t + 1, time, DOCS)
         z = bias + w0 * x0
         # A branch of the whole program: most tokens see their own document alone, and need no masks.
@@ -114,7 +141,7 @@ def conv_backward(
     x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, time,
     x_row, dy_row, dx_row, x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one span, and what it adds to the gradients of filters and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -136,12 +163,18 @@ def conv_backward(
     d_bias, dw0, dw1, dw2, dw3 = zero, zero, zero, zero, zero
     x_next, x_after = _inputs(x, first, c, x_token, time, DIMS), _inputs(x, first + 1, c, x_token, time, DIMS)
     dy_next, dy_after = _inputs(dy, first, c, dy_token, time, DIMS), _inputs(dy, first + 1, c, dy_token, time, DIMS)
+    x_third, x_fourth = _later(x, first, c, x_token, time, DIMS, AHEAD)
+    dy_third, dy_fourth = _later(dy, first, c, dy_token, time, DIMS, AHEAD)
     d_next = _document(doc, first, time, DOCS)
     for step in tl.range(SPAN + 3, loop_unroll_factor=UNROLL):
         t = first + step
         x0, d0, dz = x_next.to(tl.float32), d_next, dy_next.to(tl.float32)
-        x_next, x_after = x_after, _inputs(x, t + 2, c, x_token, time, DIMS)
-        dy_next, dy_after = dy_after, _inputs(dy, t + 2, c, dy_token, time, DIMS)
+        coming, dy_coming = (
+            _inputs(x, t + AHEAD, c, x_token, time, DIMS),
+            _inputs(dy, t + AHEAD, c, dy_token, time, DIMS),
+        )
+        x_next, x_after, x_third, x_fourth = _moved(x_after, x_third, x_fourth, coming, AHEAD)
+        dy_next, dy_after, dy_third, dy_fourth = _moved(dy_after, dy_third, dy_fourth, dy_coming, AHEAD)
         d_next = _document(doc, t + 1, time, DOCS)
         # A branch of the whole program: most tokens need no masks.
         if (step < SPAN) & (d0 == d1) & (d0 == d2) & (d0 == d3):
@@ -201,7 +234,8 @@ def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT:
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
         y_BTD, x_BTD.shape[1], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        SPAN=FORWARD.span, CHANNELS=FORWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=FORWARD.warps,
+        SPAN=FORWARD.span, CHANNELS=FORWARD.channels, AHEAD=FORWARD.ahead, FAST=has_fast_exp2(x_BTD),
+        num_warps=FORWARD.warps,
     )  # fmt: skip
     return y_BTD
 
@@ -247,9 +281,10 @@ def run_backward(
         dy_BTD, dx_BTD, sums_JKD, x_BTD.shape[1], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
         *(z.stride(1) for z in (x_BTD, dy_BTD, dx_BTD)),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        SPAN=BACKWARD.span, CHANNELS=BACKWARD.channels, FAST=has_fast_exp2(x_BTD), num_warps=BACKWARD.warps,
+        SPAN=BACKWARD.span, CHANNELS=BACKWARD.channels, AHEAD=BACKWARD.ahead, FAST=has_fast_exp2(x_BTD),
+        num_warps=BACKWARD.warps,
     )  # fmt: skip
-    sums_KD = sums_JKD.sum(0)
+    sums_KD = add_up(sums_JKD.view(1, -1, 5 * channels)).view(5, channels)
     bias_dtype = weight_DK.dtype if bias_D is None else bias_D.dtype
     dweight_DK = sums_KD[:taps].flip(0).T.to(weight_DK.dtype).contiguous()
     return dweight_DK, sums_KD[4].to(bias_dtype)

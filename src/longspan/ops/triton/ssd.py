@@ -19,6 +19,7 @@ from torch import Tensor
 from longspan.ops.triton import ssd_kernels as kernels
 from longspan.ops.triton.decays import Decays, heads_of_program, pointer, square_warps
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.sums import add_up
 from longspan.ops.triton.tiles import block
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
@@ -250,7 +251,7 @@ def run_backward(
         num_stages=1,
     )  # fmt: skip
     # The results of an op may not share memory.
-    dA, dD, dbias = (z.clone() for z in sums.sum((1, 2)))
+    dA, dD, dbias = (z.clone() for z in add_up(sums.view(3, -1, heads)))
     return dA, dD, dbias, dinitial
 
 

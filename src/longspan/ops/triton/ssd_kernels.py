@@ -54,7 +54,11 @@ def states(
     if INITIAL:
         state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
     if SEGMENTS > 1 and not ALONE:
-        for earlier in range(segment):
+        # A segment that keeps nothing hides all before it.
+        begin = segment * 0
+        for earlier in tl.range(segment, loop_unroll_factor=8):
+            begin = tl.where(tl.load(kept_ptr + (row * SEGMENTS + earlier) * H + h) == 0.0, earlier, begin)
+        for earlier in range(begin, segment):
             there = (row * SEGMENTS + earlier) * H + h
             state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
     weight = tl.load(by_head + first * Q + i) * tl.load(by_head + TO_END * plane + first * Q + i)
@@ -142,7 +146,11 @@ def state_gradients(
     if FINAL:
         dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
     if SEGMENTS > 1 and not ALONE:
-        for back in range(SEGMENTS - 1 - segment):
+        behind, begin = SEGMENTS - 1 - segment, segment * 0
+        for back in tl.range(behind, loop_unroll_factor=8):
+            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
+            begin = tl.where(tl.load(kept_ptr + there) == 0.0, back, begin)
+        for back in range(begin, behind):
             there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
             dstate = dstate * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
     weight, carry, kept = tl.load(reads + (end - 1) * Q + i), tl.load(carries + end - 1), 1.0
