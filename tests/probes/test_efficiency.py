@@ -240,6 +240,7 @@ def test_memory_is_beside_what_weights_and_state_take(
     assert [at["held"].numerator for at in seen] == pytest.approx(held)
 
 
-def test_contexts_must_be_positive(data: ProbeData) -> None:
+@pytest.mark.parametrize("contexts", [[0], [16, 0], []])
+def test_contexts_must_be_positive(contexts: list[int], data: ProbeData) -> None:
     with pytest.raises(UserError, match="positive"):
-        make_probe("efficiency", {"contexts": [0]}).items(data)
+        make_probe("efficiency", {"contexts": contexts}).items(data)

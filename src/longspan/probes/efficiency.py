@@ -98,9 +98,12 @@ class Efficiency(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """One item per context."""
-        contexts = self.contexts or tuple(sorted({max(2, data.context * k // 2) for k in (1, 2, 4, 8, 16)}))
-        if min(contexts) < 1:
-            raise UserError(f"contexts {list(contexts)}", "positive lengths", "mend `contexts`")
+        contexts = self.contexts
+        if contexts is None:
+            contexts = tuple(sorted({max(2, data.context * k // 2) for k in (1, 2, 4, 8, 16)}))
+        if min(contexts, default=0) < 1:
+            fix = "leave out those below 1; without `contexts`, they follow from training's"
+            raise UserError(f"contexts {list(contexts)}", "one or more positive lengths", fix)
         if data.shards.num_tokens == 0:
             raise UserError("the test split is empty", "some text for prompts", "give it a larger share")
         return [Item(f"context-{n}", 0, n * (self.repeats + self.warm_ups), {"context": n}) for n in contexts]
