@@ -241,6 +241,13 @@ def test_memory_is_beside_what_weights_and_state_take(
 
 
 @pytest.mark.parametrize("contexts", [[0], [16, 0], []])
-def test_contexts_must_be_positive(contexts: list[int], data: ProbeData) -> None:
-    with pytest.raises(UserError, match="positive"):
-        make_probe("efficiency", {"contexts": contexts}).items(data)
+def test_contexts_must_be_positive(contexts: list[int]) -> None:
+    """Said before anything is trained; an empty list is no word for the default."""
+    with pytest.raises(UserError, match="contexts"):
+        make_probe("efficiency", {"contexts": contexts})
+
+
+@pytest.mark.parametrize(("kind", "name"), [("pg19", "windows"), ("longbench_v2", "contexts"), ("ruler", "lengths")])
+def test_no_other_empty_list_stands_for_the_default(kind: str, name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        make_probe(kind, {name: []})

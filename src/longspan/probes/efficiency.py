@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch.cuda import OutOfMemoryError, empty_cache
 
 from longspan.engines.base import Engine, Generation, LargestBatch, Sampling
@@ -64,7 +64,7 @@ class Efficiency(Probe):
     requires: ClassVar[frozenset[str]] = frozenset({"generate"})
     place: ClassVar[Literal["quality", "cost"]] = "cost"
 
-    contexts: tuple[int, ...] | None = None
+    contexts: tuple[PositiveInt, ...] | None = Field(None, min_length=1)
     new_tokens: int = Field(32, ge=2)
     repeats: int = Field(5, ge=3)
     warm_ups: int = Field(2, ge=0)
@@ -101,9 +101,6 @@ class Efficiency(Probe):
         contexts = self.contexts
         if contexts is None:
             contexts = tuple(sorted({max(2, data.context * k // 2) for k in (1, 2, 4, 8, 16)}))
-        if min(contexts, default=0) < 1:
-            fix = "leave out those below 1; without `contexts`, they follow from training's"
-            raise UserError(f"contexts {list(contexts)}", "one or more positive lengths", fix)
         if data.shards.num_tokens == 0:
             raise UserError("the test split is empty", "some text for prompts", "give it a larger share")
         return [Item(f"context-{n}", 0, n * (self.repeats + self.warm_ups), {"context": n}) for n in contexts]
