@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
+import signal
+from contextlib import nullcontext
 from dataclasses import replace
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 
 from longspan.commands.bench import run
 from longspan.commands.bench.ceilings import Ceilings
+from longspan.commands.bench.limits import Limits
 from longspan.commands.bench.measured import Measured, share_of_ceiling
-from longspan.commands.bench.plan import LEFT_OUT, expected_seconds, plan, to_go_on
+from longspan.commands.bench.own import Generated
+from longspan.commands.bench.plan import CUT_OFF, LEFT_OUT, STOPPED, Cell, expected_seconds, plan, to_go_on
 from longspan.commands.bench.run import bench, measure
 from longspan.commands.bench.setting import models_of, read_setting
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import Stopped, UserError
 from longspan.models.budget import count_parameters, state_bytes
 
 TINY: dict[str, Any] = {
@@ -27,6 +31,7 @@ TINY: dict[str, Any] = {
 
 
 AT_BEST = Ceilings("", 1e12, 1e11)
+PEER: Any = SimpleNamespace(name="a peer", same_weights=True)
 
 
 def tiny(**changes: Any) -> Any:
@@ -65,9 +70,8 @@ def test_it_ends_in_one_json_line_with_every_part(
     monkeypatch.setattr(run, "measure_ceilings", lambda device, dtype: Ceilings("a cpu", 1e11, 1e10))
     setting = tiny(seconds=0.3, patterns="AM")
     bench(setting, peers=False, json_only=False)
-    shown, told = capsys.readouterr()
+    shown = capsys.readouterr().out
     assert "█" in shown
-    assert re.search(r"training step: [\d,]+ tok/s; prefill, one prompt: [\d,]+ tok/s; decoding", told)
     found = json.loads(shown.splitlines()[-1])
     assert [row["part"] for row in found["measured"]] == ["train", "prefill", "decode"]
     for row in found["measured"]:
@@ -118,10 +122,72 @@ def test_what_would_take_longer_than_is_left_gives_way_to_what_follows(monkeypat
     setting = tiny(patterns="AM,MM,AA", seconds=30.0)
     models = models_of(setting)
     monkeypatch.setattr(run, "expected_seconds", lambda cell, *others: 60.0 if cell.pattern != "AA" else 1.0)
-    got = Measured("", 32, "train", "longspan", 1, (1.0,))
-    monkeypatch.setattr(run, "_measure_one", lambda config, pattern, *others: [replace(got, pattern=pattern)])
+    monkeypatch.setattr(run, "_measure_one", lambda cell, *others: [measured(cell)])
     found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
     assert [each.failure or each.pattern for each in found] == ["AM", *[LEFT_OUT] * 3, "AA"]
+
+
+def measured(cell: Cell) -> Measured:
+    return Measured(cell.pattern, cell.context, "train", cell.who, 1, (1000.0, 3000.0))
+
+
+def test_the_end_of_the_time_cuts_what_is_being_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*arguments: Any) -> Any:
+        while True:
+            try:
+                sleep(0.001)
+            except Exception:
+                continue
+
+    monkeypatch.setattr(run, "trained", lambda *arguments: ([1000.0], 1))
+    monkeypatch.setattr(run, "generated", lambda *arguments: Generated([10.0], [20.0], 1, None))
+    monkeypatch.setattr(run, "native_engine", lambda *arguments: None)
+    monkeypatch.setattr(run, "peer_trained", endless)
+    monkeypatch.setattr(run, "plan", lambda *arguments, **more: [Cell(32, "AM", None), Cell(32, "AM", PEER)])
+    monkeypatch.setattr(run, "expected_seconds", lambda *arguments: 0.0)
+    before, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
+    setting, told = tiny(patterns="AM", seconds=1.0), list[str]()
+    found = measure(setting, models_of(setting), AT_BEST, peers=True, say=told.append)
+    assert [each.rate for each in found] == [1000.0, 10.0, 20.0, None, None, None]
+    assert [each.failure for each in found[3:]] == [CUT_OFF] * 3
+    assert "  decode: 20 tok/s" in told[3]
+    assert told[-1] == f"  decode: {CUT_OFF}"
+    # Nothing of it is left behind.
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer > 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_stops_it_gets_what_was_measured(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "measure_ceilings", lambda device, dtype: Ceilings("a cpu", 1e11, 1e10))
+    monkeypatch.setattr(run, "trained", lambda *arguments: ([1000.0], 1))
+
+    def stopped(*arguments: Any) -> Any:
+        signal.raise_signal(number)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(run, "generated", stopped)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped):
+        bench(tiny(seconds=60.0), peers=False, json_only=False)
+    shown = capsys.readouterr().out
+    assert "training step" in shown
+    assert f"note: {STOPPED}: AM at 32 (longspan), MM at 32 (longspan)" in shown
+    rows = json.loads(shown.splitlines()[-1])["measured"]
+    assert [row["rate"] for row in rows] == [1000.0] + [None] * 5
+    assert {row["failure"] for row in rows[1:]} == {STOPPED}
+    assert signal.getsignal(number) == before
+
+
+def test_a_peer_that_is_expected_to_start_slowly_is_not_begun_late() -> None:
+    setting = replace(tiny(), device=torch.device("cuda"))
+    attention, other = (
+        expected_seconds(Cell(32, pattern, PEER), models_of(tiny(patterns=pattern))[pattern], setting, AT_BEST)
+        for pattern in ("AA", "AM")
+    )
+    assert 10 < attention < other - 10
 
 
 def test_longer_contexts_are_expected_to_take_longer() -> None:
@@ -156,6 +222,7 @@ def test_transformers_computes_the_same_models_beside(monkeypatch: pytest.Monkey
     setting = tiny(patterns="AA,MS", seconds=1.5)
     # However busy the machine, the time is never over.
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(Limits, "measuring", lambda limits, seconds: nullcontext())
     found = measure(setting, models_of(setting), AT_BEST, peers=True, say=lambda text: None)
     theirs = [each for each in found if each.who == "transformers LlamaForCausalLM"]
     # No class of transformers computes MS.

@@ -112,3 +112,16 @@ def test_requests_of_almost_one_length_share_their_steps(
     assert kept.borrow(other, 1, 12, 4) is None
     kept.give_back(one)
     assert kept.borrow(other, 1, 12, 4) is first is not None
+
+
+@torch.no_grad()
+def test_the_memory_of_gated_deltanet_is_overwritten_in_place() -> None:
+    model = LanguageModel(ModelConfig(pattern="D", width=32, heads=2, delta_head_dim=8), 32).eval()
+    decoding = GraphedDecoding(model, 2, 8)
+    tokens = torch.randint(32, (2, 4), generator=torch.Generator().manual_seed(0))
+    decoding.load(model.next_logits(tokens[:, :3], model.initial_state())[1])
+    found = decoding.step(tokens[:, 3:])
+    # What is copied is the last three inputs of the convolution: 2 rows of 24 + 24 + 48 channels.
+    assert decoding.copied_bytes == 2 * 3 * 96 * 4
+    expected, _ = model.next_logits(tokens, model.initial_state())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

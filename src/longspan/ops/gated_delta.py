@@ -96,22 +96,33 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int,
 
 
 def gated_delta_step(
-    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_BH: Tensor, state_BHKV: Tensor
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    g_BH: Tensor,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `gated_delta`, all in fp32 (or all in fp64): one product reads the old state for query and key.
 
     Returns:
-        o (B, H, V) and the state after the token; `state_BHKV` is left as it was.
+        o (B, H, V) and the state after the token: `state_BHKV` itself (contiguous, without gradient) where it is to be
+        overwritten; else it is left as it was.
     """
     batch, heads, key_dim = k_BHK.shape
     q_b1K, k_b1K = (normalise(z)[0].reshape(batch * heads, 1, key_dim) for z in (q_BHK, k_BHK))
     q_b1K = q_b1K * key_dim**-0.5
     decay_b11 = g_BH.exp().reshape(-1, 1, 1)
-    state_bKV = state_BHKV.reshape(batch * heads, key_dim, -1) * decay_b11
+    old_bKV = state_BHKV.reshape(batch * heads, key_dim, -1)
+    state_bKV = old_bKV.mul_(decay_b11) if overwrite else old_bKV * decay_b11
     read_b2V = torch.bmm(torch.cat((q_b1K, k_b1K), dim=1), state_bKV)
     u_b1V = (v_BHV.reshape(batch * heads, 1, -1) - read_b2V[:, 1:]) * beta_BH.reshape(-1, 1, 1)
     o_b1V = torch.baddbmm(read_b2V[:, :1], torch.bmm(q_b1K, k_b1K.mT), u_b1V)
-    return o_b1V.view(v_BHV.shape), torch.baddbmm(state_bKV, k_b1K.mT, u_b1V).view(state_BHKV.shape)
+    added = torch.Tensor.baddbmm_ if overwrite else torch.baddbmm
+    new_bKV = added(state_bKV, k_b1K.mT, u_b1V)
+    return o_b1V.view(v_BHV.shape), state_BHKV if overwrite else new_bKV.view(state_BHKV.shape)
 
 
 def _step(

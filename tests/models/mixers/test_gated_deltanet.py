@@ -181,3 +181,17 @@ def test_flops_equal_the_counter_up_to_the_causal_half(settings):
     expected = mixer.flops(context) - unseen + causal_half
     assert counter.get_total_flops() / context == pytest.approx(expected, rel=0.02)
     assert mixer.flops(8) < mixer.flops(16) == mixer.flops(10**6)
+
+
+def test_columns_of_zeros_change_nothing() -> None:
+    mixer = GatedDeltaNet(96, GatedDeltaNetSettings(delta_head_dim=24))
+    mixer.init_weights(torch.Generator().manual_seed(0))
+    x_BTD = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    found = []
+    for whole in (1, 8):
+        parts = mixer._projected(x_BTD, whole)
+        gradients = torch.autograd.grad(sum(part.square().sum() for part in parts), (x_BTD, mixer.in_proj.weight))
+        found.append((*parts, *gradients))
+    assert parts[0].stride(1) % 8 == 0 != sum(part.shape[-1] for part in parts) % 8
+    for usual, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, usual)

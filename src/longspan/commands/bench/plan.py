@@ -16,7 +16,11 @@ from longspan.models.budget import forward_flops_per_token, training_flops_per_t
 from longspan.models.config import ModelConfig
 from longspan.training.run import WARMUP_STEPS
 
-LEFT_OUT = "no time was left for it (raise --seconds)"
+LEFT_OUT = "no time was left (raise --seconds)"
+CUT_OFF = "not done when the time was over (raise --seconds)"
+STOPPED = "stopped before it was measured"
+LATE = (LEFT_OUT, CUT_OFF, STOPPED)
+"""Why something has no rate that may have one another time."""
 OWN_SHARE, PEER_SHARE = 0.3, 0.1
 """Of the matmul rate, for what a cell is expected to take: below what was measured of most."""
 FEWEST_STEPS, FEWEST_PROMPTS = WARMUP_STEPS + 2 * LEAST_WINDOWS, LEAST_REPEATS + 1
@@ -24,6 +28,8 @@ TOKEN_SECONDS = 3e-4
 """Of one layer for one token, where the host starts every kernel."""
 START_SECONDS = {"cuda": 15.0, "cpu": 0.0}
 """Compiling of a pattern's layers."""
+PEER_START_SECONDS = {"cuda": (15.0, 40.0), "cpu": (1.0, 1.0)}
+"""Of a peer of attention alone, and of one with other mixers, whose first step may be plain torch over whole rows."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,10 @@ def expected_seconds(cell: Cell, config: ModelConfig, setting: Setting, ceilings
     step = rows_of(setting, cell.context) * cell.context * training_flops_per_token(config, vocab, cell.context)
     prompt = cell.context * forward_flops_per_token(config, vocab, cell.context)
     decode = setting.new_tokens * len(config.layers()) * TOKEN_SECONDS
-    start = START_SECONDS[setting.device.type] if cell.peer is None else 1.0
+    start = START_SECONDS[setting.device.type]
+    if cell.peer is not None:
+        attention_alone = {config.mixer(layer)[0].name for layer in config.layers()} == {"attention"}
+        start = PEER_START_SECONDS[setting.device.type][0 if attention_alone else 1]
     return start + (FEWEST_STEPS * step + FEWEST_PROMPTS * prompt) / rate + FEWEST_PROMPTS * decode
 
 
@@ -67,7 +76,7 @@ def to_go_on(
     setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, found: Sequence[Measured]
 ) -> str | None:
     """The command that measures what was left out, and what else is of the same contexts; None where nothing was."""
-    late = {(each.context, each.pattern, each.who) for each in found if each.failure == LEFT_OUT}
+    late = {(each.context, each.pattern, each.who) for each in found if each.failure in LATE}
     if not late:
         return None
     contexts = sorted({context for context, _, _ in late})

@@ -6,19 +6,20 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from longspan.commands.bench.ceilings import Ceilings, measure_ceilings
+from longspan.commands.bench.limits import Cut, Limits
 from longspan.commands.bench.measured import OURS, PARTS, Measured, Part, share_of_ceiling
 from longspan.commands.bench.own import Generated, generated, native_engine, trained
-from longspan.commands.bench.peers import Peer, peer_generated, peer_trained
-from longspan.commands.bench.plan import LEFT_OUT, expected_seconds, plan, to_go_on
+from longspan.commands.bench.peers import peer_generated, peer_trained
+from longspan.commands.bench.plan import CUT_OFF, LATE, LEFT_OUT, STOPPED, Cell, expected_seconds, plan, to_go_on
 from longspan.commands.bench.setting import Setting, models_of
-from longspan.foundation.errors import LongspanError
+from longspan.foundation.errors import LongspanError, Stopped
 from longspan.models.budget import count_parameters
 from longspan.models.config import ModelConfig
 from longspan.ops import kernels
@@ -39,6 +40,9 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
         setting: what.
         peers: whether the other packages are measured too.
         json_only: print nothing else on stdout.
+
+    Raises:
+        Stopped: somebody stopped it; what had been measured was shown.
     """
     started = time.monotonic()
     models = models_of(setting)
@@ -48,7 +52,7 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
 
     say(f"measuring what {setting.device} can do at best")
     ceilings = measure_ceilings(setting.device, setting.torch_dtype)
-    found = list(measure(setting, models, ceilings, peers=peers, say=say))
+    found = measure(setting, models, ceilings, peers=peers, say=say, since=started)
     outcome = {
         "bench": {
             **{key: value for key, value in asdict(setting).items() if key != "device"},
@@ -65,60 +69,77 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
     }
     if not json_only:
         show(setting, models, ceilings, found)
-    print(json.dumps(outcome, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(outcome, ensure_ascii=False, allow_nan=False), flush=True)
+    if any(each.failure == STOPPED for each in found):
+        raise Stopped("stopped; what had been measured until then is shown")
 
 
 def measure(
-    setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, *, peers: bool, say: Say
+    setting: Setting,
+    models: dict[str, ModelConfig],
+    ceilings: Ceilings,
+    *,
+    peers: bool,
+    say: Say,
+    since: float | None = None,
 ) -> list[Measured]:
-    """The whole `plan`. What the time does not allow is left out, and says so; what comes first is always measured."""
+    """The whole `plan`, each rate told as soon as it is known.
+
+    What comes first is always measured. What is expected to take longer than is left is not begun, and what is not
+    done when the time is over, or when somebody stops it, is cut; both say so.
+
+    Args:
+        setting, models, ceilings, peers: what.
+        say: takes lines for people.
+        since: when the time began, by `time.monotonic`; None: now.
+    """
     cells = plan(setting, models, peers=peers)
-    deadline = time.monotonic() + setting.seconds
+    deadline = (time.monotonic() if since is None else since) + setting.seconds
     found: list[Measured] = []
-    for number, cell in enumerate(cells):
-        config = models[cell.pattern]
-        left = deadline - time.monotonic()
-        expected = expected_seconds(cell, config, setting, ceilings)
-        if left <= 0 or (number and expected > left):
-            parameters = count_parameters(config, setting.vocab_size).total
-            found += [
-                Measured(cell.pattern, cell.context, part, cell.who, parameters, failure=LEFT_OUT) for part in PARTS
-            ]
-            continue
-        say(
-            f"{number + 1} of {len(cells)}: {cell.pattern} at {cell.context:,} tokens, {cell.who} "
-            f"({duration(left)} left)"
-        )
-        # Half for training, half for generating; what a part's first call costs comes on top.
-        seconds = left / (len(cells) - number) / 3
-        measured = _measure_one(config, cell.pattern, cell.context, cell.peer, setting, ceilings, seconds)
-        # Told at once: whoever ends a run that compiles for longer than expected keeps what was measured.
-        say("   " + "; ".join(_in_short(each) for each in measured))
-        found += measured
+    with Limits() as limits:
+        for number, cell in enumerate(cells):
+            config = models[cell.pattern]
+            left = deadline - time.monotonic()
+            expected = expected_seconds(cell, config, setting, ceilings)
+            if limits.stopped or left <= 0 or (number and expected > left):
+                found += _missing(cell, config, setting, PARTS, STOPPED if limits.stopped else LEFT_OUT)
+                continue
+            say(
+                f"{number + 1} of {len(cells)}: {cell.pattern} at {cell.context:,} tokens, {cell.who} "
+                f"({duration(left)} left)"
+            )
+            # Half for training, half for generating; what a part's first call costs comes on top.
+            seconds = left / (len(cells) - number) / 3
+            for each in _measure_one(cell, config, setting, ceilings, seconds, limits, deadline if number else None):
+                say(f"  {in_a_line(each)}")
+                found.append(each)
     return found
 
 
-def _in_short(measured: Measured) -> str:
-    got = measured.failure if measured.rate is None else f"{measured.rate:,.0f} tok/s"
-    return f"{TITLES[measured.part]}: {got}"
+def _missing(
+    cell: Cell, config: ModelConfig, setting: Setting, parts: Sequence[Part], reason: str
+) -> Iterator[Measured]:
+    parameters = count_parameters(config, setting.vocab_size).total
+    for part in parts:
+        yield Measured(cell.pattern, cell.context, part, cell.who, parameters, failure=reason)
 
 
 def _measure_one(
+    cell: Cell,
     config: ModelConfig,
-    pattern: str,
-    context: int,
-    peer: Peer | None,
     setting: Setting,
     ceilings: Ceilings,
     seconds: float,
-) -> list[Measured]:
-    who = OURS if peer is None else peer.name
+    limits: Limits,
+    deadline: float | None,
+) -> Iterator[Measured]:
+    peer, context = cell.peer, cell.context
     own = count_parameters(config, setting.vocab_size).total
 
     def row(part: Part, parameters: int, rates: Sequence[float], **more: Any) -> Measured:
         comparable = peer is None or peer.same_weights
         share = share_of_ceiling(part, rates, config, context, setting, ceilings) if comparable else None
-        return Measured(pattern, context, part, who, parameters, tuple(rates), share, **more)
+        return Measured(cell.pattern, context, part, cell.who, parameters, tuple(rates), share, **more)
 
     def training() -> list[Measured]:
         if peer is None:
@@ -135,10 +156,18 @@ def _measure_one(
             made, parameters = peer_generated(peer, context, setting, seconds)
         return _of_generation(made, lambda part, rates, **more: row(part, parameters, rates, **more))
 
-    found: list[Measured] = []
     for parts, work in ((PARTS[:1], training), (PARTS[1:], generating)):
+        left = None if deadline is None else deadline - time.monotonic()
+        failure = ""
+        if limits.stopped or (left is not None and left <= 0):
+            yield from _missing(cell, config, setting, parts, STOPPED if limits.stopped else CUT_OFF)
+            continue
         try:
-            found += work()
+            with limits.measuring(left):
+                rows = work()
+            yield from rows
+        except Cut:
+            failure = STOPPED if limits.stopped else CUT_OFF
         except LongspanError:
             raise
         except Exception as error:
@@ -146,11 +175,12 @@ def _measure_one(
             reason = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no word'}"
             )
-            found += [Measured(pattern, context, part, who, own, failure=reason[:160]) for part in parts]
+            failure = reason[:160]
+        if failure:
+            yield from _missing(cell, config, setting, parts, failure)
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
-    return found
 
 
 def _of_generation(made: Generated, row: Callable[..., Measured]) -> list[Measured]:
@@ -183,14 +213,30 @@ def show(setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, f
     for part in PARTS:
         _show_part(part, [each for each in found if each.part == part and each.rates])
     for each in found:
-        if each.failure and each.failure != LEFT_OUT:
+        if each.failure and each.failure not in LATE:
             print(f"note: {each.who}, {each.pattern}, {each.part} at {each.context:,} tokens: {each.failure}")
-    late = dict.fromkeys(
-        f"{each.pattern} at {each.context:,} ({each.who})" for each in found if each.failure == LEFT_OUT
-    )
-    if late:
-        print(f"note: {LEFT_OUT} for {', '.join(late)}")
-        print(f"go on with: {to_go_on(setting, models, ceilings, found)}")
+    for reason in LATE:
+        late = dict.fromkeys(f"{e.pattern} at {e.context:,} ({e.who})" for e in found if e.failure == reason)
+        if late:
+            print(f"note: {reason}: {', '.join(late)}")
+    if command := to_go_on(setting, models, ceilings, found):
+        print(f"go on with: {command}")
+
+
+def in_a_line(each: Measured) -> str:
+    """One rate as it is told when it has just been measured."""
+    if each.rate is None:
+        return f"{each.part}: {each.failure or 'no rate'}"
+    words = [f"{each.part}: {scaled(each.rate, 'tok/s')}"]
+    if each.ceiling is not None:
+        words.append(f"{each.ceiling:.1%} {_bound(each.part)}")
+    if each.memory_bytes is not None:
+        words.append(f"peak {byte_size(each.memory_bytes)}")
+    return ", ".join(words)
+
+
+def _bound(part: Part) -> str:
+    return "of copy rate" if part == "decode" else "of matmul rate"
 
 
 def _show_part(part: Part, found: Sequence[Measured]) -> None:
@@ -216,7 +262,6 @@ def _show_part(part: Part, found: Sequence[Measured]) -> None:
                 "█" * max(1, round(BAR * rate / longest)) if rate and longest else "",
             )
         )
-    bound = "of copy rate" if part == "decode" else "of matmul rate"
     print(TITLES[part])
     columns = (
         "context",
@@ -224,7 +269,7 @@ def _show_part(part: Part, found: Sequence[Measured]) -> None:
         "<who",
         "median",
         "lowest…highest",
-        bound,
+        _bound(part),
         "longspan is",
         "peak memory",
         "state",

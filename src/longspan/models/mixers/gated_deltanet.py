@@ -25,6 +25,9 @@ from longspan.ops.causal_conv import causal_conv_step
 from longspan.ops.gated_delta import LARGEST_KERNEL_KEY, gated_delta, gated_delta_step
 
 A_MIN, A_MAX = 0.01, 16.0
+WHOLE_COLUMNS = 8
+"""16 bytes of bf16: products whose rows are no multiple of it run 2.5 times as long on Hopper (docs/LOG.md), and two
+gates of an odd number of heads make such rows."""
 
 
 class GatedDeltaNetSettings(Config):
@@ -138,8 +141,8 @@ class GatedDeltaNet(Mixer):
         assert state is None or isinstance(state, GatedDeltaNetState)
         before = state or GatedDeltaNetState()
         if x_BTD.shape[1] == 1 and segments.state_doc is None and before.memory is not None:
-            return self._step(x_BTD, before)
-        qkv, z, b, a = self.in_proj(x_BTD).split_with_sizes(self._rows, dim=-1)
+            return self._step(x_BTD, before, overwrite=segments.step is not None)
+        qkv, z, b, a = self._projected(x_BTD, WHOLE_COLUMNS if x_BTD.is_cuda else 1)
         qkv, tail, tail_doc = short_conv(qkv, self.conv_weight, None, segments, before.tail, before.tail_doc)
         q, k, v = (part.view(*part.shape[:2], self.heads, -1) for part in self._split(qkv))
         # The scan chooses its own precision: autocast would round its sums of decays.
@@ -157,7 +160,15 @@ class GatedDeltaNet(Mixer):
         y_BTD = self.out_proj(self.norm(o_BTHV).flatten(2) * F.silu(z))
         return y_BTD, None if state is None else GatedDeltaNetState(tail, tail_doc, memory)
 
-    def _step(self, x_B1D: Tensor, before: GatedDeltaNetState) -> tuple[Tensor, GatedDeltaNetState]:
+    def _projected(self, x_BTD: Tensor, whole: int) -> tuple[Tensor, ...]:
+        """q k v, z, b and a as columns of one product, which has zeros after them up to a multiple of `whole`."""
+        padding = -sum(self._rows) % whole
+        if not padding:
+            return self.in_proj(x_BTD).split_with_sizes(self._rows, dim=-1)  # type: ignore[no-any-return]
+        weight = F.pad(self.in_proj.weight, (0, 0, 0, padding))
+        return F.linear(x_BTD, weight).split_with_sizes([*self._rows, padding], dim=-1)[:-1]
+
+    def _step(self, x_B1D: Tensor, before: GatedDeltaNetState, *, overwrite: bool) -> tuple[Tensor, GatedDeltaNetState]:
         """One more token of the open document: decoding, where every call into torch counts."""
         assert before.tail is not None
         assert before.memory is not None
@@ -165,7 +176,7 @@ class GatedDeltaNet(Mixer):
         qkv, tail = causal_conv_step(qkv, self.conv_weight.to(qkv.dtype), None, before.tail.to(qkv.dtype))
         q, k, v = (part.view(part.shape[0], self.heads, -1) for part in self._split(F.silu(qkv).float()))
         with without_autocast(x_B1D.device):
-            o_BHV, memory = gated_delta_step(q, k, v, *self._gates(b, a), before.memory)
+            o_BHV, memory = gated_delta_step(q, k, v, *self._gates(b, a), before.memory, overwrite=overwrite)
         y_BD = self.out_proj(self.norm(o_BHV.to(z.dtype)).flatten(1) * F.silu(z))
         return y_BD.unsqueeze(1), GatedDeltaNetState(tail, None, memory)
 
