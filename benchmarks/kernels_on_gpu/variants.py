@@ -39,20 +39,20 @@ def variants_ssd(run: Run) -> None:
         {},
         {"state_warps": (4, 4)},
         {"state_warps": (4, 5)},
-        {"MULTIPROCESSORS": 264},
-        {"MULTIPROCESSORS": 528},
+        {"STATE_PROGRAMS": 132},
+        {"STATE_PROGRAMS": 528},
         {"output_heads": 12},
         {"output_warps": (8, 3)},
         {"token_warps": (4, 4)},
-        {"MULTIPROCESSORS": 0},
+        {"STATE_PROGRAMS": 0},
     ]
     shapes = ((8, 4096), (1, 32_768), (4, 16_384))
     inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}
     slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
     expected: dict[tuple[int, int], list[Tensor]] = {}
-    few = launched.MULTIPROCESSORS
+    few = launched.STATE_PROGRAMS
     for change in changes:
-        launched.MULTIPROCESSORS = change.get("MULTIPROCESSORS", few)
+        launched.STATE_PROGRAMS = change.get("STATE_PROGRAMS", few)
         launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
         try:
             for shape, leaves in inputs.items():
@@ -74,7 +74,7 @@ def variants_ssd(run: Run) -> None:
         except Exception as error:
             run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
         finally:
-            launched.CUTS[BF16], launched.MULTIPROCESSORS = usual, few
+            launched.CUTS[BF16], launched.STATE_PROGRAMS = usual, few
 
 
 def variants_scan(run: Run) -> None:

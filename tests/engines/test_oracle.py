@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines import oracle
+from longspan.engines import graphs, oracle, precision
+from longspan.engines.base import Sampling
 from longspan.engines.native import NativeEngine
 from longspan.engines.oracle import Check, check_equivalence
 from longspan.engines.precision import fits_in_fp32, in_fp32
 from longspan.engines.transformers import TransformersEngine
+from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel
 from longspan.models.state import ModelState
 
@@ -64,6 +66,26 @@ def test_weights_are_the_same_bytes_after_they_were_in_fp32(deep: Callable[..., 
     after = model.state_dict()
     assert [after[name].dtype for name in before] == [tensor.dtype for tensor in before.values()]
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_steps_that_were_captured_before_are_not_replayed_on_weights_that_moved(
+    deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(graphs.VARIABLE, "on")
+    made: list[int] = []
+
+    class Counted(GraphedDecoding):
+        def __init__(self, model: LanguageModel, rows: int, slots: int) -> None:
+            made.append(rows)
+            super().__init__(model, rows, slots)
+
+    monkeypatch.setattr(graphs, "GraphedDecoding", Counted)
+    engine, sampling = deep("AM"), Sampling(max_new_tokens=8, stop_at_boundary=False)
+    written = [engine.generate([tokens(20)], sampling)[0].tokens.tolist() for _ in range(2)]
+    assert len(made) == 1
+    checks(engine)
+    assert written == 2 * [engine.generate([tokens(20)], sampling)[0].tokens.tolist()]
+    assert len(made) == 2
 
 
 def forgets(state: ModelState, layers: slice) -> ModelState:
@@ -153,6 +175,15 @@ def test_without_memory_for_fp32_the_bound_is_fixed_and_said(
     found = checks(engine)
     assert {check.allowed for check in found.values()} == {oracle.ROUNDED}
     assert all("not asked in fp32" in check.note for check in found.values())
+
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_fp32_is_not_tried_where_no_room_is_known(
+    free: int | None, deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "free_memory", lambda: free)
+    assert not fits_in_fp32(deep().module)
+    assert fits_in_fp32(deep().module.float())
 
 
 def test_kernels_that_fail_in_fp32_leave_the_fixed_bound(

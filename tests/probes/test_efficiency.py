@@ -61,7 +61,7 @@ def test_prompts_are_fresh_exact_and_repeat_a_short_split(data: ProbeData) -> No
 
 def test_contexts_that_are_no_lengths_are_refused_when_they_are_read() -> None:
     for contexts in ([0, 64], []):
-        with pytest.raises(UserError, match=r"probes\.efficiency: contexts [^$]*positive lengths"):
+        with pytest.raises(UserError, match=r"probes\.efficiency: contexts"):
             make_probe("efficiency", {**SETTINGS, "contexts": contexts})
 
 
@@ -168,6 +168,37 @@ def test_the_first_context_is_bounded_by_a_trial_of_an_eighth(
     assert [len(record.answer["runs"]) for record in ask(probe, engine, data)] == [3, 3]
 
 
+def test_a_trial_spoils_no_prompt_for_a_server_that_keeps_what_it_met(
+    data: ProbeData, fake: Callable[..., object], ask: Ask
+) -> None:
+    """The trial before 128 has 16 tokens, which are asked in earnest after it."""
+    probe, engine = make_probe("efficiency", {**SETTINGS, "contexts": [128, 16], "longest": 1e9}), fake()
+    write, met = type(engine).generate, set()
+
+    def generate(prompts, sampling):  # type: ignore[no-untyped-def]
+        (each,) = write(engine, prompts, sampling)
+        words = prompts[0].tobytes()
+        cached = len(prompts[0]) if words in met else 0
+        met.add(words)
+        return [replace(each, cached_tokens=cached)]
+
+    engine.generate = generate  # type: ignore[attr-defined]
+    assert [len(record.answer["runs"]) for record in ask(probe, engine, data)] == [3, 3]
+
+
+def test_without_room_for_the_copy_its_rate_is_not_known_and_the_rest_is(
+    data: ProbeData, fake: Callable[..., object], ask: Ask
+) -> None:
+    def full() -> float:
+        raise OutOfMemoryError("CUDA out of memory.")
+
+    engine = fake()
+    engine.copy_rate = full  # type: ignore[attr-defined]
+    (record,) = ask(make_probe("efficiency", {**SETTINGS, "contexts": [16]}), engine, data)
+    assert record.answer["copy_rate"] is None
+    assert len(record.answer["runs"]) == 3
+
+
 def test_after_a_length_without_room_no_longer_one_is_tried(
     data: ProbeData, subject: Callable[..., NativeEngine], ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +246,14 @@ def test_memory_is_beside_what_weights_and_state_take(
     assert [at["held"].numerator for at in seen] == pytest.approx(held)
 
 
-def test_contexts_must_be_positive(data: ProbeData) -> None:
-    with pytest.raises(UserError, match="positive"):
-        make_probe("efficiency", {"contexts": [0]}).items(data)
+@pytest.mark.parametrize("contexts", [[0], [16, 0], []])
+def test_contexts_must_be_positive(contexts: list[int]) -> None:
+    """Said before anything is trained; an empty list is no word for the default."""
+    with pytest.raises(UserError, match="contexts"):
+        make_probe("efficiency", {"contexts": contexts})
+
+
+@pytest.mark.parametrize(("kind", "name"), [("pg19", "windows"), ("longbench_v2", "contexts"), ("ruler", "lengths")])
+def test_no_other_empty_list_stands_for_the_default(kind: str, name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        make_probe(kind, {name: []})

@@ -304,3 +304,12 @@ def test_a_subject_holds_the_median_of_its_seeds() -> None:
     assert (small.seeds, small.note) == (3, "")
     assert (large.value, large.note) == (80.0, "1 of 1 seeds above half at the most asked")
     assert found["state_bits", "small"].value == 4000.0
+
+
+@pytest.mark.parametrize(
+    ("kept", "beyond"), [((4, 16), True), ((2, 4, 16), False), ((2, 16, 16), True), ((2, 4, 16, 16), True)]
+)
+def test_a_median_is_not_known_where_half_of_the_seeds_are_not(kept: tuple[int, ...], beyond: bool) -> None:
+    runs = [recalling("a", seed, pairs) for seed, pairs in enumerate(kept)]
+    half = next(m for m in make_probe("mqar").derive_of_runs(runs) if m.metric == "half")
+    assert half.beyond == beyond

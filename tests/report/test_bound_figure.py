@@ -18,7 +18,7 @@ from longspan.report.figures import quality_figures
 
 
 def measured(metric: str, subject: str, value: float, low: float, high: float, note: str = "") -> Measurement:
-    return Measurement(metric, subject, None, value, low, high, 100, 3, 100, note)
+    return Measurement(metric, subject, None, value, low, high, 100, 3, 100, note, beyond=bool(note))
 
 
 def held(report: ReportInput) -> ProbeSection:
@@ -75,9 +75,21 @@ def test_a_name_stands_on_the_side_where_it_runs_over_no_other_subject(quickstar
     assert left == {first: True, second: True, third: False}
 
 
+def test_a_subject_whose_state_is_not_known_is_named_and_not_passed_over(quickstart_report: ReportInput) -> None:
+    section, first = held(quickstart_report), quickstart_report.subjects[0].label
+    kept = tuple(m for m in section.summary.measurements if (m.metric, m.subject) != ("state_bits", first))
+    section = replace(section, summary=replace(section.summary, measurements=kept))
+    (metric,) = (each for each in section.metrics if each.bound)
+    figure = bound_figure("half", section, metric, arrange(quickstart_report))
+    assert figure is not None
+    assert figure.caption.endswith(f"Not shown, since their state is not known: {first}.")
+    assert first not in [row["name"] for row in figure.spec["data"]["values"] if "name" in row]
+
+
 def test_without_a_known_state_the_loads_stand_alone(quickstart_report: ReportInput) -> None:
     section = held(quickstart_report)
     kept = tuple(m for m in section.summary.measurements if m.metric != "state_bits")
     bare = replace(section, summary=replace(section.summary, measurements=kept))
     (figure,) = (f for f in quality_figures(quickstart_report, bare, arrange(quickstart_report)) if "half" in f.name)
     assert "state" not in figure.caption
+    assert "bars go from the lowest to the highest seed" in figure.caption

@@ -71,6 +71,21 @@ def test_small_shapes_are_checked_and_asked_one_after_another(tmp_path: Path, mo
     assert "9 GiB wanted" in str(missing.table[0]["reason"])
 
 
+def test_what_was_not_measured_is_told_of_a_probe_of_any_name(tmp_path: Path) -> None:
+    small = "pattern: A, vocab_size: 300, width: 16, heads: 2, mlp_width: 16, positions: learned, max_positions: 12"
+    overrides = [
+        "variant=cpu",
+        f"subjects=[{{name: a, shape: {{{small}}}}}]",
+        "probes={speed: {kind: efficiency, contexts: [8, 16], new_tokens: 2}}",
+        "corpus.num_documents=20",
+        "corpus.splits={train: 0.25, validation: 0.25, test: 0.5}",
+    ]
+    outcome = run_study("cost-at-length", overrides, tmp_path, until="report", terminal=Terminal(quiet=True))
+    facts = load(Path(outcome.data["report"]).with_name("report.json"))
+    (missing,) = [entry for entry in facts.ledger if entry.text == "Contexts whose cost was not measured."]
+    assert [(row["subject"], row["context"]) for row in missing.table] == [("a", 16)]
+
+
 @pytest.mark.parametrize("shape", range(3), ids=["hybrid", "llama", "mamba"])
 def test_both_engines_compute_the_same_function_of_a_shape(shape: int) -> None:
     """Else rounding is compared between two functions, of which one may be chaotic."""

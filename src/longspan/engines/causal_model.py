@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.engines.precision import fits_in_fp32, in_fp32
+from longspan.foundation.errors import first_line
 from longspan.foundation.randomness import torch_generator
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
@@ -176,8 +177,9 @@ class CausalModel:
                 steps.append(self.logits(hidden_B1D))
             stepped = _relative(torch.cat(steps, 1), whole)
         except Exception as error:  # whatever a model's code raises: this way is closed
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.notes.append(f"no state can be kept ({reason}), so every request is computed from its beginning")
+            self.notes.append(
+                f"no state can be kept ({first_line(error)}), so every request is computed from its beginning"
+            )
             return False, False
         self.returns_state = True
         if stepped > self._same:
@@ -190,7 +192,7 @@ class CausalModel:
         try:
             parted = _relative(self.logits(self.hidden(tokens_BT[:, TRIED_CUT:], state, keep=True)[0]), whole)
         except Exception as error:
-            self.notes.append(f"a text cannot go through in parts ({(str(error).splitlines() or [''])[0]})")
+            self.notes.append(f"a text cannot go through in parts ({first_line(error)})")
             return True, False
         # With rounding, several tokens at a time may be about as far off as one at a time, which is known to be right.
         bound = max(2 * stepped, SAME_ROUNDED / 5) if self._rounded else self._same
@@ -212,8 +214,9 @@ class CausalModel:
                 hidden_BTD, state = self.padded(tokens_BT[:, end - 1 : end], mask_BT[:, :end], state)
                 found.append(self.logits(hidden_BTD))
         except Exception as error:  # whatever a model's code raises: this way is closed
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.notes.append(f"texts cannot be padded ({reason}), so those of unlike lengths are continued one by one")
+            self.notes.append(
+                f"texts cannot be padded ({first_line(error)}), so those of unlike lengths are continued one by one"
+            )
             return False
         apart = _relative(torch.cat(found, 1), torch.cat([each[:, -len(found) :] for each in wanted]))
         if apart > (SAME_ROUNDED / 2 if self._rounded else self._same):

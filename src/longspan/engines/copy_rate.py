@@ -17,7 +17,11 @@ REPEATS = 5
 
 @cache
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy, read and written: the best of a few repeats. Measured once in a process."""
+    """Bytes/s of a copy, read and written: the best of a few repeats. Measured once in a process.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: no room for both sides of the copy.
+    """
     source = torch.ones(COPIED[device.type], device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * COPIED[device.type] / best_seconds(lambda: target.copy_(source), device)

@@ -205,6 +205,10 @@ class NativeEngine(InProcessEngine):
         """The model itself, for looking at."""
         return self._model
 
+    def drop_graphs(self) -> None:
+        """Before weights move: a captured step reads them where they were."""
+        self._graphs.drop()
+
     def state_bytes(self, context: int) -> int:
         """See `Engine.state_bytes`."""
         size = torch.empty(0, dtype=self._dtype).element_size()

@@ -19,7 +19,7 @@ from longspan.engines.prompting import Templated, Unstated, chat_form, custom_fo
 from longspan.engines.random_weights import native_of_shape, transformers_config, transformers_model
 from longspan.engines.source import EndpointArguments, ModelSource, TransformersArguments, VllmArguments
 from longspan.engines.state_shapes import StateShape
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import UserError, first_line
 from longspan.foundation.extras import require
 from longspan.foundation.files import digest, read_json, sha256_file
 from longspan.foundation.progress import Report, silent
@@ -71,7 +71,7 @@ class Described:
             config = require("transformers").AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted)
         except (ValueError, OSError) as error:
             raise UserError(
-                f"transformers cannot read the configuration in {self.folder} ({str(error).splitlines()[0]})",
+                f"transformers cannot read the configuration in {self.folder} ({first_line(error)})",
                 "an architecture that the installed transformers knows",
                 "install a newer transformers, or set `arguments: {trust_remote_code: true}` if you trust its code",
             ) from None
@@ -267,7 +267,7 @@ def _transformers(found: Described, fingerprint: str, device: str) -> Engine:
         )
     except (ValueError, OSError, ImportError) as error:
         raise UserError(
-            f"transformers cannot load {source.place} ({str(error).splitlines()[0]})",
+            f"transformers cannot load {source.place} ({first_line(error)})",
             "a causal language model with safetensors",
             "look at its files, or choose another `arguments.attention`",
         ) from error

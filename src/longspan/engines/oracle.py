@@ -26,6 +26,7 @@ from longspan.engines.base import Engine, Tokens
 from longspan.engines.native import NativeEngine
 from longspan.engines.precision import fits_in_fp32, in_fp32
 from longspan.engines.transformers import TransformersEngine
+from longspan.foundation.errors import first_line
 from longspan.foundation.progress import Progress, Report, silent
 
 TOKENS = 384
@@ -105,6 +106,8 @@ def check_equivalence(engine: Engine, tokens: Tokens, report: Report = silent) -
     module = _module(engine)
     exact: dict[str, Pair | str] = {}
     if module is not None and not _exact(engine) and fits_in_fp32(module):
+        if isinstance(engine, NativeEngine):
+            engine.drop_graphs()
         with in_fp32(module):
             for name, way in ways.items():
                 report(Progress("oracle", len(found) + len(exact), steps, "checks"))
@@ -117,7 +120,7 @@ def _attempted(way: Way, engine: Engine, text: NDArray[np.int64]) -> Pair | str:
     try:
         return way(engine, text)
     except Exception as error:  # whatever a kernel raises: then there is no fp32 to compare with
-        return f"not asked in fp32 ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        return f"not asked in fp32 ({first_line(error)})"
 
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from longspan.foundation.machine import free_memory
+
 
 @contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """Every weight of less precision in fp32 while this lasts, and then the same bytes as before."""
+    """Every weight of less precision in fp32 while this lasts, and then the same bytes as before, in another place."""
     rounded = [(tensor, tensor.dtype) for tensor in _rounded(model)]
     try:
         for tensor, _ in rounded:
@@ -26,7 +27,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def fits_in_fp32(model: nn.Module) -> bool:
-    """Whether there is memory for it, on a GPU after giving back what is cached."""
+    """Whether there is memory for it, on a GPU after giving back what is cached; not where that is not known."""
     more = [tensor.numel() * 4 for tensor in _rounded(model)]
     if not more:
         return True
@@ -35,7 +36,7 @@ def fits_in_fp32(model: nn.Module) -> bool:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = free_memory() or 0
     # One tensor is there twice while it changes, and half of each was there before.
     return sum(more) // 2 + 2 * max(more) < free
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 """glibc tunables that keep freed memory in the process: 1.1 to 1.3 times the training speed on CPU."""
@@ -22,6 +23,13 @@ def num_launched() -> int:
 def follows() -> bool:
     """Whether torchrun started this process to help another one."""
     return num_launched() > 1 and os.environ["RANK"] != "0"
+
+
+def free_memory() -> int | None:
+    """Bytes that a process may take now, those of files that the system keeps in memory included; None: not known."""
+    facts = Path("/proc/meminfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def tune_allocator() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt
 from torch.cuda import OutOfMemoryError, empty_cache
 
 from longspan.engines.base import Engine, Generation, LargestBatch, Sampling
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import UserError, first_line
 from longspan.foundation.randomness import numpy_generator
 from longspan.probes.base import Answer, Asked, Item, Probe, ProbeData, register
 from longspan.records.observation import Metric, Observation
@@ -64,19 +64,13 @@ class Efficiency(Probe):
     requires: ClassVar[frozenset[str]] = frozenset({"generate"})
     place: ClassVar[Literal["quality", "cost"]] = "cost"
 
-    contexts: tuple[int, ...] | None = None
+    contexts: tuple[PositiveInt, ...] | None = Field(None, min_length=1)
     new_tokens: int = Field(32, ge=2)
     repeats: int = Field(5, ge=3)
     warm_ups: int = Field(2, ge=0)
     once_above: float | None = Field(None, gt=0)
     longest: float | None = Field(None, gt=0)
     largest_batch: bool | tuple[int, ...] = False
-
-    @model_validator(mode="after")
-    def _contexts_are_lengths(self) -> Self:
-        if self.contexts is not None and min(self.contexts, default=0) < 1:
-            raise UserError(f"contexts {list(self.contexts)}", "one or more positive lengths", "mend `contexts`")
-        return self
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -104,7 +98,9 @@ class Efficiency(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """One item per context."""
-        contexts = self.contexts or tuple(sorted({max(2, data.context * k // 2) for k in (1, 2, 4, 8, 16)}))
+        contexts = self.contexts
+        if contexts is None:
+            contexts = tuple(sorted({max(2, data.context * k // 2) for k in (1, 2, 4, 8, 16)}))
         if data.shards.num_tokens == 0:
             raise UserError("the test split is empty", "some text for prompts", "give it a larger share")
         return [Item(f"context-{n}", 0, n * (self.repeats + self.warm_ups), {"context": n}) for n in contexts]
@@ -130,14 +126,14 @@ class Efficiency(Probe):
         self, engine: Engine, context: int, data: ProbeData, before: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         content: dict[str, Any] = {"context": context, "new_tokens": self.new_tokens, "runs": []}
-        copy_rate = engine.copy_rate()
+        copy_rate = _copy_rate(engine)
         try:
             if reason := self._not_evaluable(engine, context, data, before):
                 return {**content, "not_evaluable": reason}
             if reason := self._run(engine, context, data, content):
                 return {**content, "not_counted": reason}
         except OutOfMemoryError as error:
-            reason = f"out of memory at {context:,} tokens: {str(error).splitlines()[0]}"
+            reason = f"out of memory at {context:,} tokens: {first_line(error)}"
             content = {**content, "runs": [], "not_evaluable": reason}
         if "not_evaluable" in content:
             # Only here, where no frame of the failed call holds its tensors any more.
@@ -189,7 +185,8 @@ class Efficiency(Probe):
         content: dict[str, Any] = {"context": context, "new_tokens": TRIED_TOKENS, "runs": []}
         sampling = Sampling(max_new_tokens=TRIED_TOKENS, stop_at_boundary=False)
         for run in range(2 if context else 0):
-            written = engine.timed(self._prompt(data, context, run), sampling)
+            # Prompts of its own: a server that had met those of this context would not count it later.
+            written = engine.timed(self._prompt(data, context, self.warm_ups + self.repeats + run), sampling)
             if _not_counted(written, context):
                 break
             content["runs"] = [[written.first_token_seconds, written.decode_seconds, len(written.tokens) - 1]]
@@ -298,6 +295,14 @@ def _runs(answer: Mapping[str, Any]) -> Iterator[tuple[float, float, int]]:
     """(seconds to the first token, seconds of the others, how many others) of each run."""
     for run in answer["runs"]:
         yield run[0], run[1], run[2] if len(run) > 2 else answer["new_tokens"] - 1
+
+
+def _copy_rate(engine: Engine) -> float | None:
+    """None as well where the model leaves no room for the copy."""
+    try:
+        return engine.copy_rate()
+    except OutOfMemoryError:
+        return None
 
 
 def _largest_batch(engine: Engine, context: int) -> LargestBatch | None:

@@ -62,7 +62,7 @@ class PG19(Probe):
 
     data: str | None = None
     revision: str | None = None
-    windows: tuple[int, ...] | None = None
+    windows: tuple[int, ...] | None = Field(None, min_length=1)
     stride: int | None = Field(None, ge=1)
     streaming: bool = False
     last: int = Field(256, ge=1)

@@ -109,6 +109,7 @@ class Measurement:
         seeds: training seeds; with one seed the interval holds the sampling of documents only.
         items: items per seed.
         y: of a cell of the table x × y; None for all of an x together.
+        beyond: True where it lies beyond what was asked, and the value says only how far that went.
     """
 
     metric: str
@@ -122,6 +123,7 @@ class Measurement:
     items: int
     note: str = ""
     y: float | None = None
+    beyond: bool = False
 
 
 @dataclass(frozen=True, slots=True)

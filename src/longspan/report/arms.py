@@ -10,9 +10,8 @@ from longspan.report.data import ReportInput, SubjectFacts
 
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (12, 3))
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
-
-
 _STYLES = {str(style): dash for style, dash in enumerate(DASHES)}
+"""`Arm.stroke` -> dashes, where no factor is shown as dashes."""
 
 
 @dataclass(frozen=True)

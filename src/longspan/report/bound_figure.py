@@ -23,9 +23,13 @@ SHARES = tuple(10.0**power for power in range(-6, 1))
 
 
 def bound_figure(name: str, section: ProbeSection, metric: Metric, arms: Arms) -> Figure | None:
-    """A metric against the one that limits it (`Metric.bound`), a point a subject; None where no limit is known."""
+    """A metric against the one that limits it (`Metric.bound`), a point a subject; None where no limit is known.
+
+    Subjects without a known limit are named in the caption.
+    """
     limits = {m.subject: m for m in findings.points(section, metric.bound) if m.x is None and m.value > 0}
-    found = [m for m in findings.points(section, metric.name) if m.subject in limits and m.subject in arms]
+    known = [m for m in findings.points(section, metric.name) if m.subject in arms]
+    found = [m for m in known if m.subject in limits]
     if not found:
         return None
     limit = next(each for each in section.metrics if each.name == metric.bound)
@@ -38,6 +42,8 @@ def bound_figure(name: str, section: ProbeSection, metric: Metric, arms: Arms) -
     )
     if any(row["open"] for row in rows):
         caption += " Rings: half or more of the seeds lie beyond what was asked, so that the place is not known."
+    if without := ", ".join(m.subject for m in known if m.subject not in limits):
+        caption += f" Not shown, since their {limit.title.lower()} is not known: {without}."
     spec = _chart(rows, x, y)
     width = charts.width_of([row["name"] for row in rows])
     return Figure(name, metric.title, caption, spec, _table(rows, metric, limit), 1, width)
@@ -47,9 +53,7 @@ def _row(m: Measurement, limit: Measurement, metric: Metric, bound: Metric, arms
     return {"name": m.subject, "x": limit.value, "y": m.value, "low": m.low, "high": m.high, "n": m.n,
             "seeds": m.seeds, "text": value_text(metric, m), "xtext": value_text(bound, limit), "note": m.note,
             "share": f"{numbers.significant(100 * m.value / limit.value, 2)} %",
-            # The probe says in its note that seeds lie beyond; of most of them the median is one.
-            "open": bool(m.note) and m.value in (m.low, m.high),
-            "c": f"var({arms[m.subject].variable})"}  # fmt: skip
+            "open": m.beyond, "c": f"var({arms[m.subject].variable})"}  # fmt: skip
 
 
 def _chart(rows: Sequence[Row], x: Axis, y: Axis) -> dict[str, Any]:

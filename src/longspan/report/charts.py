@@ -6,6 +6,7 @@ Widths are set by the page; heights are fixed, which is what lets the labels at 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -301,17 +302,21 @@ def _end_labels(
         key = (row["p"], row["subject"])
         if row["y"] is not None and (key not in last or row["x"] >= last[key]["x"]):
             last[key] = row
-    heights: dict[str, list[float]] = {}
+    heights: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        heights.setdefault(row["subject"], []).append(row["y"] or 0.0)
+        if row["y"] is not None:
+            heights.setdefault((row["p"], row["subject"]), []).append(row["y"])
     labels: list[Row] = []
     for panel in dict.fromkeys(key[0] for key in last):
         # Lines that end together are named in the order in which they ran.
         ends = sorted(
             (row for key, row in last.items() if key[0] == panel),
-            key=lambda r: (round(r["y"], 3), sum(heights[r["subject"]]) / len(heights[r["subject"]])),
+            key=lambda r: (
+                round(pixel(r["y"], domain, y.scale, height)),
+                statistics.mean(heights[panel, r["subject"]]),
+            ),
         )
-        places = spread([pixel(row["y"], domain, y.scale, height) for row in ends], 13.5, height)
+        places = spread(sorted(pixel(row["y"], domain, y.scale, height) for row in ends), 13.5, height)
         for row, place in zip(ends, places, strict=True):
             shared = {"p": panel, "c": row["c"], "s": row["s"], "d": row["d"], "y": row["y"], "x": row["x"]}
             at = value_at(place, domain, y.scale, height)

@@ -133,12 +133,17 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
-    bars = "quartiles over repeats" if metric.kind == "median" else "95 % intervals"
-    caption = f"{better} is better; bars are {bars}. The axis does not start at zero."
+    caption = f"{better} is better; bars {_bars(metric)}. The axis does not start at zero."
     if metric.chance is not None:
         caption = f"{better} is better; bars are 95 % intervals; the thin line is {_chance_name(metric)}."
     title = quantity(finding)
     return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
+
+
+def _bars(metric: Metric) -> str:
+    if metric.bound:
+        return "go from the lowest to the highest seed"
+    return "are quartiles over repeats" if metric.kind == "median" else "are 95 % intervals"
 
 
 def _derived_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:

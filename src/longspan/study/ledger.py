@@ -76,7 +76,7 @@ def _benchmarks(plan: Plan) -> list[LedgerEntry]:
     for planned in plan.subjects:
         for name, probe in planned.subject.config.make_probes().items():
             if dataset := probe.hub_dataset():
-                text = f"The items are those of {dataset} at commit {probe.protocol()['revision']}."
+                text = f"The items are those of {dataset} at commit {probe.model_dump()['revision']}."
                 found[name] = LedgerEntry("info", name, text)
     return list(found.values())
 
@@ -144,13 +144,14 @@ def _not_measured(plan: Plan, runs: Path) -> list[LedgerEntry]:
     """Contexts whose cost is not known, and why."""
     rows: list[Row] = []
     for planned in plan.subjects:
-        if (job := planned.probes.get("efficiency")) is None:
-            continue
-        asked = job.result(runs)["fingerprint"]
-        for record in RecordStore(job.folder(runs) / RECORDS):
-            answer = record.answer if record.fingerprint == asked else {}
-            if reason := answer.get("not_evaluable") or answer.get("not_counted"):
-                rows.append({"subject": planned.subject.who, "context": answer["context"], "reason": reason})
+        # A study may give a probe another name than its kind.
+        kinds = {name: probe.kind for name, probe in planned.subject.config.make_probes().items()}
+        for job in (job for name, job in planned.probes.items() if kinds[name] == "efficiency"):
+            asked = job.result(runs)["fingerprint"]
+            for record in RecordStore(job.folder(runs) / RECORDS):
+                answer = record.answer if record.fingerprint == asked else {}
+                if reason := answer.get("not_evaluable") or answer.get("not_counted"):
+                    rows.append({"subject": planned.subject.who, "context": answer["context"], "reason": reason})
     return [LedgerEntry("info", "probes", "Contexts whose cost was not measured.", rows)] if rows else []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from longspan.corpus.sources.dataset_commit import commit_at_first_use
 from longspan.engines.source import ModelSource
 from longspan.foundation.errors import DataError, UserError, first_line
+from longspan.foundation.extras import MissingExtra
 from longspan.foundation.files import digest, read_json, write_json
 from longspan.models.interchange import DESCRIPTIONS, resolve
 from longspan.probes.base import Probe
@@ -58,6 +59,7 @@ def pinned_probes(probes: Mapping[str, Probe], downloads: Path) -> dict[str, Any
         downloads: where notes are kept, the runs folder's own; a corpus of the same data set has the same commit.
 
     Raises:
+        MissingExtra: the hub's client is not installed.
         DataError: the hub cannot be reached, or has no such data set or revision.
     """
     return {name: _pinned_probe(probe, downloads).model_dump(mode="json") for name, probe in probes.items()}
@@ -70,6 +72,8 @@ def _pinned_probe(probe: Probe, downloads: Path) -> Probe:
         return probe
     try:
         commit = commit_at_first_use(dataset, revision, downloads)
+    except MissingExtra:
+        raise
     except Exception as error:  # the client raises many kinds: offline, not found, gated, refused
         raise DataError(
             f"which commit the data set {dataset} is at cannot be asked ({first_line(error)})",

@@ -11,7 +11,7 @@ from longspan.foundation.files import digest, read_json, write_json
 def commit_at_first_use(dataset: str, revision: str | None, downloads: Path) -> str:
     """The commit of a data set, written down when it is asked for the first time.
 
-    Where the hub cannot be reached, what its client has in its cache counts.
+    Where the hub does not answer, what its client has in its cache counts; where it refuses, nothing does.
 
     Args:
         dataset: `owner/name`.
@@ -25,9 +25,12 @@ def commit_at_first_use(dataset: str, revision: str | None, downloads: Path) -> 
     note = downloads / "huggingface" / f"{digest([dataset, revision])[:16]}.resolved.json"
     if note.is_file():
         return str(read_json(note)["commit"])
-    hub = require("hub", "huggingface_hub")
+    hub, refusals = require("hub", "huggingface_hub"), require("hub", "huggingface_hub.errors")
     try:
         commit = str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
+    except (refusals.RepositoryNotFoundError, refusals.RevisionNotFoundError):
+        # The hub's word on what it does not have, or does not show to whoever asks.
+        raise
     except Exception:
         cached = _cached(dataset, revision)
         if cached is None:
@@ -39,5 +42,8 @@ def commit_at_first_use(dataset: str, revision: str | None, downloads: Path) -> 
 
 def _cached(dataset: str, revision: str | None) -> str | None:
     cache = Path(require("hub", "huggingface_hub.constants").HF_HUB_CACHE)
-    reference = cache / f"datasets--{dataset.replace('/', '--')}" / "refs" / (revision or "main")
+    repository = cache / f"datasets--{dataset.replace('/', '--')}"
+    if revision and (repository / "snapshots" / revision).is_dir():
+        return revision
+    reference = repository / "refs" / (revision or "main")
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None

@@ -24,7 +24,8 @@ from longspan.ops.triton.tiles import block
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
-MULTIPROCESSORS = 132
+# Below so many programs that carry states, rows are cut for them: two for each multiprocessor of an H100.
+STATE_PROGRAMS = 264
 # A segment of fewer chunks is not worth a launch.
 LEAST_CHUNKS = 16
 KEEP_STATES = True
@@ -117,9 +118,9 @@ class Plan(NamedTuple):
     def segments(self, rows: int) -> int:
         """Into how many segments a row is cut for them: 1 where there are programs enough without."""
         programs = math.prod(self.state_grid(rows))
-        if programs >= MULTIPROCESSORS:
+        if programs >= STATE_PROGRAMS:
             return 1
-        return max(1, min(4 * MULTIPROCESSORS // programs, self.chunks // LEAST_CHUNKS))
+        return max(1, min(4 * STATE_PROGRAMS // programs, self.chunks // LEAST_CHUNKS))
 
 
 def _carry(

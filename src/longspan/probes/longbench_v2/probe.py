@@ -68,7 +68,7 @@ class LongBenchV2(Probe):
 
     data: str | None = None
     revision: str | None = None
-    contexts: tuple[int, ...] | None = None
+    contexts: tuple[int, ...] | None = Field(None, min_length=1)
     variant: Variant = "direct"
     retrieved: int = Field(5, ge=1)
     max_new_tokens: int = Field(128, ge=1)

@@ -56,7 +56,7 @@ class Ruler(Probe):
     batch_tokens: ClassVar[int] = 131_072
 
     tasks: tuple[str, ...] | None = None
-    lengths: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = Field(None, min_length=1)
     unit: Literal["tokens", "bytes"] = "tokens"
     samples: int = Field(20, ge=1)
     haystack: str | None = None
