@@ -111,6 +111,20 @@ def test_bars_of_medians_are_told_as_quartiles() -> None:
     assert "quartiles over repeats" in figure.caption
 
 
+@pytest.mark.parametrize(("runs", "words"), [
+    ((1, 1), "Single runs, without bands."),
+    ((3, 1), "Medians over repeats; bands are their quartiles, and single runs have none."),
+    ((3, 3), "Medians over repeats; bands are their quartiles."),
+])  # fmt: skip
+def test_a_caption_tells_of_quartiles_only_where_runs_were_repeated(runs: tuple[int, int], words: str) -> None:
+    points = tuple(
+        Measurement(LATENCY.name, "A", x, 2.0, 2.0, 2.0, n, 1, n) for x, n in zip((1024.0, 2048.0), runs, strict=True)
+    )
+    section = ProbeSection("efficiency", "Cost", "", (LATENCY,), Summary(points, (), ()), place="cost")
+    (figure,) = page.lay_out(replace(report(), probes=[section], subjects=[SubjectFacts("A", "")])).cost
+    assert f"better. {words}" in f"{figure.caption} "
+
+
 def test_a_change_of_order_at_a_measured_context_is_a_crossing() -> None:
     (cell,) = rows(report((LATENCY, {"A": (1.0, 2.0, 4.0), "M": (2.0, 2.0, 2.0)}, 0.0))).values()
     assert cell == ("b from 4,100",)

@@ -56,6 +56,17 @@ def test_many_hybrids_and_many_levels_have_colours_of_their_own() -> None:
     assert len({s.light for s in level_shades([str(i) for i in range(12)]).values()}) == 12
 
 
+@pytest.mark.parametrize(("theme", "paper"), [("light", "#ffffff"), ("dark", "#14171b")])
+def test_ten_levels_are_clear_on_paper_and_apart_for_colour_blind_readers(theme: str, paper: str) -> None:
+    shades = level_shades([str(i) for i in range(10)])
+    colours = [getattr(shade, theme) for shade in shades.values()]
+    assert min(contrast(colour, paper) for colour in colours) > (3 if theme == "dark" else 2)
+    for deficiency, least in (("none", 10), ("protanopia", 7), ("deuteranopia", 7)):
+        matrix = np.array(DEFICIENCIES.get(deficiency, np.eye(3)))
+        for a, b in itertools.combinations(colours, 2):
+            assert np.linalg.norm(lab(a, matrix) - lab(b, matrix)) > least, (deficiency, a, b)
+
+
 def test_the_colour_follows_the_true_mixer_and_not_the_letter() -> None:
     bound = pattern_shades({"MM": ["gated_short_convolution"] * 2, "BB": ["attention"] * 2, "AA": ["attention"] * 2})
     assert bound["MM"] == mixer_shade("gated_short_convolution")

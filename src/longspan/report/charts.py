@@ -307,6 +307,7 @@ def _end_labels(
         if row["y"] is not None:
             heights.setdefault((row["p"], row["subject"]), []).append(row["y"])
     labels: list[Row] = []
+    farthest = max((row["x"] for row in last.values()), default=0.0)
     for panel in dict.fromkeys(key[0] for key in last):
         # Lines that end together are named in the order in which they ran.
         ends = sorted(
@@ -320,19 +321,21 @@ def _end_labels(
         for row, place in zip(ends, places, strict=True):
             shared = {"p": panel, "c": row["c"], "s": row["s"], "d": row["d"], "y": row["y"], "x": row["x"]}
             at = value_at(place, domain, y.scale, height)
-            labels.append({**shared, "kind": "label", "at": at, "text": arms[row["subject"]].short})
+            early = row["x"] < farthest
+            labels.append({**shared, "kind": "label", "at": at, "early": early, "text": arms[row["subject"]].short})
     return labels
 
 
 def _label_layers(encode_y: Any, colour: Any) -> list[Any]:
     ends = alt.Chart().transform_filter("datum.kind == 'label'")
-    leader = ends.mark_rule(strokeWidth=1, opacity=0.55, x2Offset=7).encode(
-        x=alt.X("x:Q"), x2=alt.value("width"), y=encode_y, y2="at:Q", color=colour
-    )
+    place = {"x": alt.X("x:Q"), "x2": alt.value("width"), "y": encode_y, "y2": "at:Q"}
+    leader = ends.transform_filter("!datum.early").mark_rule(strokeWidth=1, opacity=0.55, x2Offset=7)
+    # A long line in the curve's colour would look like more of the curve.
+    far = ends.transform_filter("datum.early").mark_rule(strokeWidth=1, strokeDash=[1, 4], color=SOFT, x2Offset=7)
     text = ends.mark_text(align="left", baseline="middle", dx=10, fontWeight=600).encode(
         x=alt.value("width"), y=alt.Y("at:Q"), text="text:N", color=colour
     )
-    return [leader, text]
+    return [leader.encode(**place, color=colour), far.encode(**place), text]
 
 
 def _spread_scatter(

@@ -16,7 +16,6 @@ from longspan.report.figure import Figure
 from longspan.report.findings import Finding
 
 BAND = "Bands are 95 % intervals."
-QUARTILES = "Medians over repeats; bands are their quartiles."
 X_TITLES = {
     "context": "context (tokens)",
     "position": "position in document (tokens)",
@@ -299,6 +298,15 @@ def _one_per_colour(rows: Sequence[Row], arms: Arms) -> tuple[list[Row], Arms]:
     return [row for row in rows if row["subject"] in keep], arms.in_one_panel()
 
 
+def _repeats(points: Sequence[Measurement]) -> str:
+    """What bands of medians are; a single run has none."""
+    if all(point.n == 1 for point in points):
+        return "Single runs, without bands."
+    if any(point.n == 1 for point in points):
+        return "Medians over repeats; bands are their quartiles, and single runs have none."
+    return "Medians over repeats; bands are their quartiles."
+
+
 def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
     found = []
     for metric in section.metrics:
@@ -313,7 +321,7 @@ def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> li
         x = Axis(title_of_x(metric), section.x_scale, "tokens", values=log_ticks([row["x"] for row in rows]))
         positive = all(row["y"] > 0 and (row["low"] is None or row["low"] > 0) for row in rows)
         y = Axis(metric.unit, "log" if positive else "linear", "~s")
-        how, doubt = ("Computed", "") if metric.kind == "exact" else ("Measured", f" {QUARTILES}")
+        how, doubt = ("Computed", "") if metric.kind == "exact" else ("Measured", f" {_repeats(points)}")
         caption = f"{how}. {'Lower' if metric.better == 'lower' else 'Higher'} is better.{doubt}"
         caption += crossings.pointer(crossings.measured(section, metric)) if metric.crossing else ""
         spec = charts.lines(rows, arms, x, y)

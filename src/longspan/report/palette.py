@@ -62,6 +62,7 @@ _PATHS: dict[tuple[str, ...], tuple[float, float]] = {
 }
 _LEVELS = ((0.47, 0.14, 285.0), (0.68, 0.12, 200.0), (0.52, 0.15, 15.0), (0.75, 0.13, 95.0), (0.60, 0.13, 135.0))
 _DARK_LIFT = 0.13
+_DEEP_LEVEL_DARK = 0.80
 _DEEP_STEPS = ((0.0, 0.0), (0.12, -38.0), (-0.13, 34.0), (-0.24, -6.0), (0.10, 40.0))
 _LIGHT_STEPS = ((0.0, 0.0), (-0.15, -24.0), (-0.26, -36.0), (-0.07, 32.0), (-0.22, 22.0))
 """Lightness and hue of further patterns of one mixer, whose own lightness is low or high."""
@@ -159,10 +160,19 @@ def _shares(pattern: str, names: Mapping[str, str]) -> dict[str, float]:
 def level_shades(levels: Sequence[str]) -> dict[str, Shade]:
     """Colours for the levels of a factor that is not the pattern; none of them is a family's colour."""
     return {
-        level: _shade(base[0] - 0.12 * (index // len(_LEVELS) % 2), base[1], base[2] + 25.0 * (index // len(_LEVELS)))
+        level: _level_shade(
+            base[0] - 0.12 * (index // len(_LEVELS) % 2), base[1], base[2] + 25.0 * (index // len(_LEVELS))
+        )
         for index, level in enumerate(dict.fromkeys(levels))
         for base in (_LEVELS[index % len(_LEVELS)],)
     }
+
+
+def _level_shade(lightness: float, chroma: float, hue: float) -> Shade:
+    shade = _shade(lightness, chroma, hue)
+    # A deep colour that is nearly black on white is nearly white on black, and clear of its lighter neighbour.
+    deep = lightness + _DARK_LIFT < 0.56
+    return Shade(shade.light, _hex(_DEEP_LEVEL_DARK, 0.92 * chroma, hue)) if deep else shade
 
 
 def heat_name(step: int) -> str:
