@@ -262,9 +262,9 @@ def shrunk(command: Command) -> list[str]:
     lists = {**TINY_LISTS.get(name, {}), **({"seed": "[0]"} if "seed" in study.vary else {})}
     extra += [f"{key}={value}" for key, value in lists.items() if key not in given]
     for probe, settings in study.base["probes"].items():
-        tiny = TINY_PROBES[probe]
-        extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key not in settings]
-        extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items() if key in settings]
+        # A stride is shorter than the window, which is tiny here.
+        tiny = TINY_PROBES[probe] | ({"stride": 16} if settings.get("stride") else {})
+        extra += [f"probes.{probe}.{key}={json.dumps(value)}" for key, value in tiny.items()]
     settings_of_size = re.split(r" (?=[a-z_.]+=)", TINY)
     if "model" not in study.base:
         # Models that are asked as they are have the size that they have.
