@@ -76,6 +76,14 @@ def test_where_nothing_tells_how_many_would_decide_it_is_said_why() -> None:
     assert strings(0.0, 0.3).startswith("Differences below about 0.30 bits/byte are invisible here. Intervals")
 
 
+def test_no_difference_of_shares_above_all_of_them_is_spoken_of() -> None:
+    exactly = replace(comparison("AA", "MM", 0.2, 0.9, 0.3, None), mde=1.39)
+    asked = report([measurement("AA", 0.7), measurement("MM", 0.5)], [exactly])
+    section = replace(asked.probes[0], metrics=(replace(BPB, kind="proportion", better="higher"),))
+    found = decide(replace(asked, probes=[section])).certainty
+    assert "no difference of shares, however large" in found and " pp are invisible" not in found
+
+
 def test_a_further_probe_without_a_difference_is_told_from_its_lowest_to_its_highest_value() -> None:
     share = Metric("accuracy", "Accuracy", "", "proportion", "higher")
     found = [Measurement("accuracy", name, None, value, 0.0, 0.5, 40, 1, 40) for name, value in SHARES]

@@ -204,6 +204,10 @@ def _no_size_known(finding: Finding, best: str, compared: Sequence[Comparison]) 
 def _invisible(metric: Metric, mde: float) -> str:
     unit = f" {metric.unit}" if metric.unit and metric.transform == "identity" else ""
     proportion = metric.kind in ("proportion", "difference")
+    if proportion and mde >= 1:
+        return (
+            "What was measured spreads so far that no difference of shares, however large, would be sure to show here"
+        )
     limit = f"{numbers.significant(100 * mde, 2)} pp" if proportion else f"{numbers.significant(mde, 2)}{unit}"
     return f"Differences below about {limit} are invisible here"
 
