@@ -103,7 +103,8 @@ def test_what_the_time_does_not_allow_is_named() -> None:
     found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
     assert [each.failure for each in found] == [LEFT_OUT] * 6
     command = "longspan bench --patterns AM,MM --contexts 32 --seconds 10 --device cpu --parameters 130000 "
-    assert to_go_on(setting, models, AT_BEST, found) == f"{command}--vocab-size 258 --batch-tokens 64 --new-tokens 3"
+    own = "--vocab-size 258 --batch-tokens 64 --new-tokens 3 --no-peers"
+    assert to_go_on(setting, models, AT_BEST, found) == f"{command}{own}"
     assert to_go_on(setting, models, AT_BEST, [replace(each, failure="") for each in found]) is None
 
 
@@ -146,7 +147,7 @@ def test_the_end_of_the_time_cuts_what_is_being_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(run, "plan", lambda *arguments, **more: [Cell(32, "AM", None), Cell(32, "AM", PEER)])
     monkeypatch.setattr(run, "expected_seconds", lambda *arguments: 0.0)
     before, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
-    setting, told = tiny(patterns="AM", seconds=1.0), list[str]()
+    setting, told = tiny(patterns="AM", seconds=4.0), list[str]()
     found = measure(setting, models_of(setting), AT_BEST, peers=True, say=told.append)
     assert [each.rate for each in found] == [1000.0, 10.0, 20.0, None, None, None]
     assert [each.failure for each in found[3:]] == [CUT_OFF] * 3

@@ -80,10 +80,11 @@ def to_go_on(
     if not late:
         return None
     contexts = sorted({context for context, _, _ in late})
+    peers = any(each.who != OURS for each in found)
     # Peers may be many times slower than expected.
     needed = sum(
         2 * expected_seconds(cell, models[cell.pattern], setting, ceilings)
-        for cell in plan(replace(setting, contexts=tuple(contexts)), models, peers=any(w != OURS for _, _, w in late))
+        for cell in plan(replace(setting, contexts=tuple(contexts)), models, peers=peers)
     )
     basis = default_setting(setting.device)
     options = {
@@ -96,4 +97,4 @@ def to_go_on(
         value = getattr(setting, name)
         options[name] = str(value) if value != getattr(basis, name) else None
     written = (f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in options.items() if text is not None)
-    return " ".join(["longspan bench", *written])
+    return " ".join(["longspan bench", *written, *([] if peers else ["--no-peers"])])
