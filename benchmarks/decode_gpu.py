@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
+import pstats
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -322,6 +325,35 @@ class Decoding(Parts):
             graph_ms=1e3 * step, eager_ms=1e3 * eager, of_copy=moved / step / self.bytes_per_second,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def first_token(self) -> None:
+        """Prefill of Mamba-2 layers of width 4,096: what the host takes to start all kernels, and the device in all.
+
+        Where the host takes as long as the whole, the device waits for it, and fewer tokens are no faster.
+        """
+        layers = 2 if self.tiny else 22
+        config = ModelConfig(
+            pattern=f"(M){layers}", width=self.width if self.tiny else 4096, mlp="none", state=128, chunk=64
+        )
+        model = LanguageModel.drawn_on(self.device, BF16, config, VOCAB).eval()
+        for context in (64, 256, 1024, 2048, 4096):
+            tokens = torch.randint(0, VOCAB, (1, context), device=self.device)
+            times = []
+            for _ in range(6):
+                began = self.now()
+                model.next_logits(tokens, model.initial_state())
+                host = time.perf_counter() - began
+                times.append((host, self.now() - began))
+            host, whole = (sorted(each)[len(each) // 2] for each in zip(*times[1:], strict=True))
+            self.add(
+                f"first token (M){layers} {context}",
+                host_ms=1e3 * host, ms=1e3 * whole, host_us_a_layer=1e6 * host / layers,
+            )  # fmt: skip
+        tokens = torch.randint(0, VOCAB, (1, 1024), device=self.device)
+        with cProfile.Profile() as profile:
+            model.next_logits(tokens, model.initial_state())
+        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+
     def peers(self) -> None:
         """Llama and Mamba-2 of the same shapes in transformers, step by step with its own caches."""
         import transformers
@@ -424,6 +456,7 @@ def main() -> int:
         parts["attention alone"] = run.attention_alone
         parts["prefill attention"] = run.prefill_attention
         parts["mamba2 alone"] = run.mamba2_alone
+    parts["first token"] = run.first_token
     parts["transformers"] = run.peers
     parts |= {f"decode {letter}": partial(run.decode, letter) for letter in SHAPES if f"decode {letter}" not in parts}
     run.run(parts, arguments.only)

@@ -7,8 +7,6 @@ models of their own, whose parameters are told.
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.commands.bench import packages
 from longspan.commands.bench.own import LEAST_REPEATS, Generated, RandomRows, byte_tokenizer, generated, rows_of
 from longspan.commands.bench.setting import Setting
 from longspan.engines.transformers import TransformersEngine
@@ -54,19 +53,29 @@ class Peer:
 
 def peers_of(config: ModelConfig, setting: Setting) -> Iterator[Peer]:
     """The installed packages that have a model like this one."""
-    if importlib.util.find_spec("transformers") is not None:
+    if packages.has("transformers"):
         # Where no class of transformers computes this pattern (docs/export.md says which do), there is no such peer.
         with suppress(UserError):
             yield _transformers(config, setting)
     mixers = {config.mixer(layer)[0].name for layer in config.layers()}
     if setting.device.type != "cuda":
         return
-    if importlib.util.find_spec("mamba_ssm") is not None and "mamba2" in mixers <= {"mamba2", "attention"}:
+    if packages.has("mamba_ssm") and "mamba2" in mixers <= {"mamba2", "attention"}:
         yield Peer(
-            "mamba-ssm", False, lambda dtype: _mamba_ssm(config, setting).to(dtype), _their_logits, _step_by_step
+            packages.mamba_ssm_name(),
+            False,
+            lambda dtype: packages.mamba_ssm_model(config, setting).to(dtype),
+            packages.logits_loss,
+            packages.mamba_ssm_generated,
         )
-    if importlib.util.find_spec("fla") is not None and mixers in ({"mamba2"}, {"gated_deltanet"}):
-        yield Peer("flash-linear-attention", False, lambda dtype: _fla(config, setting).to(dtype), _labels, _as_engine)
+    if packages.has("fla") and mixers in ({"mamba2"}, {"gated_deltanet"}):
+        yield Peer(
+            packages.FLA,
+            False,
+            lambda dtype: packages.fla_model(config, setting).to(dtype),
+            packages.own_loss,
+            packages.fla_generated,
+        )
 
 
 def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> tuple[list[float], int, int]:
@@ -143,102 +152,3 @@ def _transformers(config: ModelConfig, setting: Setting) -> Peer:
 def _as_engine(model: Any, context: int, setting: Setting, seconds: float) -> Generated:
     engine = TransformersEngine(model, byte_tokenizer(), markers=False, fingerprint="bench")
     return generated(engine, context, setting, seconds)
-
-
-# --- the packages with kernels of their own, on CUDA ------------------------------------------------------------------
-
-
-def _mamba_ssm(config: ModelConfig, setting: Setting) -> nn.Module:
-    models: Any = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
-    configs: Any = importlib.import_module("mamba_ssm.models.config_mamba")
-    names = [config.mixer(layer)[0].name for layer in config.layers()]
-    head_dim = config.width // (config.heads or 1)
-    attention = {
-        "causal": True,
-        "d_conv": 0,
-        "head_dim": head_dim,
-        "num_heads": config.heads,
-        "out_proj_bias": False,
-        "qkv_proj_bias": False,
-        "rotary_emb_dim": head_dim,
-    }
-    model: nn.Module = models.MambaLMHeadModel(
-        configs.MambaConfig(
-            d_model=config.width,
-            d_intermediate=config.hidden,
-            n_layer=len(names),
-            vocab_size=setting.vocab_size,
-            ssm_cfg={"layer": "Mamba2", "d_state": config.state, "headdim": config.mamba_head_dim},
-            attn_layer_idx=[number for number, name in enumerate(names) if name == "attention"],
-            attn_cfg=attention,
-            pad_vocab_size_multiple=1,
-        )
-    )
-    return model
-
-
-def _their_logits(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    logits = model(tokens).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-@torch.inference_mode()
-def _step_by_step(model: Any, context: int, setting: Setting, seconds: float) -> Generated:
-    parameters: Any = importlib.import_module("mamba_ssm.utils.generation").InferenceParams
-    wait = synchronizer(setting.device)
-    prefill: list[float] = []
-    decode: list[float] = []
-    torch.cuda.reset_peak_memory_stats(setting.device)
-    started = time.perf_counter()
-    while len(prefill) <= LEAST_REPEATS or time.perf_counter() - started < seconds:
-        tokens = torch.randint(0, setting.vocab_size, (1, context), device=setting.device)
-        cache = parameters(max_seqlen=context + setting.new_tokens, max_batch_size=1)
-        wait()
-        began = time.perf_counter()
-        logits = model(tokens, inference_params=cache, num_last_tokens=1).logits
-        cache.seqlen_offset = context
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        wait()
-        first = time.perf_counter()
-        for _ in range(setting.new_tokens - 1):
-            positions = torch.full_like(token, cache.seqlen_offset)
-            logits = model(token, position_ids=positions, inference_params=cache, num_last_tokens=1).logits
-            cache.seqlen_offset += 1
-            token = logits[:, -1].argmax(-1, keepdim=True)
-        wait()
-        prefill.append(context / (first - began))
-        decode.append((setting.new_tokens - 1) / (time.perf_counter() - first))
-    state = sum(_bytes_in(value) for value in cache.key_value_memory_dict.values())
-    return Generated(prefill[1:], decode[1:], state, torch.cuda.max_memory_allocated(setting.device))
-
-
-def _bytes_in(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes_in, value))
-
-
-def _fla(config: ModelConfig, setting: Setting) -> nn.Module:
-    models: Any = importlib.import_module("fla.models")
-    layers, width = len(config.layers()), config.width
-    shared = {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": setting.vocab_size}
-    shared |= {"tie_word_embeddings": True}
-    name = config.mixer(config.layers()[0])[0].name
-    if name == "mamba2":
-        inner = 2 * width
-        made = models.Mamba2Config(
-            **shared, head_dim=config.mamba_head_dim, num_heads=inner // config.mamba_head_dim, state_size=config.state
-        )
-        model: nn.Module = models.Mamba2ForCausalLM(made)
-        return model
-    head_dim = config.delta_head_dim
-    made = models.GatedDeltaNetConfig(
-        **shared, head_dim=head_dim, num_heads=math.ceil(width / head_dim), intermediate_size=config.hidden
-    )
-    return models.GatedDeltaNetForCausalLM(made)  # type: ignore[no-any-return]
-
-
-def _labels(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    del targets  # It shifts its labels itself.
-    found: Tensor = model(tokens, labels=tokens, use_cache=False).loss
-    return found
