@@ -31,7 +31,9 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def generated(write: Write, state_bytes: Callable[[], int], context: int, setting: Setting, seconds: float) -> Generated:
+def generated(
+    write: Write, state_bytes: Callable[[], int], context: int, setting: Setting, seconds: float
+) -> Generated:
     """One fresh prompt at a time, after one that is not counted, for so many seconds and at least a few times."""
     cuda = setting.device.type == "cuda"
     if cuda:
