@@ -138,7 +138,9 @@ def _transformers(config: ModelConfig, setting: Setting) -> Peer:
             folder = Path(place) / "model"
             longest = max(setting.contexts) + setting.new_tokens
             write_folder(LanguageModel(config, setting.vocab_size), folder, context=longest, dtype=dtype)
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+            # Those of Mamba alone refuse to be told how they attend.
+            how = {"attn_implementation": "sdpa"} if "attention" in config.describe_mixers() else {}
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)
         return model
 
     def loss(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
