@@ -91,7 +91,7 @@ def test_rows_whose_open_documents_began_at_different_places(pattern, isolation,
     torch.testing.assert_close(*ends)
 
 
-@pytest.mark.parametrize("pattern", ["M", "m", "D", "[Mm]"])
+@pytest.mark.parametrize("pattern", ["M", "m", "D", "C", "[Mm]"])
 @torch.no_grad()
 def test_large_recurrent_states_are_overwritten_where_they_lie(pattern, tiny, tokens):
     """New ones would be copied to their place: with thousands of rows gigabytes a step."""

@@ -24,7 +24,7 @@ TOKEN_SECONDS = 3e-4
 """Of one layer for one token, where the host starts every kernel."""
 START_SECONDS = {"cuda": (15.0, 5.0), "cpu": (0.0, 0.0)}
 """Before the first step, and before the first prompt: compiling of a pattern's layers, and of kernels."""
-PEER_START_SECONDS = {"cuda": (10.0, 10.0), "cpu": (0.5, 0.5)}
+PEER_START_SECONDS = {"cuda": (10.0, 10.0), "cpu": (3.0, 1.0)}
 TUNING_SECONDS = (60.0, 20.0)
 """The same of packages that try out many cuts of each of their kernels at its first call."""
 
