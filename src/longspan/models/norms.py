@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         if x.shape[-1] <= WIDEST_KERNEL and kernels.serve(x) and kernels.serve(branch):
             from longspan.ops.triton.rms_norm import add_rms_norm
 
-            total, normed = add_rms_norm(x, branch, self.weight, self.eps, dtype)
+            total, normed = kernels.called(add_rms_norm)(x, branch, self.weight, self.eps, dtype)
             return total, normed
         total = x + branch
         return total, self(total).to(dtype)
@@ -94,7 +94,7 @@ def _has_kernel(x: Tensor) -> bool:
 def _kernel(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     from longspan.ops.triton.rms_norm import rms_norm
 
-    y: Tensor = rms_norm(x, gate, weight, eps, dtype)
+    y: Tensor = kernels.called(rms_norm)(x, gate, weight, eps, dtype)
     return y
 
 
