@@ -68,6 +68,7 @@ class Decoding(Parts):
     ) -> None:
         super().__init__("decode_gpu", device, seconds)
         self.contexts, self.batches, self.theirs = contexts, batches, theirs
+        self.largest: dict[tuple[str, int], int] = {}
         self.width = 64 if tiny else 768
         self.tiny = tiny
 
@@ -113,6 +114,7 @@ class Decoding(Parts):
             self.forget()
             row = sum(block.mixer.state_bytes(context + SPARE, 2) for block in model.blocks)
             largest = 2 ** max(0, int(self.free() * SHARE_OF_MEMORY / row).bit_length() - 1)
+            self.largest[letter, context] = min(largest, 4096)
             for batch in sorted({min(batch, largest) if batch else min(largest, 4096) for batch in self.batches}):
                 try:
                     self.steps(letter, model, state, context, batch, weights, compared=3.5 * batch * row < self.free())
@@ -127,7 +129,7 @@ class Decoding(Parts):
             self.decode_theirs(letter)
 
     def decode_theirs(self, letter: str) -> None:
-        """The same weights in transformers with its own cache: one row, and the most rows that fit, found by trying.
+        """The same weights in transformers with its own cache: one row, and our largest batch or half and half of it.
 
         A recurrent model is asked at short contexts alone: its prefill in plain torch takes minutes at long ones, and
         its state has one size.
@@ -146,12 +148,19 @@ class Decoding(Parts):
             seconds = engine.steps_after(context, THEIR_STEPS)
             one = min(seconds(1) for _ in range(3))
             self.add(f"transformers {letter} {context} x1", tok_s=1 / one, ms=1e3 * one, took=self.now() - began)
+            rows = self.largest[letter, context]
+            while rows > 1:
+                try:
+                    step = seconds(rows)
+                except torch.cuda.OutOfMemoryError:
+                    rows //= 2
+                    continue
+                finally:
+                    self.forget()
+                name = f"transformers {letter} {context} x{rows}"
+                self.add(name, tok_s=rows / step, ms=1e3 * step, took=self.now() - began)
+                break
             del seconds
-            self.forget()
-            most = engine.largest_batch(context)
-            if most is not None and most.sequences:
-                name = f"transformers {letter} {context} x{most.sequences}"
-                self.add(name, tok_s=most.tokens_per_second, took=self.now() - began)
             self.forget()
 
     def steps(
