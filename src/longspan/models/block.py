@@ -18,6 +18,7 @@ from longspan.models.mixers.base import MixerState, init_linear
 from longspan.models.norms import LayerNorm, RMSNorm
 from longspan.models.segments import Segments
 from longspan.ops import kernels
+from longspan.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -35,8 +36,7 @@ class MLP(nn.Module):
         """Same shape."""
         hidden = self.input_linear(x_BTD)
         if self.gated:
-            gate_BTF, up_BTF = hidden.chunk(2, dim=-1)
-            return self.output_linear(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+            return self.output_linear(swiglu(hidden))  # type: ignore[no-any-return]
         return self.output_linear(F.gelu(hidden))  # type: ignore[no-any-return]
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -84,6 +84,10 @@ class Block(nn.Module):
 
     def _finish(self, x_BTD: Tensor, mixed_BTD: Tensor) -> Tensor:
         """The residual stream after what the mixer gave."""
+        if isinstance(self.mlp_norm, RMSNorm) and self.mlp is not None and not torch.is_grad_enabled():
+            # One pass over memory, and for one token one kernel less to start.
+            x_BTD, normed_BTD = self.mlp_norm.of_sum(x_BTD, self._dropped(mixed_BTD))
+            return x_BTD + self._dropped(self.mlp(normed_BTD))
         x_BTD = x_BTD + self._dropped(mixed_BTD)
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD = x_BTD + self._dropped(self.mlp(self.mlp_norm(x_BTD)))
