@@ -84,10 +84,6 @@ class Block(nn.Module):
 
     def _finish(self, x_BTD: Tensor, mixed_BTD: Tensor) -> Tensor:
         """The residual stream after what the mixer gave."""
-        if isinstance(self.mlp_norm, RMSNorm) and self.mlp is not None and not torch.is_grad_enabled():
-            # One pass over memory, and for one token one kernel less to start.
-            x_BTD, normed_BTD = self.mlp_norm.of_sum(x_BTD, self._dropped(mixed_BTD))
-            return x_BTD + self._dropped(self.mlp(normed_BTD))
         x_BTD = x_BTD + self._dropped(mixed_BTD)
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD = x_BTD + self._dropped(self.mlp(self.mlp_norm(x_BTD)))
@@ -108,10 +104,27 @@ class Block(nn.Module):
         return rest(self, x_BTD, mixed_BTD)
 
     def chains(self, device: torch.device) -> bool:
-        """Whether `train_chained` can train this layer: compiled, on kernels, with nothing between sum and norm."""
+        """Whether `train_chained`, or without gradients `read_chained`, can take this layer: on kernels, with nothing
+        between sum and norm."""
         # FSDP gives a layer another class; such a layer has its parameters only while it runs itself.
-        whole = type(self) is Block and isinstance(self.mixer_norm, RMSNorm)
-        return whole and self.compiled is not None and not self.dropout and kernels.wanted(device)
+        if type(self) is not Block or not isinstance(self.mixer_norm, RMSNorm) or not kernels.wanted(device):
+            return False
+        if torch.is_grad_enabled():
+            return self.compiled is not None and not self.dropout
+        return not (self.training and self.dropout)
+
+    def read_chained(
+        self,
+        x_BTD: Tensor,
+        normed_BTD: Tensor,
+        segments: Segments,
+        state: MixerState | None,
+        following: RMSNorm,
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        """`forward` without gradients, from the normed stream to the stream, its norm for the layer that follows, and
+        the state: for one token two kernels less to start."""
+        mixed_BTD, state = self.mixer(normed_BTD, segments, state)
+        return *self._finish_chained(x_BTD, mixed_BTD, following), state
 
     def train_chained(
         self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
