@@ -18,6 +18,7 @@ from longspan.models.mixers.base import MixerState, init_linear
 from longspan.models.norms import LayerNorm, RMSNorm
 from longspan.models.segments import Segments
 from longspan.ops import kernels
+from longspan.ops.add_norm import add_norm
 from longspan.ops.swiglu import swiglu
 
 
@@ -111,7 +112,7 @@ class Block(nn.Module):
             return False
         if torch.is_grad_enabled():
             return self.compiled is not None and not self.dropout
-        return not (self.training and self.dropout)
+        return not (self.training and self.dropout) and not torch.is_autocast_enabled(device.type)
 
     def read_chained(
         self,
@@ -124,7 +125,10 @@ class Block(nn.Module):
         """`forward` without gradients, from the normed stream to the stream, its norm for the layer that follows, and
         the state: for one token two kernels less to start."""
         mixed_BTD, state = self.mixer(normed_BTD, segments, state)
-        return *self._finish_chained(x_BTD, mixed_BTD, following), state
+        if self.mlp is not None and isinstance(self.mlp_norm, RMSNorm):
+            x_BTD, normed_BTD = add_norm(x_BTD, mixed_BTD, self.mlp_norm.weight, self.mlp_norm.eps)
+            mixed_BTD = self.mlp(normed_BTD)
+        return *add_norm(x_BTD, mixed_BTD, following.weight, following.eps), state
 
     def train_chained(
         self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm

@@ -19,7 +19,7 @@ from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
 from longspan.models.mixers import Mixer
 from longspan.models.mixers.base import MixerState
-from longspan.models.norms import LayerNorm, RMSNorm
+from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
@@ -215,21 +215,18 @@ class LanguageModel(nn.Module):
         self, x_BTD: Tensor, segments: Segments, before: Sequence[MixerState | None]
     ) -> tuple[Tensor, list[Any]]:
         """As `_through_chain` without gradients, and the layers' states."""
-        norms, after = self._norms(), list[Any]()
-        normed_BTD: Tensor = norms[0](x_BTD)
-        for block, following, layer_before in zip(self.blocks, norms[1:], before, strict=True):
+        after: list[Any] = []
+        normed_BTD: Tensor = self.blocks[0].mixer_norm(x_BTD)
+        followings = [*(block.mixer_norm for block in self.blocks[1:]), self.norm]
+        for block, following, layer_before in zip(self.blocks, followings, before, strict=True):
             assert isinstance(following, RMSNorm)
             x_BTD, normed_BTD, layer_state = block.read_chained(x_BTD, normed_BTD, segments, layer_before, following)
             after.append(layer_state)
         return normed_BTD, after
 
-    def _norms(self) -> list[RMSNorm | LayerNorm]:
-        """Before every mixer, and the last."""
-        return [*(block.mixer_norm for block in self.blocks), self.norm]
-
     def _through_chain(self, x_BTD: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the last norm, where every layer hands the next one its normed input."""
-        norms = self._norms()
+        norms = [*(block.mixer_norm for block in self.blocks), self.norm]
         normed_BTD: Tensor = norms[0](x_BTD)
         for block, following in zip(self.blocks, norms[1:], strict=True):
             assert isinstance(following, RMSNorm)

@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         if x.shape[-1] <= WIDEST_KERNEL and kernels.serve(x) and kernels.serve(branch):
             from longspan.ops.triton.rms_norm import add_rms_norm
 
-            total, normed = kernels.called(add_rms_norm)(x, branch, self.weight, self.eps, dtype)
+            total, normed = add_rms_norm(x, branch, self.weight, self.eps, dtype)
             return total, normed
         total = x + branch
         return total, self(total).to(dtype)
