@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from longspan.commands.bench import limits as limiting
+from longspan.commands.bench import peers, run
 from longspan.commands.bench import plan as plans
-from longspan.commands.bench import run
 from longspan.commands.bench.ceilings import Ceilings
 from longspan.commands.bench.limits import Cut, Limits
 from longspan.commands.bench.measured import PARTS, Measured, share_of_ceiling
@@ -273,6 +273,26 @@ def test_why_a_peer_has_no_rate_stands_in_the_tables(capsys: pytest.CaptureFixtu
     assert broken.to_json()["failure"] == reason
 
 
+def test_a_peer_whose_batch_does_not_fit_trains_in_parts_of_it() -> None:
+    asked: list[int] = []
+
+    def loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        asked.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return model(tokens.float()).square().mean()
+
+    setting = tiny(batch_tokens=128)
+    peer: Any = SimpleNamespace(build=lambda dtype: torch.nn.Linear(32, 1), loss=loss)
+    run_of = peers.peer_trained(peer, 32, setting, 0.0)
+    assert (run_of.parts, run_of.parameters, len(run_of.rates)) == (4, 33, 2)
+    # 4 rows, then 2, then one by one: two steps that are not counted and two that are.
+    assert asked == [4, 2, *[1] * 16]
+    too_large: Any = SimpleNamespace(build=peer.build, loss=lambda *given: loss(given[0], torch.zeros(2, 32), given[2]))
+    with pytest.raises(torch.OutOfMemoryError):
+        peers.peer_trained(too_large, 32, setting, 0.0)
+
+
 def armed() -> bool:
     return signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
@@ -316,7 +336,7 @@ def test_whoever_stops_it_just_when_it_ends_leaves_no_timer(monkeypatch: pytest.
 
 def test_transformers_computes_the_same_models_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    setting = tiny(patterns="AA,MS", seconds=1.5)
+    setting = tiny(patterns="AA,MS", seconds=6.0)
     # However busy the machine, the time is never over.
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(Limits, "measuring", lambda limits, seconds: nullcontext())

@@ -33,6 +33,7 @@ class Measured:
         state_bytes: what one sequence keeps after the context.
         failure: why there is no rate.
         late: whether only the time was short for it.
+        micro_batches: into how many a batch was cut in training to fit.
     """
 
     pattern: str
@@ -46,6 +47,7 @@ class Measured:
     state_bytes: int | None = None
     failure: str = ""
     late: bool = False
+    micro_batches: int = 1
 
     @property
     def rate(self) -> float | None:

@@ -1,15 +1,16 @@
 """What a user would run instead: transformers, mamba-ssm and flash-linear-attention, as far as they are installed.
 
 Each peer trains in a plain loop (bf16 autocast on CUDA, gradients clipped, fused AdamW) on the same rows, eagerly, as
-its users have it. transformers computes exactly the same models, with the same weights; the other packages have
-models of their own, whose parameters are told.
+its users have it; where the memory does not hold a batch, in parts of it. transformers computes exactly the same
+models, with the same weights; the other packages have models of their own, whose parameters are told.
 """
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from longspan.models.language_model import LanguageModel
 from longspan.training.measurement import PeakMemory, synchronizer
 from longspan.training.precision import autocast_for
 
-WARM_UP = 2
+WARM_UP, MOST_STEPS = 2, 1000
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,30 @@ def peers_of(config: ModelConfig, setting: Setting) -> Iterator[Peer]:
         )
 
 
-def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> tuple[list[float], int, int]:
-    """Tokens/s of each step, the peak of memory in bytes, and the parameters."""
+@dataclass(frozen=True)
+class Trained:
+    """Tokens/s of each step, the peak of memory in bytes, the parameters, and into how many parts a batch was cut."""
+
+    rates: list[float]
+    memory_bytes: int
+    parameters: int
+    parts: int
+
+
+def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> Trained:
+    """Train for so many seconds and at least a few steps, in parts of a batch where the whole does not fit.
+
+    Raises:
+        torch.OutOfMemoryError: not even one row fits.
+    """
     model = peer.build(torch.float32).to(setting.device).train()
     memory, wait = PeakMemory(setting.device), synchronizer(setting.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    autocast = autocast_for(setting.dtype, setting.device)
-    rows = RandomRows(rows_of(setting, context), context, setting.vocab_size)
+    rows, parts = RandomRows(rows_of(setting, context), context, setting.vocab_size), 1
     rates: list[float] = []
-    started = time.perf_counter()
-    for step in range(WARM_UP + 1000):
-        if step == WARM_UP:
+    steps, started = 0, time.perf_counter()
+    while len(rates) < LEAST_REPEATS or (time.perf_counter() - started < seconds and len(rates) < MOST_STEPS):
+        if steps == WARM_UP:
             started = time.perf_counter()
         wait()
         began = time.perf_counter()
@@ -96,18 +110,36 @@ def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> 
         tokens, targets = (
             torch.from_numpy(array).to(setting.device, torch.int64) for array in (batch.tokens, batch.targets)
         )
-        with autocast():
-            loss = peer.loss(model, tokens, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if not _fits(peer, model, tokens.chunk(parts), targets.chunk(parts), setting):
+            optimizer.zero_grad(set_to_none=True)
+            parts, steps = min(2 * parts, rows.rows), 0
+            continue
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait()
-        if step >= WARM_UP:
+        steps += 1
+        if steps > WARM_UP:
             rates.append(tokens.numel() / (time.perf_counter() - began))
-        if len(rates) >= LEAST_REPEATS and time.perf_counter() - started > seconds:
-            break
-    return rates, memory.bytes(), count(model)
+    return Trained(rates, memory.bytes(), count(model), parts)
+
+
+def _fits(peer: Peer, model: nn.Module, tokens: Sequence[Tensor], targets: Sequence[Tensor], setting: Setting) -> bool:
+    """Forward and backward of parts of a batch; False where the memory does not hold them and rows can be parted."""
+    try:
+        for part, expected in zip(tokens, targets, strict=True):
+            with autocast_for(setting.dtype, setting.device)():
+                loss = peer.loss(model, part, expected) / len(tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        if max(len(part) for part in tokens) == 1:
+            raise
+    else:
+        return True
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
 
 
 def peer_generated(peer: Peer, context: int, setting: Setting, seconds: float) -> tuple[Generated, int]:

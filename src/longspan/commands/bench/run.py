@@ -172,9 +172,11 @@ def _rows(task: Task, config: ModelConfig, setting: Setting, ceilings: Ceilings,
     if "train" in task.parts:
         if peer is None:
             rates, memory = trained(config, context, setting, seconds)
+            yield row("train", rates, memory_bytes=memory)
         else:
-            rates, memory, parameters = peer_trained(peer, context, setting, seconds)
-        yield row("train", rates, memory_bytes=memory)
+            run = peer_trained(peer, context, setting, seconds)
+            parameters = run.parameters
+            yield row("train", run.rates, memory_bytes=run.memory_bytes, micro_batches=run.parts)
     if "decode" in task.parts:
         if peer is None:
             made: Generated = generated(native_engine(config, setting), context, setting, seconds)

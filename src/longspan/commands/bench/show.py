@@ -81,7 +81,7 @@ def _show_part(part: Part, found: Sequence[Measured]) -> None:
             (
                 f"{each.context:,}",
                 each.pattern,
-                each.who,
+                each.who if each.micro_batches == 1 else f"{each.who}, {each.micro_batches} micro-batches",
                 scaled(rate, "tok/s"),
                 MISSING if len(each.rates) < 2 else f"{scaled(min(each.rates))}…{scaled(max(each.rates))}",
                 MISSING if each.ceiling is None else f"{each.ceiling:.1%}",
