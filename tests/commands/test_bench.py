@@ -340,6 +340,7 @@ def test_transformers_computes_the_same_models_beside(monkeypatch: pytest.Monkey
     # However busy the machine, the time is never over.
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(Limits, "measuring", lambda limits, seconds: nullcontext())
+    monkeypatch.setattr(run, "MOST_SECONDS", {"cpu": 0.1})
     found = measure(setting, models_of(setting), AT_BEST, peers=True, say=lambda text: None)
     theirs = [each for each in found if each.who == "transformers LlamaForCausalLM"]
     # No class of transformers computes MS.
