@@ -13,6 +13,8 @@ from longspan.foundation.errors import UserError
 from longspan.ops import gated_delta_chunked, ssd_tiles
 from longspan.ops.gated_delta import gated_delta
 
+from .scans import assert_same, values_and_gradients
+
 INPUTS = ("q", "k", "v", "g", "beta")
 NAMES = (*INPUTS, "state")
 
@@ -35,25 +37,9 @@ def inputs(batch, time, heads=3, key_dim=4, value_dim=5, seed=0, dtype=torch.flo
 
 
 def run(given_inputs, doc=None, initial_doc=None, chunk=8, backend="chunked", with_state=True):
-    """Outputs and gradients of a random but fixed linear loss on both outputs."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in given_inputs.items()}
-    arguments = [leaves[name] for name in INPUTS]
-    state = leaves["state"] if with_state else None
-    o, final = gated_delta(
-        *arguments, doc_BT=doc, initial_state_BHKV=state, initial_doc_B=initial_doc, chunk=chunk, backend=backend
-    )
-    generator = torch.Generator().manual_seed(99)
-    weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype) for z in (o, final)]
-    wanted = [value for name, value in leaves.items() if with_state or name != "state"]
-    gradients = torch.autograd.grad((o * weights[0]).sum() + (final * weights[1]).sum(), wanted, allow_unused=True)
-    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
-    return o, final, *gradients
-
-
-def assert_same(got, expected, tolerance=1e-11):
-    for name, one, other in zip(("o", "final", *NAMES), got, expected, strict=False):
-        scale = other.abs().max().clamp_min(1.0)
-        assert (one.double() - other.double()).abs().max() <= tolerance * scale, name
+    state = "initial_state_BHKV" if with_state else None
+    settings = {"doc_BT": doc, "initial_doc_B": initial_doc, "chunk": chunk, "backend": backend}
+    return values_and_gradients(gated_delta, given_inputs, state, **settings)
 
 
 @pytest.mark.parametrize("largest_beta", [1.0, 2.0])

@@ -13,6 +13,8 @@ from longspan.foundation.errors import UserError
 from longspan.ops import ssd_tiles
 from longspan.ops.ssd import ssd
 
+from .scans import assert_same, values_and_gradients
+
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 
 
@@ -35,25 +37,9 @@ def inputs(batch, time, heads=4, head_dim=3, groups=1, state=5, seed=0, dtype=to
 
 
 def run(given_inputs, doc=None, initial_doc=None, chunk=8, backend="chunked", with_state=True):
-    """Outputs and gradients of a random but fixed linear loss on both outputs."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in given_inputs.items()}
-    arguments = [leaves[name] for name in NAMES[:6]]
-    state = leaves["state"] if with_state else None
-    y, final = ssd(
-        *arguments, doc_BT=doc, initial_state_BHPN=state, initial_doc_B=initial_doc, chunk=chunk, backend=backend
-    )
-    generator = torch.Generator().manual_seed(99)
-    weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype) for z in (y, final)]
-    wanted = [value for name, value in leaves.items() if with_state or name != "state"]
-    gradients = torch.autograd.grad((y * weights[0]).sum() + (final * weights[1]).sum(), wanted, allow_unused=True)
-    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
-    return y, final, *gradients
-
-
-def assert_same(got, expected, tolerance=1e-11):
-    for name, one, other in zip(("y", "final", *NAMES), got, expected, strict=False):
-        scale = other.abs().max().clamp_min(1.0)
-        assert (one.double() - other.double()).abs().max() <= tolerance * scale, name
+    state = "initial_state_BHPN" if with_state else None
+    settings = {"doc_BT": doc, "initial_doc_B": initial_doc, "chunk": chunk, "backend": backend}
+    return values_and_gradients(ssd, given_inputs, state, **settings)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
