@@ -15,7 +15,7 @@ from longspan.study.budget_table import budget_table
 from longspan.study.environment import devices
 from longspan.study.expand import expand
 from longspan.study.jobs import Job
-from longspan.study.plan import make_plan, validation_share
+from longspan.study.plan import make_plan
 from longspan.study.run import is_timed, report_only, run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
@@ -108,12 +108,12 @@ def test_a_subject_is_asked_before_the_next_is_trained_and_seconds_are_measured_
 def test_the_predicted_time_counts_validation(study: str, tmp_path: Path) -> None:
     plan = make_plan(load_study(study, ["pattern=Mamba-2"]), tmp_path)
     # 1,024 strings of 5, 7 or 9 positions, three times; 12 steps of 192 positions, each counted three times.
-    assert validation_share(plan.subjects[0], tmp_path) == pytest.approx(3 * 1024 * 7 / (3 * 12 * 192))
+    assert plan.subjects[0].validation_share(tmp_path) == pytest.approx(3 * 1024 * 7 / (3 * 12 * 192))
     (note,) = [note for note in plan.notes if note.startswith("training")]
     assert note.startswith("training and validation need")
     assert note.endswith("; probes come on top")
     often = make_plan(load_study(study, ["pattern=Mamba-2", "evaluate_every=1"]), tmp_path)
-    assert validation_share(often.subjects[0], tmp_path) == pytest.approx(12 * 1024 * 7 / (3 * 12 * 192))
+    assert often.subjects[0].validation_share(tmp_path) == pytest.approx(12 * 1024 * 7 / (3 * 12 * 192))
 
 
 def test_more_jobs_at_a_time_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

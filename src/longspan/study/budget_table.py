@@ -20,17 +20,12 @@ from longspan.models.budget import (
 )
 from longspan.models.config import ModelConfig
 from longspan.report.numbers import byte_size, count, duration, relative, scaled
+from longspan.study.checks import check_primary, check_probes
 from longspan.study.environment import hardware
 from longspan.study.expand import Match, Subject, expand, match_model
 from longspan.study.jobs import DONE, SPECIFICATION
-from longspan.study.plan import (
-    ASSUMED_EFFICIENCY,
-    check_primary,
-    check_probes,
-    describe_mixers,
-    matmul_rate,
-    trained_tokens,
-)
+from longspan.study.plan import describe_mixers
+from longspan.study.predicted_time import ASSUMED_EFFICIENCY, matmul_rate, trained_tokens
 from longspan.study.schema import Study
 from longspan.study.sections import SubjectConfig
 

@@ -32,7 +32,8 @@ from longspan.report.data import (
 )
 from longspan.study.jobs import DONE, finished_job
 from longspan.study.ledger import agreement, ledger
-from longspan.study.plan import Plan, PlannedSubject, trained_tokens
+from longspan.study.plan import Plan, PlannedSubject
+from longspan.study.predicted_time import trained_tokens
 from longspan.study.run_folder import resolved_yaml
 from longspan.study.sections import ExaminedConfig
 from longspan.study.stages import RECORDS, open_corpus, probe_data
