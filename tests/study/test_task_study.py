@@ -16,6 +16,7 @@ from longspan.study.environment import devices
 from longspan.study.expand import expand
 from longspan.study.jobs import Job
 from longspan.study.plan import make_plan
+from longspan.study.predicted_time import ASSUMED_EFFICIENCY
 from longspan.study.run import is_timed, report_only, run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
@@ -114,6 +115,16 @@ def test_the_predicted_time_counts_validation(study: str, tmp_path: Path) -> Non
     assert note.endswith("; probes come on top")
     often = make_plan(load_study(study, ["pattern=Mamba-2", "evaluate_every=1"]), tmp_path)
     assert often.subjects[0].validation_share(tmp_path) == pytest.approx(12 * 1024 * 7 / (3 * 12 * 192))
+
+
+def test_the_budget_counts_validation(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspan.study.budget_table.matmul_rate", lambda: 1e9)
+    overrides = ["vary.evaluate_every=[12, 4, 1]", "pattern=Mamba-2"]
+    rows = budget_table(load_study(study, overrides), tmp_path)
+    share = 1024 * 7 / (3 * 12 * 192)
+    (trained,) = {each.training_flops / (1e9 * ASSUMED_EFFICIENCY) for each in rows.subjects}
+    assert [each.seconds / trained for each in rows.subjects] == pytest.approx([1 + n * share for n in (1, 3, 12)])
+    assert rows.notes[-1].endswith("; validation is counted, probes come on top")
 
 
 def test_more_jobs_at_a_time_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
