@@ -184,7 +184,7 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-_MIXERS: Registry[Mixer] = Registry("mixer", names=string.ascii_uppercase)
+_MIXERS: Registry[Mixer] = Registry("mixer", names=string.ascii_uppercase + string.ascii_lowercase)
 registered = _MIXERS.all
 MixerType = TypeVar("MixerType", bound=type[Mixer])
 
