@@ -65,6 +65,8 @@ def test_a_study_on_a_task_ends_in_a_report(study: str, tmp_path: Path) -> None:
     assert all(line["string_accuracy"] is not None for curve in facts.training for line in curve.validation)
     assert any("Strings of a task" in entry.text for entry in facts.ledger)
     assert facts.items[0].expected.endswith(".")
+    # Sizes of strings are no contexts.
+    assert facts.items[0].x is None
 
 
 @pytest.mark.parametrize("until", ["train", "probe"])
