@@ -73,8 +73,7 @@ def compare(
                 pairs += _pairs(kind, measured, arms)
     if not pairs:
         raise _nothing(opened, metric)
-    unread = {each.comparison.method for each in pairs}
-    if any("bootstrap" in method for method in unread):
+    if any("bootstrap" in each.comparison.method for each in pairs):
         notes.append("p: paired bootstrap over documents where several items share one; exact McNemar elsewhere")
     notes.append("Holm over all comparisons of a metric; MDE: smallest true difference found 4 times in 5, unadjusted")
     if json:

@@ -87,7 +87,7 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         found.append(_figure(slug(name), title, caption, spec, table, shown, drawn, x.title, half=True))
     for section in report.probes:
         if section.place == "cost":
-            found += _measured_cost(report, section, arms)
+            found += _measured_cost(section, arms)
     return found
 
 
@@ -307,7 +307,7 @@ def _repeats(points: Sequence[Measurement]) -> str:
     return "Medians over repeats; bands are their quartiles."
 
 
-def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
+def _measured_cost(section: ProbeSection, arms: Arms) -> list[Figure]:
     found = []
     for metric in section.metrics:
         points = [m for m in findings.points(section, metric.name) if m.subject in arms]
