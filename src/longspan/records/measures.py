@@ -65,6 +65,11 @@ class Metric:
     mark_name: str = ""
     crossing: bool = False
 
+    @property
+    def is_share(self) -> bool:
+        """Whether its values are shares or differences of shares, which are shown in per cent and points."""
+        return self.kind in ("proportion", "difference")
+
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""
         return math.exp(min(value, 700.0)) if self.transform == "exp" else value

@@ -41,7 +41,7 @@ def _forest(
     name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms, head: str
 ) -> Figure:
     shown, left_out = _worth_showing(section, metric, compared)
-    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+    factor = 100.0 if metric.is_share else 1.0
     rows = [_forest_row(metric, _better_first(metric, c), factor, arms) for c in shown]
     unit = "percentage points" if factor > 1 else _difference_unit(metric)
     better = "left" if metric.better == "lower" else "right"
@@ -107,7 +107,7 @@ def _difference_curves(name: str, section: ProbeSection, metric: Metric, compare
         at_end = [c for c in compared if c.x == largest]
         kept, _ = _worth_showing(section, metric, at_end)
         pairs = [(c.a, c.b) for c in kept][:MOST_CURVES]
-    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+    factor = 100.0 if metric.is_share else 1.0
     rows: list[Row] = [
         {"pair": _pair(c), "x": c.x, "y": c.difference * factor, "n": c.n, "text": difference_text(metric, c),
          "low": None if c.low is None else c.low * factor, "high": None if c.high is None else c.high * factor,

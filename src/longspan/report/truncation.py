@@ -152,6 +152,6 @@ def detail_table(section: ProbeSection, labels: Sequence[str]) -> Table | None:
 def _cell(metric: Metric, m: Measurement | None) -> str:
     if m is None:
         return numbers.MISSING
-    if metric.kind in ("proportion", "difference"):
+    if metric.is_share:
         return f"{100 * m.value:.1f} %"
     return numbers.significant(m.value, 4)
