@@ -7,6 +7,7 @@ import torch
 import torch._dynamo
 
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.ops import kernels
 
 SIZES = {"width": 16, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width": 32}
 
@@ -14,7 +15,7 @@ SIZES = {"width": 16, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width"
 @pytest.mark.parametrize(("letter", "mlp"), [("M", "swiglu"), ("m", "none")])
 @pytest.mark.usefixtures("served", "small_chunks")
 def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str) -> None:
-    """From the normed stream to the normed stream: sums and norms are one op."""
+    """From the normed stream to the normed stream: sums and norms are one op; values are those of plain layers."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = LanguageModel(
@@ -23,7 +24,8 @@ def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str) -> No
     tokens = torch.randint(0, 29, (1, 5), generator=torch.Generator().manual_seed(0)).to(device)
     doc = (torch.arange(5)[None] > 2).int()
     results = []
-    for backend in (None, "aot_eager"):
+    for backend, ops in ((None, "plain"), ("aot_eager", "triton")):
+        kernels.choose(ops)
         for block in model.blocks:
             block.compiled = backend
         assert model.blocks[0].chains(device) == (backend is not None)
