@@ -67,7 +67,7 @@ def small_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if device.type == "cpu":
         for name in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(causal_conv, name, causal_conv.Tile(4, 64, 1))
+            monkeypatch.setattr(causal_conv, name, causal_conv.Tile(4, 128, 1))
         for name, size in (("CHUNK", 4), ("SEGMENT", 1), ("CHANNELS", 64)):
             monkeypatch.setattr(selective_scan, name, size)
         small = {"chunk": 16, "state_tile": (16, 16), "output_heads": 2}
