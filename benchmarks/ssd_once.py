@@ -1,0 +1,15 @@
+"""One forward and backward of the scan at 8 x 4096, for a profiler."""
+import sys
+sys.path[:0] = ["src", "benchmarks"]
+import torch
+from kernels_on_gpu.measuring import ssd_inputs, documents, normal
+from longspan.ops.triton import ssd as launched
+shape = (8, 4096)
+given = launched.Inputs(*ssd_inputs(*shape, 24, 64, 128), None, documents(*shape, 700.0), None, None)
+dy = normal(*shape, 24, 64)
+into, ddt = launched.Gradients.like(given), torch.empty_like(given.dt)
+for _ in range(2):
+    y, _, states = launched.run_forward(given)
+    launched.run_backward(given, states, dy, None, into, ddt)
+torch.cuda.synchronize()
+print("done", float(y.float().norm()))
