@@ -9,7 +9,7 @@ given = launched.Inputs(*ssd_inputs(*shape, 24, 64, 128), None, documents(*shape
 dy = normal(*shape, 24, 64)
 into, ddt = launched.Gradients.like(given), torch.empty_like(given.dt)
 for _ in range(2):
-    y, _, states = launched.run_forward(given)
-    launched.run_backward(given, states, dy, None, into, ddt)
+    y, _, kept = launched.run_forward(given)
+    launched.run_backward(given, kept, dy, None, into, ddt)
 torch.cuda.synchronize()
 print("done", float(y.float().norm()))

@@ -65,15 +65,15 @@ def mamba2(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(M, E), the input of the output projection, in the dtype of `projected`; the other results are kept."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     parts = Parts.of(projected_MK, rows, inner, state)
     xBC = causal_conv.run_forward(parts.convolved, conv_weight, conv_bias, doc_BT, True)
     x, B, C = _scanned(xBC, heads, state)
-    y, _, states = scan.run_forward(scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
+    y, _, kept = scan.run_forward(scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
     out = rms_norm.run_forward(y.flatten(2), parts.z, norm_weight_E, eps, y.dtype)
-    return out.flatten(0, 1), xBC, y, states
+    return out.flatten(0, 1), xBC, y, *kept
 
 
 @mamba2.register_fake
@@ -89,12 +89,12 @@ def _(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     time = projected_MK.shape[0] // rows
-    y, _, states = scan.forward_like(projected_MK.new_empty(rows, time, heads, inner // heads), state)
+    y, _, kept = scan.forward_like(projected_MK.new_empty(rows, time, heads, inner // heads), state)
     xBC = projected_MK.new_empty(rows, time, inner + 2 * state)
-    return projected_MK.new_empty(rows * time, inner), xBC, y, states
+    return projected_MK.new_empty(rows * time, inner), xBC, y, *kept
 
 
 @torch.library.custom_op("longspan::mamba2_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -103,6 +103,9 @@ def mamba2_backward(
     xBC: Tensor,
     y: Tensor,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
@@ -126,8 +129,8 @@ def mamba2_backward(
     )
     x, B, C = _scanned(xBC, heads, state)
     inputs = scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None)
-    into = scan.Gradients(*_scanned(d_xBC, heads, state))
-    dA, dD, d_dt_bias, _ = scan.run_backward(inputs, states, dy, None, into, d_parts.dt)
+    into, kept = scan.Gradients(*_scanned(d_xBC, heads, state)), scan.Kept(states, planes, carry, run)
+    dA, dD, d_dt_bias, _ = scan.run_backward(inputs, kept, dy, None, into, d_parts.dt)
     d_weight, d_bias = causal_conv.run_backward(
         d_parts.convolved, d_xBC, parts.convolved, conv_weight, conv_bias, doc_BT, True
     )
@@ -141,6 +144,9 @@ def _(
     xBC: Tensor,
     y: Tensor,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
@@ -158,7 +164,7 @@ def _(
     return _spread(projected_MK), dw, db, ddt, dA, dD, dn
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.rows, ctx.state, ctx.eps = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *tensors)

@@ -1,6 +1,7 @@
 """The Mamba-2 scan (SSD) on CUDA: how the kernels are cut, launched and made known to autograd and the compiler.
 
-Kept for the backward are the inputs and, unless `KEEP_STATES` is off, one state per chunk in the dtype of x.
+Kept for the backward are the inputs, the sums of log decays and, unless `KEEP_STATES` is off, one state per chunk in
+the dtype of x.
 
 Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of heads that share B and C, N state.
 """
@@ -20,7 +21,7 @@ from longspan.ops.triton import ssd_kernels as kernels
 from longspan.ops.triton.decays import Decays, heads_of_program, pointer, square_warps
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.sums import add_up
-from longspan.ops.triton.tiles import block
+from longspan.ops.triton.tiles import block, has_fast_exp2
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
@@ -31,26 +32,45 @@ LEAST_CHUNKS = 16
 KEEP_STATES = True
 
 
-class Cut(NamedTuple):
-    """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, warps and stages.
+class Launch(NamedTuple):
+    """How a kernel is compiled: warps of a program, stages of what is loaded ahead, registers of a thread at most."""
 
-    `state_*` is for the two kernels that carry states.
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """As Triton takes them."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+
+class Cut(NamedTuple):
+    """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
+
+    `state*` is for the two kernels that carry states.
     """
 
     chunk: int
     state_tile: tuple[int, int]
-    state_warps: tuple[int, int]
+    states: Launch
+    state_gradients: Launch
     output_heads: int
-    output_warps: tuple[int, int]
-    token_warps: tuple[int, int]
-    group_warps: tuple[int, int]
+    outputs: Launch
+    token_gradients: Launch
+    group_columns: int
+    group_gradients: Launch
     precision: str
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 3), (8, 3), "ieee"),
-    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
+    torch.bfloat16: Cut(
+        64, (64, 64), Launch(4, 3), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 64, Launch(4, 2, 168), "ieee"
+    ),
+    torch.float32: Cut(
+        16, (64, 32), Launch(4, 1), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), "tf32x3"
+    ),
 }
 
 
@@ -88,6 +108,7 @@ class Plan(NamedTuple):
     chunks: int
     shared: dict[str, Any]
     blocks: tuple[int, int]
+    fast: bool
 
     @staticmethod
     def of(inputs: Inputs) -> Plan:
@@ -101,7 +122,7 @@ class Plan(NamedTuple):
         operand = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype] if x.is_cuda else tl.float32
         shared: dict[str, Any] = {"H": heads, "GROUP": heads // groups, "P": head_dim, "N": state, "Q": cut.chunk}
         shared |= {"OPERAND": operand, "PRECISION": cut.precision}
-        return Plan(cut, chunks, shared, (block(head_dim, x), block(state, x)))
+        return Plan(cut, chunks, shared, (block(head_dim, x), block(state, x)), has_fast_exp2(x))
 
     def tiled(self, time: int, tile: tuple[int, int] | None = None) -> dict[str, Any]:
         """The shared arguments with the tile of a kernel; WHOLE where every tile is full."""
@@ -124,29 +145,30 @@ class Plan(NamedTuple):
 
 
 def _carry(
-    kernel: Any, plan: Plan, rows: int, like: Tensor, operands: Sequence[Any], sizes: Sequence[int], **flags: bool
+    kernel: Any,
+    launch: Launch,
+    plan: Plan,
+    rows: int,
+    like: Tensor,
+    operands: Sequence[Any],
+    sizes: Sequence[int],
+    **flags: bool,
 ) -> None:
     """Runs a kernel that carries states, where rows are cut once more for the segments alone before."""
     tiles, heads, _ = plan.state_grid(rows)
     segments, shape = plan.segments(rows), (plan.shared["P"], plan.shared["N"])
-    warps, stages = plan.cut.state_warps
     # A segment without a chunk would read past the end.
     segments = triton.cdiv(plan.chunks, triton.cdiv(plan.chunks, segments))
     alone, kept = like, like
     if segments > 1:
         alone = like.new_empty(rows, segments, heads, *shape, dtype=torch.float32)
         kept = like.new_empty(rows, segments, heads, dtype=torch.float32)
-    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile)}
-    options |= {"num_warps": warps, "num_stages": stages}
+    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile), **launch.options()}
     grid = tiles, heads, rows * segments
     if segments > 1:
         nothing = dict.fromkeys(flags, False)
         kernel[grid](*operands, alone, kept, *sizes, ALONE=True, **nothing, **options)
     kernel[grid](*operands, alone, kept, *sizes, ALONE=False, **flags, **options)
-
-
-def _decays(inputs: Inputs, plan: Plan) -> Decays:
-    return Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
 
 
 def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
@@ -156,29 +178,38 @@ def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) ->
     states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1])
     operands = (x, B, decays.planes, decays.carry, pointer(inputs.initial, x), states, pointer(final, x))
     sizes = (time, plan.chunks, decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2])
-    _carry(kernels.states, plan, rows, x, operands, sizes, INITIAL=inputs.initial is not None, FINAL=final is not None)
+    flags = {"INITIAL": inputs.initial is not None, "FINAL": final is not None}
+    _carry(kernels.states, plan.cut.states, plan, rows, x, operands, sizes, **flags)
     return states
 
 
+class Kept(NamedTuple):
+    """What the backward finds: the states before the chunks (empty without `KEEP_STATES`) and the `Decays`."""
+
+    states: Tensor
+    planes: Tensor
+    carry: Tensor
+    run: Tensor
+
+
 @on_its_device
-def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, H, P), the last state (B, H, P, N) in fp32, and the states before the chunks."""
+def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
+    """y (B, T, H, P), the last state (B, H, P, N) in fp32, and what the backward needs."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = _decays(inputs, plan)
+    decays = Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
     final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
-    warps, stages = plan.cut.output_warps
     kernels.outputs[(heads // each, plan.chunks, rows)](
         x, B, C, inputs.D, decays.planes, decays.run, states, y, time, decays.planes.stride(0),
-        *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, **plan.tiled(time), num_warps=warps,
-        num_stages=stages,
+        *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, FAST=plan.fast, **plan.tiled(time),
+        **plan.cut.outputs.options(),
     )  # fmt: skip
-    return y, final, states if KEEP_STATES else x.new_empty(0)
+    return y, final, Kept(states if KEEP_STATES else x.new_empty(0), *decays)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -202,58 +233,67 @@ class Gradients(NamedTuple):
 
 @on_its_device
 def run_backward(
-    inputs: Inputs, states: Tensor, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
+    inputs: Inputs, kept: Kept, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Fills `into` and `ddt`; returns the gradients of A, D, the bias of dt (zeros where there is none), the state."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = _decays(inputs, plan)
+    decays = Decays(*kept[1:])
     x, dt, _, B, C = inputs[:5]
     rows, time, heads, head_dim = x.shape
-    if states.numel() == 0:
-        states = _states(inputs, plan, decays, None)
+    states = kept.states if kept.states.numel() else _states(inputs, plan, decays, None)
     if not (dy.stride(-1) == 1 and dy.stride(-2) == head_dim):
         dy = dy.contiguous()
-    dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
-    dstates = torch.empty_like(states)
+    dstates, dinitial = _state_gradients(inputs, plan, decays, dy, dfinal)
     plane = decays.planes.stride(0)
-    last = x if dfinal is None else dfinal.contiguous()
-    operands = (dy, C, decays.planes, decays.carry, last, dstates, pointer(dinitial, x))
-    sizes = (time, plan.chunks, plane, *dy.stride()[:2], *C.stride()[:2])
-    flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
-    _carry(kernels.state_gradients, plan, rows, x, operands, sizes, **flags)
     groups, group = B.shape[2], plan.shared["GROUP"]
-    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:2])
+    columns = plan.tiled(time, (plan.blocks[0], plan.cut.group_columns))
+    tiles = triton.cdiv(B.shape[-1], columns["BLOCK_N"])
+    of_tokens = decays.planes.new_empty(kernels.READ.value + tiles, *decays.planes.shape[1:])
+    strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
+    parts = _parts(group, plan.chunks * rows * groups)
+    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
+    kernels.token_gradients[(plan.chunks, groups * parts, rows)](
+        x, B, C, inputs.D, dy, decays.planes, decays.run, dstates, into.x, dscores, of_tokens, time, plane,
+        *strides, *into.x.stride()[:2],
+        HEADS=group // parts, FAST=plan.fast, **plan.tiled(time), **plan.cut.token_gradients.options(),
+    )  # fmt: skip
+    kernels.group_gradients[(groups * tiles, plan.chunks, rows)](
+        x, B, C, dy, decays.planes, decays.carry, decays.run, states, dstates, dscores, into.B, into.C, of_tokens,
+        time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
+        PARTS=parts, **columns, **plan.cut.group_gradients.options(),
+    )  # fmt: skip
     # Of A, D and the bias, added up together in the end.
     sums = x.new_empty(3, rows, plan.chunks, heads, dtype=torch.float32)
     dA, dD, dbias = sums
     if inputs.bias is None:
         dbias.zero_()
-    strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
-    parts = _parts(group, plan.chunks * rows * groups)
-    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
-    warps, stages = plan.cut.token_warps
-    kernels.token_gradients[(plan.chunks, groups * parts, rows)](
-        x, B, C, inputs.D, dy, decays.planes, decays.run, dstates, into.x, dscores, ddriving, dsums, dD, time, plane,
-        *strides, *into.x.stride()[:2],
-        HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    warps, stages = plan.cut.group_warps
-    kernels.group_gradients[(plan.chunks, groups, rows)](
-        x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.B, into.C, dsums,
-        time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
-        PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
     kernels.step_gradients[(plan.chunks, rows)](
-        dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
+        dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, of_tokens, ddt, dA, dD, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None,
+        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), TILES=tiles, SOFTPLUS=inputs.bias is not None,
         num_warps=square_warps(plan.cut.chunk),
         num_stages=1,
     )  # fmt: skip
     # The results of an op may not share memory.
     dA, dD, dbias = (z.clone() for z in add_up(sums.view(3, -1, heads)))
     return dA, dD, dbias, dinitial
+
+
+def _state_gradients(
+    inputs: Inputs, plan: Plan, decays: Decays, dy: Tensor, dfinal: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(B, J, H, P, N): the gradient of the state after every chunk; and of the one before the first, if there is one."""
+    x, C = inputs.x, inputs.C
+    rows, time, heads, head_dim = x.shape
+    dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
+    dstates = x.new_empty(rows, plan.chunks, heads, head_dim, C.shape[-1])
+    last = x if dfinal is None else dfinal.contiguous()
+    operands = (dy, C, decays.planes, decays.carry, last, dstates, pointer(dinitial, x))
+    sizes = (time, plan.chunks, decays.planes.stride(0), *dy.stride()[:2], *C.stride()[:2])
+    flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
+    _carry(kernels.state_gradients, plan.cut.state_gradients, plan, rows, x, operands, sizes, **flags)
+    return dstates, dinitial
 
 
 def _parts(group: int, programs: int) -> int:
@@ -272,9 +312,11 @@ def ssd(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.ssd.ssd`; the third result is for the backward."""
-    return run_forward(Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.ssd.ssd`; the third result and what follows it are for the backward."""
+    inputs = Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B)
+    y, final, kept = run_forward(inputs)
+    return y, final, *kept
 
 
 @ssd.register_fake
@@ -288,21 +330,22 @@ def _(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return forward_like(x_BTHP, B_BTGN.shape[-1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, final, kept = forward_like(x_BTHP, B_BTGN.shape[-1])
+    return y, final, *kept
 
 
-def forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Kept]:
     """What `run_forward` returns, without values."""
     rows, time, heads, head_dim = x_BTHP.shape
     chunk = CUTS[x_BTHP.dtype].chunk
+    chunks = (time + chunk - 1) // chunk
     final = x_BTHP.new_empty(rows, heads, head_dim, state, dtype=torch.float32)
-    states = x_BTHP.new_empty(rows, (time + chunk - 1) // chunk, heads, head_dim, state)
-    return (
-        torch.empty_like(x_BTHP, memory_format=torch.contiguous_format),
-        final,
-        states if KEEP_STATES else x_BTHP.new_empty(0),
-    )
+    states = x_BTHP.new_empty(rows, chunks, heads, head_dim, state) if KEEP_STATES else x_BTHP.new_empty(0)
+    planes = x_BTHP.new_empty(4, rows, heads, chunks * chunk, dtype=torch.float32)
+    carry = x_BTHP.new_empty(rows, heads, chunks, dtype=torch.float32)
+    run = x_BTHP.new_empty(rows, chunks * chunk, dtype=torch.int32)
+    return torch.empty_like(x_BTHP, memory_format=torch.contiguous_format), final, Kept(states, planes, carry, run)
 
 
 @torch.library.custom_op("longspan::ssd_backward", mutates_args=())
@@ -310,6 +353,9 @@ def ssd_backward(
     dy_BTHP: Tensor,
     dfinal_BHPN: Tensor | None,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     x_BTHP: Tensor,
     dt_BTH: Tensor,
     A_H: Tensor,
@@ -324,7 +370,7 @@ def ssd_backward(
     inputs = Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B)
     into = Gradients.like(inputs)
     ddt = torch.empty_like(dt_BTH, memory_format=torch.contiguous_format)
-    dA, dD, _, dinitial = run_backward(inputs, states, dy_BTHP, dfinal_BHPN, into, ddt)
+    dA, dD, _, dinitial = run_backward(inputs, Kept(states, planes, carry, run), dy_BTHP, dfinal_BHPN, into, ddt)
     return (
         into.x,
         ddt,
@@ -341,6 +387,9 @@ def _(
     dy_BTHP: Tensor,
     dfinal_BHPN: Tensor | None,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     x_BTHP: Tensor,
     dt_BTH: Tensor,
     A_H: Tensor,
@@ -359,15 +408,15 @@ def _(
     return dx, ddt, dA, dB, dC, dD, x_BTHP.new_empty(shape, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], *inputs)
+    ctx.save_for_backward(*output[2:], *inputs)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    states, *inputs = ctx.saved_tensors
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    kept, inputs = Kept(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
     dy = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format) if dy is None else dy
-    *gradients, dinitial = ssd_backward(dy, dfinal, states, *inputs)
+    *gradients, dinitial = ssd_backward(dy, dfinal, *kept, *inputs)
     gradients = [gradient.to(z.dtype) for gradient, z in zip(gradients, inputs[:6], strict=True)]
     return *gradients, None, None if inputs[7] is None else dinitial, None
 
