@@ -1,9 +1,17 @@
-"""One forward and backward of the scan at 8 x 4096, for a profiler."""
+"""One forward and backward of the scan at 8 x 4096, for a profiler (ncu)."""
+
+from __future__ import annotations
+
 import sys
-sys.path[:0] = ["src", "benchmarks"]
+
 import torch
-from kernels_on_gpu.measuring import ssd_inputs, documents, normal
-from longspan.ops.triton import ssd as launched
+
+sys.path.insert(0, "src")
+
+from kernels_on_gpu.measuring import documents, normal, ssd_inputs  # noqa: E402
+
+from longspan.ops.triton import ssd as launched  # noqa: E402
+
 shape = (8, 4096)
 given = launched.Inputs(*ssd_inputs(*shape, 24, 64, 128), None, documents(*shape, 700.0), None, None)
 dy = normal(*shape, 24, 64)

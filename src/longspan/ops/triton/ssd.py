@@ -283,7 +283,7 @@ def run_backward(
 def _state_gradients(
     inputs: Inputs, plan: Plan, decays: Decays, dy: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, J, H, P, N): the gradient of the state after every chunk; and of the one before the first, if there is one."""
+    """(B, J, H, P, N), of the state after every chunk; and of the one before the first, if there is one."""
     x, C = inputs.x, inputs.C
     rows, time, heads, head_dim = x.shape
     dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
