@@ -8,9 +8,8 @@ import torch
 
 sys.path.insert(0, "src")
 
-from kernels_on_gpu.measuring import documents, normal, ssd_inputs  # noqa: E402
-
-from longspan.ops.triton import ssd as launched  # noqa: E402
+from kernels_on_gpu.measuring import documents, normal, ssd_inputs
+from longspan.ops.triton import ssd as launched
 
 shape = (8, 4096)
 given = launched.Inputs(*ssd_inputs(*shape, 24, 64, 128), None, documents(*shape, 700.0), None, None)
