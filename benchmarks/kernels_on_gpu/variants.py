@@ -40,14 +40,15 @@ def variants_ssd(run: Run) -> None:
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
+        {"scan": Launch(4, 2)},
         {"outputs": Launch(4, 3), "token_gradients": Launch(4, 2), "group_gradients": Launch(4, 3, 168)},
         {"outputs": Launch(4, 2, 128), "token_gradients": Launch(4, 2, 168), "group_gradients": Launch(4, 2, 128)},
         {"output_heads": 12, "token_gradients": Launch(8, 2), "group_gradients": Launch(4, 2)},
         {"outputs": Launch(8, 2), "token_gradients": Launch(8, 2, 128), "group_gradients": Launch(8, 2)},
-        {"group_columns": 128, "group_gradients": Launch(8, 3)},
+        {"scan": Launch(8, 2), "SCAN_SEGMENTS": 264, "group_columns": 128, "group_gradients": Launch(8, 3)},
         {"state_tile": (64, 128), "group_gradients": Launch(4, 3)},
         {"state_tile": (64, 128), "states": Launch(8, 3), "state_gradients": Launch(8, 3), "output_heads": 24},
-        {"states": Launch(4, 2), "state_gradients": Launch(4, 2), "output_heads": 4},
+        {"scan": Launch(8, 3), "states": Launch(4, 2), "state_gradients": Launch(4, 2), "output_heads": 4},
         {"states": Launch(4, 4), "state_gradients": Launch(4, 4), "group_gradients": Launch(8, 3)},
     ]
     shapes = ((8, 4096), (1, 32_768))
@@ -55,7 +56,10 @@ def variants_ssd(run: Run) -> None:
     slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
     expected: dict[tuple[int, int], list[Tensor]] = {}
     for change in changes:
-        launched.CUTS[BF16] = usual._replace(**change)
+        launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
+        before = {key: getattr(launched, key) for key in change if key not in usual._fields}
+        for key in before:
+            setattr(launched, key, change[key])
         try:
             for shape, leaves in inputs.items():
                 given = launched.Inputs(*leaves, None, None)
@@ -79,6 +83,8 @@ def variants_ssd(run: Run) -> None:
             run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
         finally:
             launched.CUTS[BF16] = usual
+            for key, value in before.items():
+                setattr(launched, key, value)
 
 
 def variants_scan(run: Run) -> None:

@@ -27,6 +27,8 @@ from longspan.ops.triton.tiles import block, has_fast_exp2
 ENOUGH_PROGRAMS = 264
 # Below so many programs that carry states, rows are cut for them: two for each multiprocessor of an H100.
 STATE_PROGRAMS = 264
+# The same for the kernel that also makes outputs: one program a multiprocessor, or some for all that it holds.
+SCAN_PROGRAMS, SCAN_SEGMENTS, SCAN_DIM = 132, 528, 64
 # A segment of fewer chunks is not worth a launch.
 LEAST_CHUNKS = 16
 KEEP_STATES = True
@@ -61,6 +63,7 @@ class Cut(NamedTuple):
     group_columns: int
     group_gradients: Launch
     precision: str
+    scan: Launch | None = None
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
@@ -136,12 +139,13 @@ class Plan(NamedTuple):
         tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
         return tiles, self.shared["H"], rows
 
-    def segments(self, rows: int) -> int:
+    def segments(self, programs: int, enough: int, most: int) -> int:
         """Into how many segments a row is cut for them: 1 where there are programs enough without."""
-        programs = math.prod(self.state_grid(rows))
-        if programs >= STATE_PROGRAMS:
+        if programs >= enough:
             return 1
-        return max(1, min(4 * STATE_PROGRAMS // programs, self.chunks // LEAST_CHUNKS))
+        segments = max(1, min(most // programs, self.chunks // LEAST_CHUNKS))
+        # A segment without a chunk would read past the end.
+        return triton.cdiv(self.chunks, triton.cdiv(self.chunks, segments))
 
 
 def _carry(
@@ -156,19 +160,56 @@ def _carry(
 ) -> None:
     """Runs a kernel that carries states, where rows are cut once more for the segments alone before."""
     tiles, heads, _ = plan.state_grid(rows)
-    segments, shape = plan.segments(rows), (plan.shared["P"], plan.shared["N"])
-    # A segment without a chunk would read past the end.
-    segments = triton.cdiv(plan.chunks, triton.cdiv(plan.chunks, segments))
-    alone, kept = like, like
-    if segments > 1:
-        alone = like.new_empty(rows, segments, heads, *shape, dtype=torch.float32)
-        kept = like.new_empty(rows, segments, heads, dtype=torch.float32)
+    segments = plan.segments(tiles * heads * rows, STATE_PROGRAMS, 4 * STATE_PROGRAMS)
+    alone, kept = _alone(kernel, launch, plan, rows, like, operands, sizes, segments, dict.fromkeys(flags, False))
     options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile), **launch.options()}
-    grid = tiles, heads, rows * segments
-    if segments > 1:
-        nothing = dict.fromkeys(flags, False)
-        kernel[grid](*operands, alone, kept, *sizes, ALONE=True, **nothing, **options)
-    kernel[grid](*operands, alone, kept, *sizes, ALONE=False, **flags, **options)
+    kernel[tiles, heads, rows * segments](*operands, alone, kept, *sizes, ALONE=False, **flags, **options)
+
+
+def _alone(
+    kernel: Any,
+    launch: Launch,
+    plan: Plan,
+    rows: int,
+    like: Tensor,
+    operands: Sequence[Any],
+    sizes: Sequence[int],
+    segments: int,
+    nothing: dict[str, bool],
+) -> tuple[Tensor, Tensor]:
+    """What segments come to from nothing, and what they keep of what was before."""
+    if segments == 1:
+        return like, like
+    tiles, heads, _ = plan.state_grid(rows)
+    shape = plan.shared["P"], plan.shared["N"]
+    alone = like.new_empty(rows, segments, heads, *shape, dtype=torch.float32)
+    kept = like.new_empty(rows, segments, heads, dtype=torch.float32)
+    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile), **launch.options()}
+    kernel[tiles, heads, rows * segments](*operands, alone, kept, *sizes, ALONE=True, **nothing, **options)
+    return alone, kept
+
+
+def _scan(inputs: Inputs, plan: Plan, decays: Decays, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state and the states before the chunks, of one kernel."""
+    x, B, C = inputs.x, inputs.B, inputs.C
+    rows, time, heads, head_dim = x.shape
+    final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1]) if KEEP_STATES else x.new_empty(0)
+    whole = plan.tiled(time, (SCAN_DIM, plan.blocks[1]))
+    tiles = triton.cdiv(head_dim, whole["BLOCK_P"])
+    segments = plan.segments(tiles * heads * rows, SCAN_PROGRAMS, SCAN_SEGMENTS)
+    initial, plane = pointer(inputs.initial, x), decays.planes.stride(0)
+    operands = (x, B, decays.planes, decays.carry, initial, states, final)
+    sizes = (time, plan.chunks, plane, *x.stride()[:2], *B.stride()[:2])
+    nothing = {"INITIAL": False, "FINAL": False}
+    alone, kept = _alone(kernels.states, plan.cut.states, plan, rows, x, operands, sizes, segments, nothing)
+    kernels.scan[(tiles, heads, rows * segments)](
+        x, B, C, inputs.D, decays.planes, decays.carry, decays.run, initial, states, final, y, alone, kept, *sizes,
+        *C.stride()[:2], INITIAL=inputs.initial is not None, KEEP=KEEP_STATES, SEGMENTS=segments, FAST=plan.fast,
+        **whole, **launch.options(),
+    )  # fmt: skip
+    return y, final, states
 
 
 def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
@@ -200,6 +241,9 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     decays = Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
+    if plan.cut.scan is not None:
+        y, final, states = _scan(inputs, plan, decays, plan.cut.scan)
+        return y, final, Kept(states, *decays)
     final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
