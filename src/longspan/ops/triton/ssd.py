@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
