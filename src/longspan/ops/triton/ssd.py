@@ -144,7 +144,7 @@ class Plan(NamedTuple):
             return 1
         segments = max(1, min(most // programs, self.chunks // LEAST_CHUNKS))
         # A segment without a chunk would read past the end.
-        return triton.cdiv(self.chunks, triton.cdiv(self.chunks, segments))
+        return int(triton.cdiv(self.chunks, triton.cdiv(self.chunks, segments)))
 
 
 def _carry(
