@@ -40,15 +40,15 @@ def variants_ssd(run: Run) -> None:
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
-        {"scan": Launch(4, 2)},
+        {"scan": Launch(4, 2), "group_gradients": Launch(8, 2, 128)},
         {"outputs": Launch(4, 3), "token_gradients": Launch(4, 2), "group_gradients": Launch(4, 3, 168)},
         {"outputs": Launch(4, 2, 128), "token_gradients": Launch(4, 2, 168), "group_gradients": Launch(4, 2, 128)},
-        {"output_heads": 12, "token_gradients": Launch(8, 2), "group_gradients": Launch(4, 2)},
-        {"outputs": Launch(8, 2), "token_gradients": Launch(8, 2, 128), "group_gradients": Launch(8, 2)},
         {"scan": Launch(8, 2), "SCAN_SEGMENTS": 264, "group_columns": 128, "group_gradients": Launch(8, 3)},
-        {"STATE_PROGRAMS": 132, "state_tile": (64, 128), "group_gradients": Launch(4, 3)},
-        {"STATE_PROGRAMS": 132, "state_tile": (64, 128), "states": Launch(8, 3), "state_gradients": Launch(8, 3)},
+        {"output_heads": 12, "token_gradients": Launch(8, 2), "group_gradients": Launch(4, 2)},
+        {"STATE_PROGRAMS": 132, "state_tile": (64, 128), "group_gradients": Launch(8, 3, 128)},
         {"scan": Launch(8, 3), "states": Launch(4, 2), "state_gradients": Launch(4, 2), "output_heads": 4},
+        {"outputs": Launch(8, 2), "token_gradients": Launch(8, 2, 128), "group_gradients": Launch(8, 2)},
+        {"STATE_PROGRAMS": 132, "state_tile": (64, 128), "states": Launch(8, 3), "state_gradients": Launch(8, 3)},
         {"states": Launch(4, 4), "state_gradients": Launch(4, 4), "group_gradients": Launch(8, 3)},
     ]
     shapes = ((8, 4096), (1, 32_768))

@@ -352,24 +352,28 @@ def group_gradients(
     dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
     dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
     carries = carry_ptr + row * H * chunks + chunk
-    carry = tl.load(carries + group * GROUP * chunks)
+    planes = planes_ptr + row * H * chunks * Q + t
+    head = group * GROUP * chunks
+    dt, to_end = tl.load(planes + head * Q), tl.load(planes + TO_END * plane + head * Q)
+    from_before, carry = tl.load(planes + FROM_BEFORE * plane + head * Q), tl.load(carries + head)
     for h in range(group * GROUP, group * GROUP + GROUP):
-        next_carry = tl.load(carries + tl.minimum(h + 1, H - 1) * chunks)
-        by_head = (row * H + h) * chunks * Q + t
+        following = tl.minimum(h + 1, H - 1) * chunks
+        next_dt, next_to_end = tl.load(planes + following * Q), tl.load(planes + TO_END * plane + following * Q)
+        next_from_before = tl.load(planes + FROM_BEFORE * plane + following * Q)
+        next_carry = tl.load(carries + following)
         state = ((row * chunks + chunk) * H + h) * P * N
-        weight = tl.load(planes_ptr + by_head) * tl.load(planes_ptr + TO_END * plane + by_head)
-        from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
         x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
         dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
         dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
         before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
-        dB += dot(x_QP.to(tl.float32) * weight[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
-        dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
+        dB += dot(x_QP, dafter_PN, DTYPE, OPERAND, PRECISION) * (dt * to_end)[:, None]
+        dread = dot(dy_QP, before_PN, DTYPE, OPERAND, PRECISION) * from_before[:, None]
         dC += dread
-        dend = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0) * carry
         dsums = tl.sum(dread * C_QN.to(tl.float32), 1)
-        tl.store(sums_ptr + (READ + tile) * plane + by_head, dsums + tl.where(i == Q - 1, dend, 0.0))
-        carry = next_carry
+        dend = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0) * carry
+        at = sums_ptr + (READ + tile) * plane + (row * H + h) * chunks * Q + t
+        tl.store(at, dsums + tl.where(i == Q - 1, dend, 0.0))
+        dt, to_end, from_before, carry = next_dt, next_to_end, next_from_before, next_carry
     store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
     store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
