@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,12 @@ from longspan.ops.triton.tiles import block, has_fast_exp2
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
-# Below so many programs that carry states, rows are cut for them: two for each multiprocessor of an H100.
-STATE_PROGRAMS = 264
-# The same for the kernel that also makes outputs: one program a multiprocessor, or some for all that it holds.
-SCAN_PROGRAMS, SCAN_SEGMENTS, SCAN_DIM = 132, 528, 64
-# A segment of fewer chunks is not worth a launch.
+# Below so many programs that carry states, two for each multiprocessor of an H100, rows are cut into segments, so that
+# there are at least the second number.
+STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
+# The same for the kernel that also makes outputs.
+SCAN_PROGRAMS, SCAN_SEGMENT_PROGRAMS, SCAN_DIM = 132, 264, 64
+# Chunks of a segment at least, and of a piece of one.
 LEAST_CHUNKS = 16
 KEEP_STATES = True
 
@@ -49,13 +50,12 @@ class Launch(NamedTuple):
 class Cut(NamedTuple):
     """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
 
-    `state*` is for the two kernels that carry states.
+    `state*` is for the kernel that carries states.
     """
 
     chunk: int
     state_tile: tuple[int, int]
     states: Launch
-    state_gradients: Launch
     output_heads: int
     outputs: Launch
     token_gradients: Launch
@@ -67,12 +67,8 @@ class Cut(NamedTuple):
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(
-        64, (64, 64), Launch(4, 3), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 64, Launch(4, 2, 168), "ieee"
-    ),
-    torch.float32: Cut(
-        16, (64, 32), Launch(4, 1), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), "tf32x3"
-    ),
+    torch.bfloat16: Cut(64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 64, Launch(4, 2, 168), "ieee"),
+    torch.float32: Cut(16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), "tf32x3"),
 }
 
 
@@ -133,93 +129,99 @@ class Plan(NamedTuple):
         return {**self.shared, "BLOCK_P": block_p, "BLOCK_N": block_n, "WHOLE": whole}
 
     def state_grid(self, rows: int) -> tuple[int, int, int]:
-        """Programs of the kernels that carry states, before rows are cut into segments."""
+        """Programs of the kernel that carries states, before rows are cut into segments."""
         tile_p, tile_n = (min(a, b) for a, b in zip(self.blocks, self.cut.state_tile, strict=True))
         tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
         return tiles, self.shared["H"], rows
 
-    def segments(self, programs: int, enough: int, most: int) -> int:
-        """Into how many segments a row is cut for them: 1 where there are programs enough without."""
-        if programs >= enough:
-            return 1
-        segments = max(1, min(most // programs, self.chunks // LEAST_CHUNKS))
-        # A segment without a chunk would read past the end.
-        return int(triton.cdiv(self.chunks, triton.cdiv(self.chunks, segments)))
+    def pieces(self, programs: int, enough: int, wanted: int) -> dict[str, int]:
+        """Into how many pieces a row is cut, how many make a segment, and a power of two that holds its chunks.
+
+        A row is whole where there are programs enough without.
+        """
+        segments = 1 if programs >= enough else triton.cdiv(wanted, programs)
+        segments = max(1, min(segments, self.chunks // LEAST_CHUNKS))
+        each = 1 if segments == 1 else max(1, self.chunks // segments // LEAST_CHUNKS)
+        # A piece without a chunk would read past the end.
+        length = triton.cdiv(self.chunks, segments * each)
+        pieces = triton.cdiv(self.chunks, length)
+        return {"PIECES": pieces, "PER_SEGMENT": each, "REACH": triton.next_power_of_2(length * each)}
 
 
-def _carry(
-    kernel: Any,
-    launch: Launch,
-    plan: Plan,
-    rows: int,
-    like: Tensor,
-    operands: Sequence[Any],
-    sizes: Sequence[int],
-    **flags: bool,
-) -> None:
-    """Runs a kernel that carries states, where rows are cut once more for the segments alone before."""
-    tiles, heads, _ = plan.state_grid(rows)
-    segments = plan.segments(tiles * heads * rows, STATE_PROGRAMS, 4 * STATE_PROGRAMS)
-    alone, kept = _alone(kernel, launch, plan, rows, like, operands, sizes, segments, dict.fromkeys(flags, False))
-    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile), **launch.options()}
-    kernel[tiles, heads, rows * segments](*operands, alone, kept, *sizes, ALONE=False, **flags, **options)
+class Walk(NamedTuple):
+    """What the kernel that carries states is given: a (B, T, H, P), b (B, T, G, N), the state to begin with and where
+    the last goes; BACK: from the end, for gradients."""
+
+    a: Tensor
+    b: Tensor
+    begin: Tensor | None
+    end: Tensor | None
+    back: bool
+
+    def run(self, plan: Plan, decays: Decays, states: Tensor) -> None:
+        """Fills `states` and `end`."""
+        rows = self.a.shape[0]
+        pieces = plan.pieces(math.prod(plan.state_grid(rows)), STATE_PROGRAMS, SEGMENT_PROGRAMS)
+        alone, kept = self.alone(plan, decays, pieces)
+        segments = triton.cdiv(pieces["PIECES"], pieces["PER_SEGMENT"])
+        self._launch(plan, decays, pieces, rows * segments, (states, alone, kept), False)
+
+    def alone(self, plan: Plan, decays: Decays, pieces: dict[str, int]) -> tuple[Tensor, Tensor]:
+        """What pieces come to from nothing, and what they keep of what was before."""
+        if pieces["PIECES"] == 1:
+            return self.a, self.a
+        rows, heads, shape = self.a.shape[0], plan.shared["H"], (plan.shared["P"], plan.shared["N"])
+        alone = self.a.new_empty(rows, pieces["PIECES"], heads, *shape, dtype=torch.float32)
+        kept = self.a.new_empty(rows, pieces["PIECES"], heads, dtype=torch.float32)
+        self._launch(plan, decays, pieces, rows * pieces["PIECES"], (self.a, alone, kept), True)
+        return alone, kept
+
+    def _launch(
+        self,
+        plan: Plan,
+        decays: Decays,
+        pieces: dict[str, int],
+        programs: int,
+        results: tuple[Tensor, Tensor, Tensor],
+        only_alone: bool,
+    ) -> None:
+        tiles, heads, _ = plan.state_grid(1)
+        a, b, time = self.a, self.b, self.a.shape[1]
+        states, alone, kept = results
+        kernels.states[(tiles, heads, programs)](
+            a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
+            time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
+            BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone, **pieces,
+            **plan.tiled(time, plan.cut.state_tile), **plan.cut.states.options(),
+        )  # fmt: skip
 
 
-def _alone(
-    kernel: Any,
-    launch: Launch,
-    plan: Plan,
-    rows: int,
-    like: Tensor,
-    operands: Sequence[Any],
-    sizes: Sequence[int],
-    segments: int,
-    nothing: dict[str, bool],
-) -> tuple[Tensor, Tensor]:
-    """What segments come to from nothing, and what they keep of what was before."""
-    if segments == 1:
-        return like, like
-    tiles, heads, _ = plan.state_grid(rows)
-    shape = plan.shared["P"], plan.shared["N"]
-    alone = like.new_empty(rows, segments, heads, *shape, dtype=torch.float32)
-    kept = like.new_empty(rows, segments, heads, dtype=torch.float32)
-    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile), **launch.options()}
-    kernel[tiles, heads, rows * segments](*operands, alone, kept, *sizes, ALONE=True, **nothing, **options)
-    return alone, kept
-
-
-def _scan(inputs: Inputs, plan: Plan, decays: Decays, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state and the states before the chunks, of one kernel."""
+def _scan(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+    """y and the states before the chunks, of one kernel."""
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
-    final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1]) if KEEP_STATES else x.new_empty(0)
     whole = plan.tiled(time, (SCAN_DIM, plan.blocks[1]))
     tiles = triton.cdiv(head_dim, whole["BLOCK_P"])
-    segments = plan.segments(tiles * heads * rows, SCAN_PROGRAMS, SCAN_SEGMENTS)
-    initial, plane = pointer(inputs.initial, x), decays.planes.stride(0)
-    operands = (x, B, decays.planes, decays.carry, initial, states, final)
-    sizes = (time, plan.chunks, plane, *x.stride()[:2], *B.stride()[:2])
-    nothing = {"INITIAL": False, "FINAL": False}
-    alone, kept = _alone(kernels.states, plan.cut.states, plan, rows, x, operands, sizes, segments, nothing)
+    pieces = plan.pieces(tiles * heads * rows, SCAN_PROGRAMS, SCAN_SEGMENT_PROGRAMS)
+    alone, kept = Walk(x, B, inputs.initial, None, False).alone(plan, decays, pieces)
+    segments = triton.cdiv(pieces["PIECES"], pieces["PER_SEGMENT"])
     kernels.scan[(tiles, heads, rows * segments)](
-        x, B, C, inputs.D, decays.planes, decays.carry, decays.run, initial, states, final, y, alone, kept, *sizes,
-        *C.stride()[:2], INITIAL=inputs.initial is not None, KEEP=KEEP_STATES, SEGMENTS=segments, FAST=plan.fast,
-        **whole, **launch.options(),
+        x, B, C, inputs.D, decays.planes, decays.carry, decays.run, pointer(inputs.initial, x), states, final, y,
+        alone, kept, time, plan.chunks, decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2], *C.stride()[:2],
+        INITIAL=inputs.initial is not None, KEEP=KEEP_STATES, PIECES=pieces["PIECES"],
+        PER_SEGMENT=pieces["PER_SEGMENT"], FAST=plan.fast, **whole, **launch.options(),
     )  # fmt: skip
-    return y, final, states
+    return y, states
 
 
 def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
     """(B, J, H, P, N): the state before every chunk; `final`, where given, receives the one after the last."""
     x, B = inputs.x, inputs.B
-    rows, time, heads, head_dim = x.shape
+    rows, _, heads, head_dim = x.shape
     states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1])
-    operands = (x, B, decays.planes, decays.carry, pointer(inputs.initial, x), states, pointer(final, x))
-    sizes = (time, plan.chunks, decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2])
-    flags = {"INITIAL": inputs.initial is not None, "FINAL": final is not None}
-    _carry(kernels.states, plan.cut.states, plan, rows, x, operands, sizes, **flags)
+    Walk(x, B, inputs.initial, final, False).run(plan, decays, states)
     return states
 
 
@@ -240,10 +242,10 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     decays = Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
-    if plan.cut.scan is not None:
-        y, final, states = _scan(inputs, plan, decays, plan.cut.scan)
-        return y, final, Kept(states, *decays)
     final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
+    if plan.cut.scan is not None:
+        y, states = _scan(inputs, plan, decays, final, plan.cut.scan)
+        return y, final, Kept(states, *decays)
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
@@ -331,11 +333,7 @@ def _state_gradients(
     rows, time, heads, head_dim = x.shape
     dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
     dstates = x.new_empty(rows, plan.chunks, heads, head_dim, C.shape[-1])
-    last = x if dfinal is None else dfinal.contiguous()
-    operands = (dy, C, decays.planes, decays.carry, last, dstates, pointer(dinitial, x))
-    sizes = (time, plan.chunks, decays.planes.stride(0), *dy.stride()[:2], *C.stride()[:2])
-    flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
-    _carry(kernels.state_gradients, plan.cut.state_gradients, plan, rows, x, operands, sizes, **flags)
+    Walk(dy, C, None if dfinal is None else dfinal.contiguous(), dinitial, True).run(plan, decays, dstates)
     return dstates, dinitial
 
 

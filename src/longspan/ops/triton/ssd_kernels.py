@@ -25,68 +25,96 @@ DRIVING, SKIPPED, KEPT, MOVED, READ = (tl.constexpr(plane) for plane in range(5)
 
 
 @triton.jit
-def states(
-    x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, alone_ptr, kept_ptr, time, chunks, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, ALONE: tl.constexpr, FINAL: tl.constexpr, SEGMENTS: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+def _after_pieces(
+    alone_ptr, kept_ptr, row, h, end, p, n, state,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and after the last.
+    """What `state` comes to after the first `end` pieces of a row, each of which came to something alone."""
+    MOST: tl.constexpr = triton.next_power_of_2(PIECES)
+    piece = tl.arange(0, MOST)
+    kept = tl.load(kept_ptr + (row * PIECES + piece) * H + h, mask=piece < end, other=1.0)
+    # A piece that keeps nothing hides all before it.
+    first = tl.max(tl.where((piece < end) & (kept == 0.0), piece, 0), 0)
+    for piece in range(first, end):
+        there = (row * PIECES + piece) * H + h
+        state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    return state
 
-    Few long rows are cut into segments: first each goes ALONE, from nothing, and leaves the state it comes to and what
-    it keeps of one before; then each begins with what the segments before it come to.
+
+@triton.jit
+def states(
+    a_ptr, b_ptr, planes_ptr, carry_ptr, begin_ptr, states_ptr, end_ptr, alone_ptr, kept_ptr, time, chunks, plane,
+    a_row, a_token: tl.constexpr, b_row, b_token: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BACK: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, ALONE: tl.constexpr,
+    PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state before every chunk, of x and B, and after the last; BACK: the gradient of the state after every chunk,
+    of dy and C, and before the first.
+
+    Few long rows are cut into segments, and these into pieces: first each piece goes ALONE, from nothing, and leaves
+    the state it comes to and what it keeps of one before; then each segment begins with what the pieces before it come
+    to. Chunks are counted as one walks, BACK from the end.
     """
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
-    per_segment = tl.cdiv(chunks, SEGMENTS)
-    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
+    programs: tl.constexpr = PIECES if ALONE else (PIECES + PER_SEGMENT - 1) // PER_SEGMENT
+    h, row, part = tl.program_id(1), (tl.program_id(2) // programs).to(tl.int64), tl.program_id(2) % programs
     i = tl.arange(0, Q)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    x = x_ptr + row * x_row + h * P
-    B = B_ptr + row * B_row + h // GROUP * N
-    by_head = planes_ptr + (row * H + h) * chunks * Q
+    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    a = a_ptr + row * a_row + h * P
+    b = b_ptr + row * b_row + h // GROUP * N
+    by_head = planes_ptr + (row * H + h) * chunks * Q + i
     carries = carry_ptr + (row * H + h) * chunks
-    if ALONE:
-        # What lies before the last document's beginning is forgotten at the end.
-        begin = first
-        for chunk in tl.range(first, end, loop_unroll_factor=8):
-            begin = tl.where(tl.load(carries + chunk) == 0.0, chunk, begin)
-        first = begin
+    length = tl.cdiv(chunks, PIECES) * (1 if ALONE else PER_SEGMENT)
+    first, end = part * length, tl.minimum((part + 1) * length, chunks)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if INITIAL:
-        state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    if SEGMENTS > 1 and not ALONE:
-        # A segment that keeps nothing hides all before it.
-        begin = segment * 0
-        for earlier in tl.range(segment, loop_unroll_factor=8):
-            begin = tl.where(tl.load(kept_ptr + (row * SEGMENTS + earlier) * H + h) == 0.0, earlier, begin)
-        for earlier in range(begin, segment):
-            there = (row * SEGMENTS + earlier) * H + h
-            state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
-    dt, to_end = tl.load(by_head + first * Q + i), tl.load(by_head + TO_END * plane + first * Q + i)
-    carry, kept = tl.load(carries + first), 1.0
-    for chunk in range(first, end):
+    if ALONE:
+        # What lies before the last document's beginning is forgotten, in the piece or before the segment is over.
+        over = tl.minimum((part // PER_SEGMENT + 1) * PER_SEGMENT * length, chunks)
+        step = first + tl.arange(0, REACH)
+        there = step < over
+        forgets = there & (tl.load(carries + (chunks - 1 - step if BACK else step), mask=there, other=1.0) == 0.0)
+        hidden = (tl.max((forgets & (step >= end)).to(tl.int32), 0) > 0) | (over == chunks)
+        first = tl.where(hidden, end, tl.max(tl.where(forgets & (step < end), step, first), 0))
+    else:
+        if BEGIN:
+            state += load(begin_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
+        if PIECES > 1:
+            state = _after_pieces(alone_ptr, kept_ptr, row, h, part * PER_SEGMENT, p, n, state, H, P, N, PIECES, WHOLE)
+    chunk = tl.minimum(first, chunks - 1)
+    chunk = chunks - 1 - chunk if BACK else chunk
+    carry, kept = tl.load(carries + chunk), 1.0
+    if BACK:
+        weight, other = tl.load(by_head + FROM_BEFORE * plane + chunk * Q), 1.0
+    else:
+        weight, other = tl.load(by_head + chunk * Q), tl.load(by_head + TO_END * plane + chunk * Q)
+    for step in range(first, end):
         # Triton brings ahead what goes into products; this is brought ahead by hand.
-        following = tl.minimum(chunk + 1, chunks - 1)
-        next_dt = tl.load(by_head + following * Q + i)
-        next_to_end = tl.load(by_head + TO_END * plane + following * Q + i)
+        following = tl.minimum(step + 1, chunks - 1)
+        following = chunks - 1 - following if BACK else following
         next_carry = tl.load(carries + following)
+        if BACK:
+            next_weight, next_other = tl.load(by_head + FROM_BEFORE * plane + following * Q), 1.0
+        else:
+            next_weight = tl.load(by_head + following * Q)
+            next_other = tl.load(by_head + TO_END * plane + following * Q)
+        chunk = chunks - 1 - step if BACK else step
         if not ALONE:
             store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
         t = chunk * Q + i
-        x_QP = load(x, t, x_token, p, time, P, WHOLE)
-        B_QN = load(B, t, B_token, n, time, N, WHOLE)
-        driving = x_QP.to(tl.float32) * (dt * to_end)[:, None]
-        state = state * carry + dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
+        a_QP = load(a, t, a_token, p, time, P, WHOLE)
+        b_QN = load(b, t, b_token, n, time, N, WHOLE)
+        weighted = a_QP.to(tl.float32) * (weight * other)[:, None]
+        state = state * carry + dot(tl.trans(weighted.to(DTYPE)), b_QN, DTYPE, OPERAND, PRECISION)
         kept *= carry
-        dt, to_end, carry = next_dt, next_to_end, next_carry
-    if FINAL and end == chunks:
-        store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+        weight, other, carry = next_weight, next_other, next_carry
+    if END and end == chunks:
+        store(end_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
     if ALONE:
-        there = (row * SEGMENTS + segment) * H + h
+        there = (row * PIECES + part) * H + h
         store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, state)
         if tl.program_id(0) == 0:
             tl.store(kept_ptr + there, kept)
@@ -136,14 +164,15 @@ def scan(
     kept_ptr, time, chunks, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, SEGMENTS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """States and outputs."""
     p, n, i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
-    per_segment = tl.cdiv(chunks, SEGMENTS)
-    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
+    segments: tl.constexpr = (PIECES + PER_SEGMENT - 1) // PER_SEGMENT
+    h, row, segment = tl.program_id(1), (tl.program_id(2) // segments).to(tl.int64), tl.program_id(2) % segments
+    length = tl.cdiv(chunks, PIECES) * PER_SEGMENT
+    first, end = segment * length, tl.minimum((segment + 1) * length, chunks)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     x = x_ptr + row * x_row + h * P
     B = B_ptr + row * B_row + h // GROUP * N
@@ -155,13 +184,8 @@ def scan(
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if INITIAL:
         state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    if SEGMENTS > 1:
-        begin = segment * 0
-        for earlier in tl.range(segment, loop_unroll_factor=8):
-            begin = tl.where(tl.load(kept_ptr + (row * SEGMENTS + earlier) * H + h) == 0.0, earlier, begin)
-        for earlier in range(begin, segment):
-            there = (row * SEGMENTS + earlier) * H + h
-            state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    if PIECES > 1:
+        state = _after_pieces(alone_ptr, kept_ptr, row, h, segment * PER_SEGMENT, p, n, state, H, P, N, PIECES, WHOLE)
     to_end, from_before = (
         tl.load(by_head + TO_END * plane + first * Q),
         tl.load(by_head + FROM_BEFORE * plane + first * Q),
@@ -194,68 +218,6 @@ def scan(
         dt, to_end, from_before, carry = next_dt, next_to_end, next_from_before, next_carry
     if end == chunks:
         store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
-
-
-@triton.jit
-def state_gradients(
-    dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, alone_ptr, kept_ptr, time, chunks,
-    plane, dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, FINAL: tl.constexpr, ALONE: tl.constexpr, INITIAL: tl.constexpr, SEGMENTS: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the state after every chunk, and of the one before the first; segments as in `states`."""
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
-    per_segment = tl.cdiv(chunks, SEGMENTS)
-    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
-    i = tl.arange(0, Q)
-    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    dy = dy_ptr + row * dy_row + h * P
-    C = C_ptr + row * C_row + h // GROUP * N
-    reads = planes_ptr + FROM_BEFORE * plane + (row * H + h) * chunks * Q
-    carries = carry_ptr + (row * H + h) * chunks
-    if ALONE:
-        # Nothing behind the first document's end comes through to the beginning.
-        limit = end
-        for back in tl.range(end - first, loop_unroll_factor=8):
-            chunk = end - 1 - back
-            limit = tl.where(tl.load(carries + chunk) == 0.0, chunk + 1, limit)
-        end = limit
-    dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if FINAL:
-        dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    if SEGMENTS > 1 and not ALONE:
-        behind, begin = SEGMENTS - 1 - segment, segment * 0
-        for back in tl.range(behind, loop_unroll_factor=8):
-            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
-            begin = tl.where(tl.load(kept_ptr + there) == 0.0, back, begin)
-        for back in range(begin, behind):
-            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
-            dstate = dstate * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
-    weight, carry, kept = tl.load(reads + (end - 1) * Q + i), tl.load(carries + end - 1), 1.0
-    for back in range(end - first):
-        chunk = end - 1 - back
-        following = tl.maximum(chunk - 1, 0)
-        next_weight, next_carry = tl.load(reads + following * Q + i), tl.load(carries + following)
-        if not ALONE:
-            store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
-        t = chunk * Q + i
-        dy_QP = load(dy, t, dy_token, p, time, P, WHOLE)
-        C_QN = load(C, t, C_token, n, time, N, WHOLE)
-        reading = dy_QP.to(tl.float32) * weight[:, None]
-        dstate = dstate * carry + dot(tl.trans(reading.to(DTYPE)), C_QN, DTYPE, OPERAND, PRECISION)
-        kept *= carry
-        weight, carry = next_weight, next_carry
-    if INITIAL and first == 0:
-        store(dinitial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
-    if ALONE:
-        there = (row * SEGMENTS + segment) * H + h
-        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, dstate)
-        if tl.program_id(0) == 0:
-            tl.store(kept_ptr + there, kept)
 
 
 @triton.jit
