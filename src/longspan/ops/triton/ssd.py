@@ -330,7 +330,7 @@ def _state_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """(B, J, H, P, N), of the state after every chunk; and of the one before the first, if there is one."""
     x, C = inputs.x, inputs.C
-    rows, time, heads, head_dim = x.shape
+    rows, _, heads, head_dim = x.shape
     dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
     dstates = x.new_empty(rows, plan.chunks, heads, head_dim, C.shape[-1])
     Walk(dy, C, None if dfinal is None else dfinal.contiguous(), dinitial, True).run(plan, decays, dstates)

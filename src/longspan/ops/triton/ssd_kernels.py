@@ -164,8 +164,8 @@ def scan(
     kept_ptr, time, chunks, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """States and outputs."""
     p, n, i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
