@@ -40,16 +40,13 @@ def variants_ssd(run: Run) -> None:
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
-        {"scan": Launch(4, 2), "group_gradients": Launch(8, 2, 128)},
-        {"outputs": Launch(4, 3), "token_gradients": Launch(4, 2), "group_gradients": Launch(4, 3, 168)},
-        {"outputs": Launch(4, 2, 128), "token_gradients": Launch(4, 2, 168), "group_gradients": Launch(4, 2, 128)},
-        {"scan": Launch(8, 2), "SCAN_SEGMENT_PROGRAMS": 528, "group_columns": 128, "group_gradients": Launch(8, 3)},
-        {"output_heads": 12, "token_gradients": Launch(8, 2), "group_gradients": Launch(4, 2)},
-        {"STATE_PROGRAMS": 132, "state_tile": (64, 128), "group_gradients": Launch(8, 3, 128)},
-        {"scan": Launch(8, 3), "states": Launch(4, 2), "output_heads": 4},
-        {"outputs": Launch(8, 2), "token_gradients": Launch(8, 2, 128), "group_gradients": Launch(8, 2)},
-        {"STATE_PROGRAMS": 132, "state_tile": (64, 128), "states": Launch(8, 3)},
-        {"SEGMENT_PROGRAMS": 768, "states": Launch(4, 4), "group_gradients": Launch(8, 3)},
+        {"group_columns": 64, "group_gradients": Launch(8, 2, 128), "squares": Launch(4, 1)},
+        {"group_columns": 64, "group_gradients": Launch(4, 2, 168), "state_tile": (64, 128), "STATE_PROGRAMS": 132},
+        {"group_columns": 64, "group_gradients": Launch(4, 2), "states": Launch(4, 4)},
+        {"group_columns": 64, "group_gradients": Launch(4, 3), "SEGMENT_PROGRAMS": 768, "squares": Launch(4, 1, 96)},
+        {"group_gradients": Launch(8, 2), "state_tile": (64, 128), "states": Launch(8, 3), "STATE_PROGRAMS": 132},
+        {"group_columns": 64, "group_gradients": Launch(8, 3), "states": Launch(4, 2), "outputs": Launch(4, 2, 160)},
+        {"group_gradients": Launch(8, 4), "output_heads": 6, "SEGMENT_PROGRAMS": 1536},
     ]
     shapes = ((8, 4096), (1, 32_768))
     inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}

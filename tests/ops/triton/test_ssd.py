@@ -66,7 +66,6 @@ def test_rows_cut_into_segments(chance, segments, assert_same, device, documents
 
     monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
     monkeypatch.setattr(kernels, "SEGMENT_PROGRAMS", segments)
-    monkeypatch.setattr(kernels, "SCAN_SEGMENT_PROGRAMS", segments)
     time = 7 * (64 if device.type == "cuda" else 16) - 3
     doc = documents(1, time, chance)
     before = doc[:, 0].to(device)

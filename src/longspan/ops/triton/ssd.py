@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton import ssd_kernels as kernels
-from longspan.ops.triton.decays import Decays, heads_of_program, pointer, square_warps
+from longspan.ops.triton.decays import Decays, heads_of_program, pointer
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.sums import add_up
 from longspan.ops.triton.tiles import block, has_fast_exp2
@@ -27,8 +27,6 @@ ENOUGH_PROGRAMS = 264
 # Below so many programs that carry states, two for each multiprocessor of an H100, rows are cut into segments, so that
 # there are at least the second number.
 STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
-# The same for the kernel that also makes outputs.
-SCAN_PROGRAMS, SCAN_SEGMENT_PROGRAMS, SCAN_DIM = 132, 264, 64
 # Chunks of a segment at least, and of a piece of one.
 LEAST_CHUNKS = 16
 KEEP_STATES = True
@@ -42,15 +40,17 @@ class Launch(NamedTuple):
     registers: int | None = None
 
     def options(self) -> dict[str, int]:
-        """As Triton takes them."""
+        """As Triton takes them; only NVIDIA's compiler can be held to a number of registers."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
+        if self.registers is None or torch.version.hip is not None:
+            return options
+        return {**options, "maxnreg": self.registers}
 
 
 class Cut(NamedTuple):
     """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
 
-    `state*` is for the kernel that carries states.
+    `state*` is for the kernel that carries states, `squares` for those that sum log decays over the tokens of a chunk.
     """
 
     chunk: int
@@ -61,14 +61,18 @@ class Cut(NamedTuple):
     token_gradients: Launch
     group_columns: int
     group_gradients: Launch
+    squares: Launch
     precision: str
-    scan: Launch | None = None
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 64, Launch(4, 2, 168), "ieee"),
-    torch.float32: Cut(16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), "tf32x3"),
+    torch.bfloat16: Cut(
+        64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 128, Launch(8, 3), Launch(4, 1, 128), "ieee"
+    ),
+    torch.float32: Cut(
+        16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), Launch(4, 1), "tf32x3"
+    ),
 }
 
 
@@ -196,26 +200,6 @@ class Walk(NamedTuple):
         )  # fmt: skip
 
 
-def _scan(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
-    """y and the states before the chunks, of one kernel."""
-    x, B, C = inputs.x, inputs.B, inputs.C
-    rows, time, heads, head_dim = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1]) if KEEP_STATES else x.new_empty(0)
-    whole = plan.tiled(time, (SCAN_DIM, plan.blocks[1]))
-    tiles = triton.cdiv(head_dim, whole["BLOCK_P"])
-    pieces = plan.pieces(tiles * heads * rows, SCAN_PROGRAMS, SCAN_SEGMENT_PROGRAMS)
-    alone, kept = Walk(x, B, inputs.initial, None, False).alone(plan, decays, pieces)
-    segments = triton.cdiv(pieces["PIECES"], pieces["PER_SEGMENT"])
-    kernels.scan[(tiles, heads, rows * segments)](
-        x, B, C, inputs.D, decays.planes, decays.carry, decays.run, pointer(inputs.initial, x), states, final, y,
-        alone, kept, time, plan.chunks, decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2], *C.stride()[:2],
-        INITIAL=inputs.initial is not None, KEEP=KEEP_STATES, PIECES=pieces["PIECES"],
-        PER_SEGMENT=pieces["PER_SEGMENT"], FAST=plan.fast, **whole, **launch.options(),
-    )  # fmt: skip
-    return y, states
-
-
 def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
     """(B, J, H, P, N): the state before every chunk; `final`, where given, receives the one after the last."""
     x, B = inputs.x, inputs.B
@@ -239,13 +223,11 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     """y (B, T, H, P), the last state (B, H, P, N) in fp32, and what the backward needs."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
+    by_dt = inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc
+    decays = Decays.of(*by_dt, plan.cut.chunk, plan.cut.squares.options())
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
     final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
-    if plan.cut.scan is not None:
-        y, states = _scan(inputs, plan, decays, final, plan.cut.scan)
-        return y, final, Kept(states, *decays)
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
@@ -317,8 +299,7 @@ def run_backward(
         dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, of_tokens, ddt, dA, dD, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
         H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), TILES=tiles, SOFTPLUS=inputs.bias is not None,
-        num_warps=square_warps(plan.cut.chunk),
-        num_stages=1,
+        **plan.cut.squares.options(),
     )  # fmt: skip
     # The results of an op may not share memory.
     dA, dD, dbias = (z.clone() for z in add_up(sums.view(3, -1, heads)))

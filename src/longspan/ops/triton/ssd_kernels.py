@@ -159,68 +159,6 @@ def outputs(
 
 
 @triton.jit
-def scan(
-    x_ptr, B_ptr, C_ptr, D_ptr, planes_ptr, carry_ptr, run_ptr, initial_ptr, states_ptr, final_ptr, y_ptr, alone_ptr,
-    kept_ptr, time, chunks, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """States and outputs."""
-    p, n, i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    segments: tl.constexpr = (PIECES + PER_SEGMENT - 1) // PER_SEGMENT
-    h, row, segment = tl.program_id(1), (tl.program_id(2) // segments).to(tl.int64), tl.program_id(2) % segments
-    length = tl.cdiv(chunks, PIECES) * PER_SEGMENT
-    first, end = segment * length, tl.minimum((segment + 1) * length, chunks)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    x = x_ptr + row * x_row + h * P
-    B = B_ptr + row * B_row + h // GROUP * N
-    C = C_ptr + row * C_row + h // GROUP * N
-    by_head = planes_ptr + (row * H + h) * chunks * Q + i
-    carries = carry_ptr + (row * H + h) * chunks
-    runs = run_ptr + row * chunks * Q + i
-    D = tl.load(D_ptr + h).to(tl.float32)
-    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if INITIAL:
-        state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    if PIECES > 1:
-        state = _after_pieces(alone_ptr, kept_ptr, row, h, segment * PER_SEGMENT, p, n, state, H, P, N, PIECES, WHOLE)
-    to_end, from_before = (
-        tl.load(by_head + TO_END * plane + first * Q),
-        tl.load(by_head + FROM_BEFORE * plane + first * Q),
-    )
-    dt, carry = tl.load(by_head + first * Q), tl.load(carries + first)
-    for chunk in range(first, end):
-        following = tl.minimum(chunk + 1, chunks - 1)
-        next_dt = tl.load(by_head + following * Q)
-        next_to_end = tl.load(by_head + TO_END * plane + following * Q)
-        next_from_before = tl.load(by_head + FROM_BEFORE * plane + following * Q)
-        next_carry = tl.load(carries + following)
-        t = chunk * Q + i
-        x_QP = load(x, t, x_token, p, time, P, WHOLE)
-        B_QN = load(B, t, B_token, n, time, N, WHOLE)
-        C_QN = load(C, t, C_token, n, time, N, WHOLE)
-        before = state.to(DTYPE)
-        if KEEP:
-            store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, before)
-        run, sums = tl.load(runs + chunk * Q), tl.load(by_head + SUM * plane + chunk * Q) * LOG2_E
-        step = tl.load(by_head + chunk * Q)
-        sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
-        mixing = dot(C_QN, tl.trans(B_QN), DTYPE, OPERAND, PRECISION)
-        mixing *= exp2(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")), FAST) * step[None, :]
-        y = dot(C_QN, tl.trans(before), DTYPE, OPERAND, PRECISION) * from_before[:, None]
-        y += dot(mixing, x_QP, DTYPE, OPERAND, PRECISION)
-        y += x_QP.to(tl.float32) * D
-        store(y_ptr + row * time * H * P + h * P, t, H * P, p, time, P, WHOLE, y)
-        driving = x_QP.to(tl.float32) * (dt * to_end)[:, None]
-        state = state * carry + dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
-        dt, to_end, from_before, carry = next_dt, next_to_end, next_from_before, next_carry
-    if end == chunks:
-        store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
-
-
-@triton.jit
 def token_gradients(
     x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dstates_ptr, dx_ptr, dscores_ptr, sums_ptr, time, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
