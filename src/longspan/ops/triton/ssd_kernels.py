@@ -42,6 +42,28 @@ def _after_pieces(
 
 
 @triton.jit
+def _chunk(step, chunks, BACK: tl.constexpr):
+    """The chunk of a step, the last one for all behind it."""
+    step = tl.minimum(step, chunks - 1)
+    return chunks - 1 - step if BACK else step
+
+
+@triton.jit
+def _factors(at, plane, BACK: tl.constexpr):
+    """What `_weight` makes the weights of a chunk's tokens of."""
+    if BACK:
+        decay = tl.load(at + FROM_BEFORE * plane)
+        return decay, decay
+    return tl.load(at), tl.load(at + TO_END * plane)
+
+
+@triton.jit
+def _weight(factor, other, BACK: tl.constexpr):
+    # Of numbers that are not below 0 the maximum is no change; without one, Triton would load nothing else ahead.
+    return tl.maximum(factor, 0.0) if BACK else factor * other
+
+
+@triton.jit
 def states(
     a_ptr, b_ptr, planes_ptr, carry_ptr, begin_ptr, states_ptr, end_ptr, alone_ptr, kept_ptr, time, chunks, plane,
     a_row, a_token: tl.constexpr, b_row, b_token: tl.constexpr,
@@ -84,33 +106,26 @@ def states(
             state += load(begin_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
         if PIECES > 1:
             state = _after_pieces(alone_ptr, kept_ptr, row, h, part * PER_SEGMENT, p, n, state, H, P, N, PIECES, WHOLE)
-    chunk = tl.minimum(first, chunks - 1)
-    chunk = chunks - 1 - chunk if BACK else chunk
-    carry, kept = tl.load(carries + chunk), 1.0
-    if BACK:
-        weight, other = tl.load(by_head + FROM_BEFORE * plane + chunk * Q), 1.0
-    else:
-        weight, other = tl.load(by_head + chunk * Q), tl.load(by_head + TO_END * plane + chunk * Q)
+    now = _chunk(first, chunks, BACK)
+    carry, kept = tl.load(carries + now), 1.0
+    ahead, other = _factors(by_head + now * Q, plane, BACK)
+    weight = _weight(ahead, other, BACK)
+    ahead, other = _factors(by_head + _chunk(first + 1, chunks, BACK) * Q, plane, BACK)
     for step in range(first, end):
-        # Triton brings ahead what goes into products; this is brought ahead by hand.
-        following = tl.minimum(step + 1, chunks - 1)
-        following = chunks - 1 - following if BACK else following
-        next_carry = tl.load(carries + following)
-        if BACK:
-            next_weight, next_other = tl.load(by_head + FROM_BEFORE * plane + following * Q), 1.0
-        else:
-            next_weight = tl.load(by_head + following * Q)
-            next_other = tl.load(by_head + TO_END * plane + following * Q)
+        next_carry = tl.load(carries + _chunk(step + 1, chunks, BACK))
         chunk = chunks - 1 - step if BACK else step
         if not ALONE:
             store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
         t = chunk * Q + i
         a_QP = load(a, t, a_token, p, time, P, WHOLE)
         b_QN = load(b, t, b_token, n, time, N, WHOLE)
-        weighted = a_QP.to(tl.float32) * (weight * other)[:, None]
+        weighted = a_QP.to(tl.float32) * weight[:, None]
+        # Triton brings ahead what goes into products; this is brought ahead by hand, by two chunks.
+        weight = _weight(ahead, other, BACK)
+        ahead, other = _factors(by_head + _chunk(step + 2, chunks, BACK) * Q, plane, BACK)
         state = state * carry + dot(tl.trans(weighted.to(DTYPE)), b_QN, DTYPE, OPERAND, PRECISION)
         kept *= carry
-        weight, other, carry = next_weight, next_other, next_carry
+        carry = next_carry
     if END and end == chunks:
         store(end_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
     if ALONE:
