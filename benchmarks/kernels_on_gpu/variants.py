@@ -40,13 +40,13 @@ def variants_ssd(run: Run) -> None:
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
-        {"group_columns": 64, "group_gradients": Launch(8, 2, 128), "squares": Launch(4, 1)},
-        {"group_columns": 64, "group_gradients": Launch(4, 2, 168), "state_tile": (64, 128), "STATE_PROGRAMS": 132},
-        {"group_columns": 64, "group_gradients": Launch(4, 2), "states": Launch(4, 4)},
-        {"group_columns": 64, "group_gradients": Launch(4, 3), "SEGMENT_PROGRAMS": 768, "squares": Launch(4, 1, 96)},
-        {"group_gradients": Launch(8, 2), "state_tile": (64, 128), "states": Launch(8, 3), "STATE_PROGRAMS": 132},
-        {"group_columns": 64, "group_gradients": Launch(8, 3), "states": Launch(4, 2), "outputs": Launch(4, 2, 160)},
-        {"group_gradients": Launch(8, 4), "output_heads": 6, "SEGMENT_PROGRAMS": 1536},
+        {"group_gradients": Launch(4, 2, 168), "states": Launch(4, 4)},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "squares": Launch(4, 1)},
+        {"group_gradients": Launch(4, 2), "SEGMENT_PROGRAMS": 768, "outputs": Launch(4, 2, 160)},
+        {"group_columns": 128, "group_gradients": Launch(8, 3), "output_heads": 12},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "states": Launch(8, 3), "squares": Launch(4, 1, 96)},
+        {"group_gradients": Launch(4, 3, 168), "SEGMENT_PROGRAMS": 1536, "output_heads": 6},
+        {"group_columns": 128, "group_gradients": Launch(8, 2), "states": Launch(4, 2)},
     ]
     shapes = ((8, 4096), (1, 32_768))
     inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}

@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
     torch.bfloat16: Cut(
-        64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 128, Launch(8, 3), Launch(4, 1, 128), "ieee"
+        64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 64, Launch(4, 3), Launch(4, 1, 128), "ieee"
     ),
     torch.float32: Cut(
         16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), Launch(4, 1), "tf32x3"
@@ -277,6 +277,7 @@ def run_backward(
     columns = plan.tiled(time, (plan.blocks[0], plan.cut.group_columns))
     tiles = triton.cdiv(B.shape[-1], columns["BLOCK_N"])
     of_tokens = decays.planes.new_empty(kernels.READ.value + tiles, *decays.planes.shape[1:])
+    passed = decays.carry.new_empty(rows, tiles, heads, plan.chunks, plan.blocks[0])
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
     parts = _parts(group, plan.chunks * rows * groups)
     dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
@@ -286,7 +287,7 @@ def run_backward(
         HEADS=group // parts, FAST=plan.fast, **plan.tiled(time), **plan.cut.token_gradients.options(),
     )  # fmt: skip
     kernels.group_gradients[(groups * tiles, plan.chunks, rows)](
-        x, B, C, dy, decays.planes, decays.carry, decays.run, states, dstates, dscores, into.B, into.C, of_tokens,
+        x, B, C, dy, decays.planes, decays.run, states, dstates, dscores, into.B, into.C, of_tokens, passed,
         time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
         PARTS=parts, **columns, **plan.cut.group_gradients.options(),
     )  # fmt: skip
@@ -296,9 +297,10 @@ def run_backward(
     if inputs.bias is None:
         dbias.zero_()
     kernels.step_gradients[(plan.chunks, rows)](
-        dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, of_tokens, ddt, dA, dD, dbias,
+        dt, pointer(inputs.bias, dt), inputs.A, *decays, of_tokens, passed, ddt, dA, dD, dbias,
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), TILES=tiles, SOFTPLUS=inputs.bias is not None,
+        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), TILES=tiles, BLOCK_P=plan.blocks[0],
+        SOFTPLUS=inputs.bias is not None,
         **plan.cut.squares.options(),
     )  # fmt: skip
     # The results of an op may not share memory.

@@ -240,15 +240,15 @@ def token_gradients(
 
 @triton.jit
 def group_gradients(
-    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, carry_ptr, run_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr,
-    sums_ptr, time, plane,
+    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, run_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr, sums_ptr,
+    passed_ptr, time, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     dy_row, dy_token: tl.constexpr, dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of some columns of B and C of one chunk, over the heads of a group, and what reading and keeping
-    that part of a state gives to the sums of log decays."""
+    """The gradients of some columns of B and C of one chunk, over the heads of a group, and what reading that part of a
+    state and passing it on gives to the sums of log decays."""
     tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     group, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     chunk, chunks, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -266,16 +266,14 @@ def group_gradients(
     C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
     dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
     dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
-    carries = carry_ptr + row * H * chunks + chunk
     planes = planes_ptr + row * H * chunks * Q + t
     head = group * GROUP * chunks
     dt, to_end = tl.load(planes + head * Q), tl.load(planes + TO_END * plane + head * Q)
-    from_before, carry = tl.load(planes + FROM_BEFORE * plane + head * Q), tl.load(carries + head)
+    from_before = tl.load(planes + FROM_BEFORE * plane + head * Q)
     for h in range(group * GROUP, group * GROUP + GROUP):
         following = tl.minimum(h + 1, H - 1) * chunks
         next_dt, next_to_end = tl.load(planes + following * Q), tl.load(planes + TO_END * plane + following * Q)
         next_from_before = tl.load(planes + FROM_BEFORE * plane + following * Q)
-        next_carry = tl.load(carries + following)
         state = ((row * chunks + chunk) * H + h) * P * N
         x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
         dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
@@ -285,19 +283,23 @@ def group_gradients(
         dread = dot(dy_QP, before_PN, DTYPE, OPERAND, PRECISION) * from_before[:, None]
         dC += dread
         dsums = tl.sum(dread * C_QN.to(tl.float32), 1)
-        dend = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0) * carry
+        # Of the two states' product the diagonal alone is wanted, but the tensor cores have time.
+        both = dot(before_PN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
+        passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1)
+        tl.store(passed_ptr + (((row * tiles + tile) * H + h) * chunks + chunk) * BLOCK_P + p, passed)
         at = sums_ptr + (READ + tile) * plane + (row * H + h) * chunks * Q + t
-        tl.store(at, dsums + tl.where(i == Q - 1, dend, 0.0))
-        dt, to_end, from_before, carry = next_dt, next_to_end, next_from_before, next_carry
+        tl.store(at, dsums)
+        dt, to_end, from_before = next_dt, next_to_end, next_from_before
     store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
     store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
 
 
 @triton.jit
 def step_gradients(
-    dt_ptr, bias_ptr, A_ptr, planes_ptr, run_ptr, sums_ptr, ddt_ptr, dA_ptr, dD_ptr, dbias_ptr,
+    dt_ptr, bias_ptr, A_ptr, planes_ptr, carry_ptr, run_ptr, sums_ptr, passed_ptr, ddt_ptr, dA_ptr, dD_ptr, dbias_ptr,
     time, plane, dt_row, dt_token, ddt_row, ddt_token,
-    H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """From the sums of every token back to the step sizes, and to A and D."""
     chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
@@ -310,12 +312,16 @@ def step_gradients(
         heads = (h < H)[:, None] & (i >= 0)[None, :]
         at = (row * H + h[:, None]) * chunks * Q + t[None, :]
         dt = tl.load(planes_ptr + at, mask=heads, other=0.0)
-        kept = tl.load(sums_ptr + KEPT * plane + at, mask=heads, other=0.0)
-        # All that is kept is kept until the chunk's last token.
-        dsums = tl.where((i == Q - 1)[None, :], tl.sum(kept, 1)[:, None], 0.0)
-        dsums += tl.load(sums_ptr + MOVED * plane + at, mask=heads, other=0.0)
+        # All that is kept, or passes through, is kept until the chunk's last token.
+        to_end = tl.sum(tl.load(sums_ptr + KEPT * plane + at, mask=heads, other=0.0), 1)
+        dsums = tl.load(sums_ptr + MOVED * plane + at, mask=heads, other=0.0)
+        carry = tl.load(carry_ptr + (row * H + h) * chunks + chunk, mask=h < H, other=0.0)
+        p = tl.arange(0, BLOCK_P)
         for tile in tl.static_range(TILES):
             dsums += tl.load(sums_ptr + (READ + tile) * plane + at, mask=heads, other=0.0)
+            through = passed_ptr + (((row * TILES + tile) * H + h[:, None]) * chunks + chunk) * BLOCK_P + p[None, :]
+            to_end += carry * tl.sum(tl.load(through, mask=(h < H)[:, None] & (p >= 0)[None, :], other=0.0), 1)
+        dsums += tl.where((i == Q - 1)[None, :], to_end[:, None], 0.0)
         dlog = tl.dot(dsums, sees, input_precision="tf32x3")
         A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
         # Tokens first from here on, as dt lies in memory.
