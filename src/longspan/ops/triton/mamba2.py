@@ -117,8 +117,9 @@ def mamba2_backward(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `projected`, of the convolution's weight and bias, dt_bias, A, D and the norm's weight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `projected`, of the convolution's weight and bias, of A, D and dt_bias (3, H) in fp32, of the
+    norm's weight."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     parts = Parts.of(projected_MK, rows, inner, state)
     d_projected = _spread(projected_MK)
@@ -130,12 +131,12 @@ def mamba2_backward(
     x, B, C = _scanned(xBC, heads, state)
     inputs = scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None)
     into, kept = scan.Gradients(*_scanned(d_xBC, heads, state)), scan.Kept(states, planes, carry, run)
-    dA, dD, d_dt_bias, _ = scan.run_backward(inputs, kept, dy, None, into, d_parts.dt)
+    d_heads, _ = scan.run_backward(inputs, kept, dy, None, into, d_parts.dt)
     d_weight, d_bias = causal_conv.run_backward(
         d_parts.convolved, d_xBC, parts.convolved, conv_weight, conv_bias, doc_BT, True
     )
     d_weight = d_weight.contiguous()
-    return d_projected, d_weight, d_bias, d_dt_bias.to(dt_bias_H.dtype), dA.to(A_H.dtype), dD.to(D_H.dtype), d_norm
+    return d_projected, d_weight, d_bias, d_heads, d_norm
 
 
 @mamba2_backward.register_fake
@@ -158,10 +159,11 @@ def _(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (conv_weight, conv_bias, dt_bias_H, A_H, D_H, norm_weight_E)
-    dw, db, ddt, dA, dD, dn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
-    return _spread(projected_MK), dw, db, ddt, dA, dD, dn
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dw, db, dn = (
+        torch.empty_like(z, memory_format=torch.contiguous_format) for z in (conv_weight, conv_bias, norm_weight_E)
+    )
+    return _spread(projected_MK), dw, db, A_H.new_empty((3, *A_H.shape), dtype=torch.float32), dn
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -171,8 +173,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = mamba2_backward(d_out, *ctx.saved_tensors, ctx.rows, ctx.state, ctx.eps)
-    return *gradients, None, None, None, None
+    d_projected, dw, db, d_heads, d_norm = mamba2_backward(d_out, *ctx.saved_tensors, ctx.rows, ctx.state, ctx.eps)
+    # Views of one tensor, which only an op's results may not be.
+    dA, dD, d_dt_bias = d_heads
+    of_heads = (d.to(z.dtype) for d, z in zip((d_dt_bias, dA, dD), ctx.saved_tensors[-5:-2], strict=True))
+    return d_projected, dw, db, *of_heads, d_norm, None, None, None, None
 
 
 mamba2.register_autograd(_differentiate, setup_context=_save)

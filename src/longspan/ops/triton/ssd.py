@@ -261,8 +261,9 @@ class Gradients(NamedTuple):
 @on_its_device
 def run_backward(
     inputs: Inputs, kept: Kept, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Fills `into` and `ddt`; returns the gradients of A, D, the bias of dt (zeros where there is none), the state."""
+) -> tuple[Tensor, Tensor | None]:
+    """Fills `into` and `ddt`; returns the gradients of A, D and, where there is one, the bias of dt, as rows of one
+    tensor (of which each would be a kernel to copy), and that of the state."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
     decays = Decays(*kept[1:])
@@ -291,21 +292,15 @@ def run_backward(
         time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
         PARTS=parts, **columns, **plan.cut.group_gradients.options(),
     )  # fmt: skip
-    # Of A, D and the bias, added up together in the end.
-    sums = x.new_empty(3, rows, plan.chunks, heads, dtype=torch.float32)
-    dA, dD, dbias = sums
-    if inputs.bias is None:
-        dbias.zero_()
+    of_chunks = x.new_empty(2 if inputs.bias is None else 3, rows, plan.chunks, heads, dtype=torch.float32)
     kernels.step_gradients[(plan.chunks, rows)](
-        dt, pointer(inputs.bias, dt), inputs.A, *decays, of_tokens, passed, ddt, dA, dD, dbias,
+        dt, pointer(inputs.bias, dt), inputs.A, *decays, of_tokens, passed, ddt, *of_chunks[:2], of_chunks[-1],
         time, plane, *dt.stride()[:2], *ddt.stride()[:2],
         H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), TILES=tiles, BLOCK_P=plan.blocks[0],
         SOFTPLUS=inputs.bias is not None,
         **plan.cut.squares.options(),
     )  # fmt: skip
-    # The results of an op may not share memory.
-    dA, dD, dbias = (z.clone() for z in add_up(sums.view(3, -1, heads)))
-    return dA, dD, dbias, dinitial
+    return add_up(of_chunks.flatten(1, 2)), dinitial
 
 
 def _state_gradients(
@@ -389,21 +384,13 @@ def ssd_backward(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, dt, A, B, C, D and the initial state (empty where there is none)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, B, C, A and D (2, H), and the initial state (empty where there is none)."""
     inputs = Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B)
     into = Gradients.like(inputs)
     ddt = torch.empty_like(dt_BTH, memory_format=torch.contiguous_format)
-    dA, dD, _, dinitial = run_backward(inputs, Kept(states, planes, carry, run), dy_BTHP, dfinal_BHPN, into, ddt)
-    return (
-        into.x,
-        ddt,
-        dA,
-        into.B,
-        into.C,
-        dD,
-        x_BTHP.new_empty(0, dtype=torch.float32) if dinitial is None else dinitial,
-    )
+    dAD, dinitial = run_backward(inputs, Kept(states, planes, carry, run), dy_BTHP, dfinal_BHPN, into, ddt)
+    return into.x, ddt, into.B, into.C, dAD, dAD.new_empty(0) if dinitial is None else dinitial
 
 
 @ssd_backward.register_fake
@@ -423,13 +410,13 @@ def _(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, ddt, dB, dC = (
         torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)
     )
-    dA, dD = A_H.new_empty(A_H.shape, dtype=torch.float32), D_H.new_empty(D_H.shape, dtype=torch.float32)
     shape = (0,) if initial_BHPN is None else initial_BHPN.shape
-    return dx, ddt, dA, dB, dC, dD, x_BTHP.new_empty(shape, dtype=torch.float32)
+    dAD = A_H.new_empty((2, *A_H.shape), dtype=torch.float32)
+    return dx, ddt, dB, dC, dAD, x_BTHP.new_empty(shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -440,8 +427,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     kept, inputs = Kept(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
     dy = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format) if dy is None else dy
-    *gradients, dinitial = ssd_backward(dy, dfinal, *kept, *inputs)
-    gradients = [gradient.to(z.dtype) for gradient, z in zip(gradients, inputs[:6], strict=True)]
+    dx, ddt, dB, dC, dAD, dinitial = ssd_backward(dy, dfinal, *kept, *inputs)
+    raw = dx, ddt, dAD[0], dB, dC, dAD[1]
+    gradients = [gradient.to(z.dtype) for gradient, z in zip(raw, inputs[:6], strict=True)]
     return *gradients, None, None if inputs[7] is None else dinitial, None
 
 

@@ -223,9 +223,9 @@ def token_gradients(
         moved = tl.sum(dot(tl.trans(mixing), x_QP, DTYPE, OPERAND, PRECISION) * dy, 1) + skipped * D
         dx = dy * D + dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
         moved -= tl.sum(dx * x, 1)
-        dkept = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
-        kept = tl.sum(dkept * x, 1)
-        dx += dkept * dt[:, None]
+        dkept = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
+        kept = tl.sum(dkept * x, 1) * to_end
+        dx += dkept * (dt * to_end)[:, None]
         store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
         at = sums_ptr + (row * H + h) * chunks * Q + t
         tl.store(at + DRIVING * plane, ddriving + kept)
