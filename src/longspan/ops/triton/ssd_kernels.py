@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from longspan.ops.triton.decays import FROM_BEFORE, SUM, TO_END
-from longspan.ops.triton.tiles import LOG2_E, dot, exp2, load, store
+from longspan.ops.triton.tiles import LOG2_E, dot, exp2, load, store, widened
 
 # Planes of what one token of one head gives to the gradients of step sizes, A and D: through what drives the state;
 # through the skip D; through what it keeps until the end of its chunk; what it reads less what others read of it, in
@@ -70,7 +70,7 @@ def states(
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, BACK: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, ALONE: tl.constexpr,
     PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The state before every chunk, of x and B, and after the last; BACK: the gradient of the state after every chunk,
     of dy and C, and before the first.
@@ -119,7 +119,7 @@ def states(
         t = chunk * Q + i
         a_QP = load(a, t, a_token, p, time, P, WHOLE)
         b_QN = load(b, t, b_token, n, time, N, WHOLE)
-        weighted = a_QP.to(tl.float32) * weight[:, None]
+        weighted = widened(a_QP, FAST) * weight[:, None]
         # Triton brings ahead what goes into products; this is brought ahead by hand, by two chunks.
         weight = _weight(ahead, other, BACK)
         ahead, other = _factors(by_head + _chunk(step + 2, chunks, BACK) * Q, plane, BACK)
@@ -168,7 +168,7 @@ def outputs(
         y = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION) * from_before[:, None]
         mixing = scores * exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0), FAST)
         y += dot(mixing * dt[None, :], x_QP, DTYPE, OPERAND, PRECISION)
-        y += x_QP.to(tl.float32) * D
+        y += widened(x_QP, FAST) * D
         store(y_ptr + row * time * H * P + h * P, t, H * P, p, time, P, WHOLE, y)
         from_before, D = next_from_before, next_D
 
@@ -215,10 +215,11 @@ def token_gradients(
         decay = exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0), FAST)
         products *= decay
         dscores += products * dt[:, None]
-        ddriving = tl.sum(products * scores.to(tl.float32), 1)
+        seen_scores = widened(scores, FAST)
+        ddriving = tl.sum(products * seen_scores, 1)
         # The same rounded numbers for what is read and for what is written: their sums cancel where they should.
-        mixing = (scores.to(tl.float32) * (decay * dt[:, None])).to(DTYPE)
-        x, dy = x_QP.to(tl.float32), dy_QP.to(tl.float32)
+        mixing = (seen_scores * (decay * dt[:, None])).to(DTYPE)
+        x, dy = widened(x_QP, FAST), widened(dy_QP, FAST)
         skipped = tl.sum(x * dy, 1)
         moved = tl.sum(dot(tl.trans(mixing), x_QP, DTYPE, OPERAND, PRECISION) * dy, 1) + skipped * D
         dx = dy * D + dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
