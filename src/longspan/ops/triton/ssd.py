@@ -195,8 +195,8 @@ class Walk(NamedTuple):
         kernels.states[(tiles, heads, programs)](
             a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
             time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
-            BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone, FAST=plan.fast, **pieces,
-            **plan.tiled(time, plan.cut.state_tile), **plan.cut.states.options(),
+            BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone,
+            FAST=plan.fast, **pieces, **plan.tiled(time, plan.cut.state_tile), **plan.cut.states.options(),
         )  # fmt: skip
 
 
