@@ -65,19 +65,26 @@ def time_both(
     return both
 
 
-def profile(run: Run, name: str, function: Callable[[], object]) -> None:
-    """Which kernel takes how long, of one call after a warm one."""
+def kernel_times(function: Callable[[], object], calls: int = 3) -> dict[str, float]:
+    """Which kernel takes how many ms of one call, longest first; after a warm one."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
     function()
     torch.cuda.synchronize()
     with recording(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(3):
+        for _ in range(calls):
             function()
         torch.cuda.synchronize()
-    times = {e.key: e.self_device_time_total / 3e3 for e in trace.key_averages() if e.self_device_time_total > 0}
-    for key, ms in sorted(times.items(), key=lambda item: -item[1])[:16]:
+    times = {
+        e.key: e.self_device_time_total / 1e3 / calls for e in trace.key_averages() if e.self_device_time_total > 0
+    }
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def profile(run: Run, name: str, function: Callable[[], object]) -> None:
+    """Which kernel takes how long, of one call after a warm one."""
+    for key, ms in list(kernel_times(function).items())[:16]:
         run.add(f"profile {name}", ms=ms, kernel=key[:70])
 
 

@@ -23,6 +23,7 @@ from kernels_on_gpu.measuring import (
     Run,
     device_ms,
     documents,
+    kernel_times,
     median_ms,
     normal,
     scan_inputs,
@@ -32,49 +33,55 @@ from longspan.ops.selective_scan import selective_scan
 
 
 def variants_ssd(run: Run) -> None:
+    """Warps, stages and registers of each kernel, and what one program takes; each kernel's time."""
     from longspan.ops.triton import ssd as launched
+    from longspan.ops.triton.ssd import Launch
 
     usual = launched.CUTS[BF16]
     changes: list[dict[str, Any]] = [
         {},
-        {"state_warps": (4, 4)},
-        {"state_warps": (4, 5)},
-        {"STATE_PROGRAMS": 132},
-        {"STATE_PROGRAMS": 528},
-        {"output_heads": 12},
-        {"output_warps": (8, 3)},
-        {"token_warps": (4, 4)},
-        {"STATE_PROGRAMS": 0},
+        {"group_gradients": Launch(4, 2, 168), "states": Launch(4, 4)},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "squares": Launch(4, 1)},
+        {"group_gradients": Launch(4, 2), "SEGMENT_PROGRAMS": 768, "outputs": Launch(4, 2, 160)},
+        {"group_columns": 128, "group_gradients": Launch(8, 3), "output_heads": 12},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "states": Launch(8, 3), "squares": Launch(4, 1, 96)},
+        {"group_gradients": Launch(4, 3, 168), "SEGMENT_PROGRAMS": 1536, "output_heads": 6},
+        {"group_columns": 128, "group_gradients": Launch(8, 2), "states": Launch(4, 2)},
     ]
-    shapes = ((8, 4096), (1, 32_768), (4, 16_384))
+    shapes = ((8, 4096), (1, 32_768))
     inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}
     slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
     expected: dict[tuple[int, int], list[Tensor]] = {}
-    few = launched.STATE_PROGRAMS
     for change in changes:
-        launched.STATE_PROGRAMS = change.get("STATE_PROGRAMS", few)
         launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
+        before = {key: getattr(launched, key) for key in change if key not in usual._fields}
+        for key in before:
+            setattr(launched, key, change[key])
         try:
             for shape, leaves in inputs.items():
                 given = launched.Inputs(*leaves, None, None)
-                y, _, states = launched.run_forward(given)
                 into, ddt, dy = launched.Gradients.like(given), torch.empty_like(leaves[1]), slopes[shape]
-                dA, dD, *_ = launched.run_backward(given, states, dy, None, into, ddt)
-                found = [z.clone() for z in (y, *into, ddt, dA, dD)]
+
+                def both(given: Any = given, dy: Tensor = dy, into: Any = into, ddt: Tensor = ddt) -> list[Tensor]:
+                    y, _, kept = launched.run_forward(given)
+                    dA, dD, *_ = launched.run_backward(given, kept, dy, None, into, ddt)
+                    return [y, *into, ddt, dA, dD]
+
+                found = [z.clone() for z in both()]
                 known = expected.setdefault(shape, found)
                 apart = max(
                     float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
                 )
-                forward = device_ms(lambda given=given: launched.run_forward(given))
-                backward = device_ms(
-                    lambda g=given, s=states, y=dy, i=into, d=ddt: launched.run_backward(g, s, y, None, i, d)
-                )
+                times = kernel_times(both)
+                each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if hasattr(launched.kernels, key))
                 name = f"ssd cut {shape[0]}x{shape[1]}"
-                run.add(name, forward_ms=forward, backward_ms=backward, apart=apart, change=str(change))
+                run.add(name, all_ms=sum(times.values()), apart=apart, each=each, change=str(change))
         except Exception as error:
             run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
         finally:
-            launched.CUTS[BF16], launched.STATE_PROGRAMS = usual, few
+            launched.CUTS[BF16] = usual
+            for key, value in before.items():
+                setattr(launched, key, value)
 
 
 def variants_scan(run: Run) -> None:
