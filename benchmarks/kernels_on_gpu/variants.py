@@ -107,20 +107,29 @@ def variants_conv(run: Run) -> None:
         forward_ms=run.floor_ms(2 * x.numel() * 2, 0),
         backward_ms=run.floor_ms(3 * x.numel() * 2, 0),
     )
-    usual = launched.FORWARD, launched.BACKWARD
+    usual, known = (launched.FORWARD, launched.BACKWARD), None
     for tile in (
-        (128, 256, 2, 2),
+        (128, 256, 2, 3),
+        (128, 256, 1, 3),
+        (128, 128, 1, 3),
+        (128, 512, 4, 3),
         (128, 256, 2, 4),
-        (112, 256, 2, 4),
-        (148, 256, 2, 4),
-        (296, 256, 2, 4),
-        (256, 256, 4, 4),
+        (192, 256, 2, 3),
+        (64, 256, 2, 3),
+        (128, 512, 2, 3),
+        (128, 256, 4, 3),
     ):
         try:
             launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
+            found = [launched.run_forward(x, weight, bias, doc, True)]
+            found += [*launched.run_backward(dx, y, x, weight, bias, doc, True), dx.clone()]
+            known = known or found
+            apart = max(
+                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
+            )
             forward = device_ms(lambda: launched.run_forward(x, weight, bias, doc, True))
             backward = device_ms(lambda: launched.run_backward(dx, y, x, weight, bias, doc, True))
-            run.add("conv tile, 32,768 tokens", forward_ms=forward, backward_ms=backward, tile=str(tile))
+            run.add("conv tile", forward_ms=forward, backward_ms=backward, apart=apart, tile=str(tile))
         finally:
             launched.FORWARD, launched.BACKWARD = usual
 
@@ -179,21 +188,29 @@ def variants_sums(run: Run) -> None:
 
 
 def variants_loss(run: Run) -> None:
-    """Words at a time and warps of a token, for vocabularies of 32,000 and 49,152."""
+    """Words at a time, warps of a token and parts in flight, for vocabularies of 32,000 and 49,152."""
     from longspan.ops.triton import cross_entropy as launched
 
-    usual = launched.BLOCK, launched.WARPS
+    usual = launched.BLOCK, launched.WARPS, launched.STAGES
     for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
         logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
         counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-        for block, warps in (usual, (8192, 32), (4096, 16), (16384, 32), (4096, 8)):
-            launched.BLOCK, launched.WARPS = block, warps
+        for cut in (
+            (8192, 16, 3),
+            (8192, 16, 1),
+            (4096, 16, 3),
+            (8192, 32, 3),
+            (4096, 16, 4),
+            (4096, 8, 4),
+            (2048, 8, 4),
+        ):
+            launched.BLOCK, launched.WARPS, launched.STAGES = cut
             try:
                 ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))
                 floor = run.floor_ms(2 * logits.numel() * 2, 0)
-                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block=block, warps=warps)
+                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block_warps_stages=str(cut))
             finally:
-                launched.BLOCK, launched.WARPS = usual
+                launched.BLOCK, launched.WARPS, launched.STAGES = usual
 
 
 VARIANTS: dict[str, Callable[[Run], None]] = {

@@ -19,12 +19,12 @@ def small_tiles(device, monkeypatch):
     monkeypatch.setattr(kernels, "BACKWARD", kernels.Tile(8, 16, 1))
 
 
-@pytest.mark.parametrize(("dtype", "chance", "ahead"), [(FP32, 0.2, 4), (BF16, 1.0, 2), (BF16, None, 4)])
-def test_matches_fp64(ahead, chance, dtype, assert_same, device, documents, monkeypatch, normal, served):
+@pytest.mark.parametrize(("dtype", "chance", "stages"), [(FP32, 0.2, 3), (BF16, 1.0, 2), (BF16, None, 4)])
+def test_matches_fp64(stages, chance, dtype, assert_same, device, documents, monkeypatch, normal, served):
     from longspan.ops.triton import causal_conv as kernels
 
     for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(kernels, name, kernels.Tile(8, 16, 1, ahead))
+        monkeypatch.setattr(kernels, name, kernels.Tile(8, 16, 1, stages))
     batch, time, channels = 2, 13, 21
     doc = None if chance is None else documents(batch, time, chance)
     on_device = None if doc is None else doc.to(device)
