@@ -30,10 +30,12 @@ from kernels_on_gpu.measuring import (
     scan_inputs,
     ssd_inputs,
     summed_and_normed,
+    token_spreads,
 )
 from longspan.ops import kernels
 from longspan.ops.attention import attention
 from longspan.ops.causal_conv import causal_conv
+from longspan.ops.embedding import embedding
 from longspan.ops.flex_attention import flex_block_mask
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
@@ -95,6 +97,13 @@ def check_conv(run: Run) -> None:
             lambda *z, doc=doc: [causal_conv(*z, doc_BT=doc)[0]],
             leaves,
         )
+
+
+def check_embedding(run: Run) -> None:
+    """Every token seldom, and a few of them in most places."""
+    for kind, tokens in token_spreads(8, 512, 1000).items():
+        embed = lambda weight, tokens=tokens: [embedding(tokens, weight)]  # noqa: E731
+        compare(run, f"embedding {kind}", embed, embed, [normal(1000, WIDTH, dtype=FP32)])
 
 
 def check_ssd(
@@ -246,6 +255,7 @@ def check_layer(run: Run) -> None:
 CHECKS: dict[str, Callable[[Run], None]] = {
     "check conv": check_conv,
     "check norm": check_norm,
+    "check embedding": check_embedding,
     "check ssd": check_ssd(BF16, 2, 1024, HEADS, HEAD_DIM, STATE, 100.0),
     "check ssd one-token documents": check_ssd(BF16, 2, 331, 4, HEAD_DIM, STATE, 1.0),
     "check ssd fp32": check_ssd(FP32, 2, 200, 4, HEAD_DIM, STATE, 30.0, True),

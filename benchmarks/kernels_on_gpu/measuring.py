@@ -100,6 +100,13 @@ def documents(rows: int, time: int, mean: float) -> Tensor:
     return (torch.rand(rows, time, device=DEVICE) < 1.0 / mean).cumsum(1).int()
 
 
+def token_spreads(rows: int, time: int, vocab: int) -> dict[str, Tensor]:
+    """All tokens as likely, and as often as in text: in proportion to one over their rank."""
+    ranks = torch.arange(1, vocab + 1, device=DEVICE)
+    drawn = torch.multinomial(1.0 / ranks, rows * time, replacement=True)
+    return {"even": torch.randint(0, vocab, (rows, time), device=DEVICE), "as in text": drawn.view(rows, time)}
+
+
 def ssd_inputs(rows: int, time: int, heads: int, head_dim: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
     return [
         normal(rows, time, heads, head_dim, dtype=dtype),

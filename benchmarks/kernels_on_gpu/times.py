@@ -24,6 +24,7 @@ from kernels_on_gpu.measuring import (
     WIDTH,
     Run,
     delta_inputs,
+    device_ms,
     documents,
     mamba2_layer,
     median_ms,
@@ -33,6 +34,7 @@ from kernels_on_gpu.measuring import (
     ssd_inputs,
     summed_and_normed,
     time_both,
+    token_spreads,
 )
 from longspan.ops import kernels
 from longspan.ops.attention import attention
@@ -112,6 +114,19 @@ def bench_add_norm(run: Run) -> None:
     leaves, slopes = [z.requires_grad_() for z in leaves], [torch.randn_like(z) for z in leaves[:2]]
     profile(run, "sum and norm", lambda: torch.autograd.grad(add_rms_norm(*leaves, 1e-5, BF16), leaves, slopes))
     profile(run, "sum and norm, compiled", lambda: torch.autograd.grad(compiled(*leaves), leaves, slopes))
+
+
+def bench_embedding(run: Run) -> None:
+    """The gradient alone, by torch's kernels and by ours."""
+    from longspan.ops.triton.embedding import embedding_backward
+
+    dy, vocab = normal(8, 4096, WIDTH, dtype=FP32), 32_000
+    # What comes is read once, what goes is filled with zeros and then written where there is something.
+    floor = run.floor_ms((dy.numel() + 2 * vocab * WIDTH) * 4, 0)
+    for kind, tokens in token_spreads(8, 4096, vocab).items():
+        torchs = device_ms(lambda t=tokens: torch.ops.aten.embedding_dense_backward(dy, t, vocab, -1, False))
+        ours = device_ms(lambda t=tokens: embedding_backward(dy, t, vocab))
+        run.add(f"gradient of an embedding, {kind}", ms=ours, torch_ms=torchs, floor_ms=floor)
 
 
 def bench_layer(run: Run) -> None:
@@ -266,6 +281,7 @@ TIMES: dict[str, Callable[[Run], None]] = {
     "profile ssd": profile_ssd,
     "norm": bench_norm,
     "add norm": bench_add_norm,
+    "embedding": bench_embedding,
     "layer": bench_layer,
     "scan": bench_scan,
     "delta": bench_delta,

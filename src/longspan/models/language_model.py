@@ -20,6 +20,7 @@ from longspan.models.mixers import Mixer
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
+from longspan.ops.embedding import embedding
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
 __all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
@@ -188,7 +189,7 @@ class LanguageModel(nn.Module):
             UserError: shapes that do not fit, or learned positions that run past their table.
         """
         segments = self.segments(tokens_BT, doc_id_BT, state, isolation)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = embedding(tokens_BT, self.embedding.weight)
         if self.config.embedding_multiplier != 1.0:
             x_BTD = x_BTD * self.config.embedding_multiplier
         if self.position_embedding is not None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan.models.mixers.mamba2 import Mamba2, Mamba2Settings
 from longspan.models.norms import GatedRMSNorm, RMSNorm
 from longspan.models.segments import Segments
+from longspan.ops import embedding
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
@@ -55,6 +56,13 @@ def test_convolution(device, served):
         x, weight = leaf(2, 5, 12).to(device), leaf(12, 4).to(device)
         check([causal_conv(x[..., :8], weight[:8], leaf(8).to(device))[0]])
     assert mode.met == {"longspan::causal_conv", "longspan::causal_conv_backward"}
+
+
+def test_embedding(device, monkeypatch, served):
+    monkeypatch.setattr(embedding, "FEWEST_PLACES", 1)
+    with FakesAgree() as mode:
+        check([embedding.embedding(torch.tensor([[3, 0, 3]], device=device), leaf(5, 8).to(device))])
+    assert mode.met == {"longspan::embedding", "longspan::embedding_backward"}
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
