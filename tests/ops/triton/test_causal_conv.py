@@ -19,13 +19,18 @@ def small_tiles(device, monkeypatch):
     monkeypatch.setattr(kernels, "BACKWARD", kernels.Tile(8, 16, 1))
 
 
-@pytest.mark.parametrize(("dtype", "chance", "stages"), [(FP32, 0.2, 3), (BF16, 1.0, 2), (BF16, None, 4)])
-def test_matches_fp64(stages, chance, dtype, assert_same, device, documents, monkeypatch, normal, served):
+@pytest.mark.parametrize(
+    ("dtype", "chance", "stages", "time", "channels"),
+    [(FP32, 0.2, 3, 13, 21), (BF16, 1.0, 2, 13, 32), (BF16, None, 4, 13, 21), (FP32, 0.1, 3, 24, 32)],
+)
+def test_matches_fp64(
+    stages, chance, time, channels, dtype, assert_same, device, documents, monkeypatch, normal, served
+):
     from longspan.ops.triton import causal_conv as kernels
 
     for name in ("FORWARD", "BACKWARD"):
         monkeypatch.setattr(kernels, name, kernels.Tile(8, 16, 1, stages))
-    batch, time, channels = 2, 13, 21
+    batch = 2
     doc = None if chance is None else documents(batch, time, chance)
     on_device = None if doc is None else doc.to(device)
     assert_same(

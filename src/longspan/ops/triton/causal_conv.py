@@ -41,10 +41,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 3
 
-    def sizes(self) -> dict[str, int]:
-        """The arguments of a kernel."""
+    def sizes(self, x_BTD: Tensor) -> dict[str, int]:
+        """The arguments of a kernel; WHOLE: every program has all of its tokens and channels."""
         block = triton.next_power_of_2(self.span + 2 * (LARGEST_TAPS - 1))
-        return {"SPAN": self.span, "BLOCK": block, "CHANNELS": self.channels, "STAGES": self.stages}
+        whole = x_BTD.shape[1] % self.span == 0 and x_BTD.shape[2] % self.channels == 0
+        return {"SPAN": self.span, "BLOCK": block, "CHANNELS": self.channels, "STAGES": self.stages, "WHOLE": whole}
 
 
 FORWARD, BACKWARD = Tile(128, 256, 1), Tile(128, 256, 2)
@@ -54,6 +55,14 @@ FORWARD, BACKWARD = Tile(128, 256, 1), Tile(128, 256, 2)
 def _inputs(values, t, c, stride, time, DIMS: tl.constexpr):
     """(channels,) at the time t, 0 outside the row."""
     return tl.load(values + t * stride + c, mask=(c < DIMS) & (t >= 0) & (t < time), other=0.0)
+
+
+@triton.jit
+def _next_inputs(values, t, c, stride, time, DIMS: tl.constexpr, WHOLE: tl.constexpr):
+    """`_inputs` of a token of the span; WHOLE: all of them exist."""
+    if WHOLE:
+        return tl.load(values + t * stride + c)
+    return _inputs(values, t, c, stride, time, DIMS)
 
 
 @triton.jit
@@ -104,7 +113,8 @@ def _sum(bias, w0, w1, w2, w3, x0, x1, x2, x3):
 @triton.jit
 def _walk_forward(
     x, y, doc, first, c, bias, w0, w1, w2, w3, time, x_token: tl.constexpr, y_token: tl.constexpr, DIMS: tl.constexpr,
-    SILU: tl.constexpr, DOCS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    SILU: tl.constexpr, DOCS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """y of one span; DOCS: of several documents."""
     x1 = _inputs(x, first - 1, c, x_token, time, DIMS).to(tl.float32)
@@ -114,12 +124,16 @@ def _walk_forward(
     d3 = _document(doc, first - 3, time, DOCS)
     for step in tl.range(SPAN, loop_unroll_factor=UNROLL, num_stages=STAGES):
         t = first + step
-        x0, d0 = _inputs(x, t, c, x_token, time, DIMS).to(tl.float32), _document(doc, t, time, DOCS)
+        x0 = _next_inputs(x, t, c, x_token, time, DIMS, WHOLE).to(tl.float32)
+        d0 = _document(doc, t, time, DOCS)
         s1, s2, s3 = _within(d0, d1, x1, DOCS), _within(d0, d2, x2, DOCS), _within(d0, d3, x3, DOCS)
         z = _sum(bias, w0, w1, w2, w3, x0, s1, s2, s3)
         if SILU:
             z = z * sigmoid(z, FAST)
-        tl.store(y + t * y_token + c, z.to(y.dtype.element_ty), mask=(c < DIMS) & (t < time))
+        if WHOLE:
+            tl.store(y + t * y_token + c, z.to(y.dtype.element_ty))
+        else:
+            tl.store(y + t * y_token + c, z.to(y.dtype.element_ty), mask=(c < DIMS) & (t < time))
         x1, x2, x3 = x0, x1, x2
         d1, d2, d3 = d0, d1, d2
 
@@ -128,7 +142,8 @@ def _walk_forward(
 def conv_forward(
     x_ptr, filters, bias_ptr, doc_ptr, y_ptr, time, x_row, y_row, x_token: tl.constexpr, y_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """y of one span."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -142,12 +157,14 @@ def conv_forward(
     # Most spans lie inside one document, and need no masks.
     if _is_mixed(doc, first, time, DOCS, SPAN, BLOCK):
         _walk_forward(
-            x, y, doc, first, c, bias, w0, w1, w2, w3, time, x_token, y_token, DIMS, SILU, DOCS, SPAN, STAGES, FAST
-        )
+            x, y, doc, first, c, bias, w0, w1, w2, w3, time, x_token, y_token,
+            DIMS, SILU, DOCS, SPAN, STAGES, WHOLE, FAST,
+        )  # fmt: skip
     else:
         _walk_forward(
-            x, y, doc, first, c, bias, w0, w1, w2, w3, time, x_token, y_token, DIMS, SILU, False, SPAN, STAGES, FAST
-        )
+            x, y, doc, first, c, bias, w0, w1, w2, w3, time, x_token, y_token,
+            DIMS, SILU, False, SPAN, STAGES, WHOLE, FAST,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -163,7 +180,7 @@ def _before_silu(dy, z, SILU: tl.constexpr, FAST: tl.constexpr):
 def _walk_backward(
     x, dy, dx, doc, first, c, bias, w0, w1, w2, w3, time,
     x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr, DIMS: tl.constexpr, SILU: tl.constexpr,
-    DOCS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    DOCS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one span, and its part of the gradients of the four taps and of the bias; DOCS: of several documents."""
     x1 = _inputs(x, first - 1, c, x_token, time, DIMS).to(tl.float32)
@@ -177,12 +194,15 @@ def _walk_backward(
     d_bias, dw0, dw1, dw2, dw3 = zero, zero, zero, zero, zero
     for step in tl.range(SPAN, loop_unroll_factor=UNROLL, num_stages=STAGES):
         t = first + step
-        x0, d0 = _inputs(x, t, c, x_token, time, DIMS).to(tl.float32), _document(doc, t, time, DOCS)
-        dz = _inputs(dy, t, c, dy_token, time, DIMS).to(tl.float32)
+        x0 = _next_inputs(x, t, c, x_token, time, DIMS, WHOLE).to(tl.float32)
+        dz = _next_inputs(dy, t, c, dy_token, time, DIMS, WHOLE).to(tl.float32)
+        d0 = _document(doc, t, time, DOCS)
         s1, s2, s3 = _within(d0, d1, x1, DOCS), _within(d0, d2, x2, DOCS), _within(d0, d3, x3, DOCS)
         dz = _before_silu(dz, _sum(bias, w0, w1, w2, w3, x0, s1, s2, s3), SILU, FAST)
         dx3 = p3 + w3 * _within(d0, d3, dz, DOCS)
-        to_store = (c < DIMS) & (step >= 3) & (t - 3 < time)
+        to_store = step >= 3
+        if not WHOLE:
+            to_store = to_store & (c < DIMS) & (t - 3 < time)
         tl.store(dx + (t - 3) * dx_token + c, dx3.to(dx.dtype.element_ty), mask=to_store)
         p3 = p2 + w2 * _within(d0, d2, dz, DOCS)
         p2 = p1 + w1 * _within(d0, d1, dz, DOCS)
@@ -223,7 +243,8 @@ def conv_backward(
     x_ptr, filters, bias_ptr, doc_ptr, dy_ptr, dx_ptr, sums_ptr, time,
     x_row, dy_row, dx_row, x_token: tl.constexpr, dy_token: tl.constexpr, dx_token: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, DOCS: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one span, and what it adds to the gradients of filters and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -237,12 +258,12 @@ def conv_backward(
     if _is_mixed(doc, first, time, DOCS, SPAN, BLOCK):
         d_bias, dw0, dw1, dw2, dw3 = _walk_backward(
             x, dy, dx, doc, first, c, bias, w0, w1, w2, w3, time, x_token, dy_token, dx_token,
-            DIMS, SILU, DOCS, SPAN, STAGES, FAST,
+            DIMS, SILU, DOCS, SPAN, STAGES, WHOLE, FAST,
         )  # fmt: skip
     else:
         d_bias, dw0, dw1, dw2, dw3 = _walk_backward(
             x, dy, dx, doc, first, c, bias, w0, w1, w2, w3, time, x_token, dy_token, dx_token,
-            DIMS, SILU, False, SPAN, STAGES, FAST,
+            DIMS, SILU, False, SPAN, STAGES, WHOLE, FAST,
         )  # fmt: skip
     sums = sums_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * (TAPS + 1) * DIMS + c
     _keep(sums, dw0, c, 0, DIMS, TAPS)
@@ -272,7 +293,7 @@ def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT:
         x_BTD, weight_DK, weight_DK if bias_D is None else bias_D, x_BTD if doc_BT is None else doc_BT.contiguous(),
         y_BTD, x_BTD.shape[1], x_BTD.stride(0), y_BTD.stride(0), x_BTD.stride(1), y_BTD.stride(1),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        FAST=has_fast_exp2(x_BTD), **FORWARD.sizes(), num_warps=FORWARD.warps,
+        FAST=has_fast_exp2(x_BTD), **FORWARD.sizes(x_BTD), num_warps=FORWARD.warps,
     )  # fmt: skip
     return y_BTD
 
@@ -319,7 +340,7 @@ def run_backward(
         dy_BTD, dx_BTD, sums_JKD, x_BTD.shape[1], *(z.stride(0) for z in (x_BTD, dy_BTD, dx_BTD)),
         *(z.stride(1) for z in (x_BTD, dy_BTD, dx_BTD)),
         DIMS=channels, TAPS=taps, BIAS=bias_D is not None, SILU=silu, DOCS=doc_BT is not None,
-        FAST=has_fast_exp2(x_BTD), **BACKWARD.sizes(), num_warps=BACKWARD.warps,
+        FAST=has_fast_exp2(x_BTD), **BACKWARD.sizes(x_BTD), num_warps=BACKWARD.warps,
     )  # fmt: skip
     sums_KD = add_up(sums_JKD.view(1, -1, (taps + 1) * channels)).view(taps + 1, channels)
     bias_dtype = weight_DK.dtype if bias_D is None else bias_D.dtype
