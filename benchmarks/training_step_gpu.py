@@ -28,8 +28,10 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -418,6 +420,7 @@ def main() -> None:
         except Exception as error:
             run.failed.append(name)
             run.add(f"FAILED {name}", error=f"{type(error).__name__}: {str(error)[:300]}")
+            traceback.print_exc(limit=-6, file=sys.stdout)
         gc.collect()
         if run.cuda:
             torch.cuda.empty_cache()

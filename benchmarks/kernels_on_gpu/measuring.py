@@ -151,3 +151,11 @@ def summed_and_normed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]
     """As plain ops."""
     total = x + branch
     return [total, (F.rms_norm(total, total.shape[-1:], eps=1e-5) * weight).to(branch.dtype)]
+
+
+def streamed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
+    """The norm of the sum, of a stream that begins with `x`."""
+    from longspan.ops.triton.residual import add_to_stream, begin_stream
+
+    near, rest, _ = begin_stream(x, weight, 1e-5)
+    return [add_to_stream(near, rest, branch, weight, 1e-5)[2]]

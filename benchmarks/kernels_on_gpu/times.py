@@ -101,18 +101,22 @@ def bench_norm(run: Run) -> None:
     time_both(run, "gated norm", lambda *t: [norm(*t)], [y, z], floor)
 
 
-def bench_add_norm(run: Run) -> None:
-    """The residual stream with a branch added, and its norm: one op, and as a compiler fuses plain ops."""
-    from longspan.ops.triton.rms_norm import add_rms_norm
+def bench_stream(run: Run) -> None:
+    """The residual stream with a branch added, and its norm: one op, and as a compiler fuses plain ops in fp32."""
+    from longspan.ops.triton import residual
 
-    # Forward x, branch, sum, norm; backward sum, both gradients that come, both that go.
-    floor = run.floor_ms(32_768 * WIDTH * (4 + 2 + 4 + 2 + 4 + 4 + 2 + 4 + 2), 0)
-    leaves = [normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)]
-    time_both(run, "sum and norm, 32,768 tokens", lambda *z: add_rms_norm(*z, 1e-5, BF16), leaves, floor)
+    near, rest, branch, slope = (normal(8, 4096, WIDTH) for _ in range(4))
+    weight = normal(WIDTH, dtype=FP32)
+    run.add(
+        "stream and norm, 32,768 tokens",
+        forward_ms=device_ms(lambda: residual._forward(near, rest, branch, weight, 1e-5)),
+        backward_ms=device_ms(lambda: residual._backward(near, rest, branch, slope, weight, 1e-5, [BF16, BF16])),
+        forward_floor_ms=run.floor_ms(6 * near.numel() * 2, 0),
+        backward_floor_ms=run.floor_ms(6 * near.numel() * 2, 0),
+    )
     compiled = torch.compile(summed_and_normed, dynamic=False)
-    time_both(run, "sum and norm, compiled", compiled, leaves, floor)
-    leaves, slopes = [z.requires_grad_() for z in leaves], [torch.randn_like(z) for z in leaves[:2]]
-    profile(run, "sum and norm", lambda: torch.autograd.grad(add_rms_norm(*leaves, 1e-5, BF16), leaves, slopes))
+    leaves = [near.float().requires_grad_(), branch.requires_grad_(), weight.requires_grad_()]
+    slopes = [torch.randn_like(z) for z in leaves[:2]]
     profile(run, "sum and norm, compiled", lambda: torch.autograd.grad(compiled(*leaves), leaves, slopes))
 
 
@@ -280,7 +284,7 @@ TIMES: dict[str, Callable[[Run], None]] = {
     "ssd": bench_ssd,
     "profile ssd": profile_ssd,
     "norm": bench_norm,
-    "add norm": bench_add_norm,
+    "stream": bench_stream,
     "embedding": bench_embedding,
     "layer": bench_layer,
     "scan": bench_scan,

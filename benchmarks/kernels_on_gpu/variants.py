@@ -109,15 +109,12 @@ def variants_conv(run: Run) -> None:
     )
     usual, known = (launched.FORWARD, launched.BACKWARD), None
     for tile in (
-        (128, 256, 2, 3),
-        (128, 256, 1, 3),
-        (128, 128, 1, 3),
-        (128, 512, 4, 3),
-        (128, 256, 2, 4),
-        (192, 256, 2, 3),
         (64, 256, 2, 3),
-        (128, 512, 2, 3),
-        (128, 256, 4, 3),
+        (64, 128, 1, 3),
+        (64, 256, 2, 4),
+        (32, 256, 2, 3),
+        (64, 256, 4, 3),
+        (96, 128, 1, 3),
     ):
         try:
             launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
@@ -141,33 +138,38 @@ def spread(rows: int, time: int) -> Tensor:
 
 def variants_norm(run: Run) -> None:
     """Warps of a row, programs and rows in flight of the backward, of the gated norm and of that of a sum."""
+    from longspan.ops.triton import residual
     from longspan.ops.triton import rms_norm as launched
 
-    usual = launched._warps, launched.PROGRAMS, launched.AHEAD
+    usual = launched.warps_of, launched.PROGRAMS, launched.AHEAD
     y, z, weight = normal(8, 4096, INNER), spread(8, 4096)[..., :INNER], normal(INNER, dtype=FP32)
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
-    x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    x, branch, scale = normal(8, 4096, WIDTH), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
     for warps, programs, ahead in (
         (4, 528, 3),
         (4, 528, 4),
-        (4, 528, 2),
-        (4, 264, 4),
+        (2, 528, 3),
         (8, 528, 3),
+        (4, 264, 4),
     ):
-        launched._warps, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        launched.warps_of, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        residual.warps_of = launched.warps_of
         try:
             run.add(
                 "norms of 32,768 tokens",
                 gated_forward_ms=device_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16)),
                 gated_backward_ms=device_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz)),
-                sum_forward_ms=device_ms(lambda: launched._add_forward(x, branch, scale, 1e-5, BF16)),
-                sum_backward_ms=device_ms(lambda: launched._add_backward(x, branch, x, scale, 1e-5, FP32, BF16)),
+                stream_forward_ms=device_ms(lambda: residual._forward(x, branch, branch, scale, 1e-5)),
+                stream_backward_ms=device_ms(
+                    lambda: residual._backward(x, branch, x, branch, scale, 1e-5, [BF16, BF16])
+                ),
                 warps=warps,
                 programs=programs,
                 ahead=ahead,
             )
         finally:
-            launched._warps, launched.PROGRAMS, launched.AHEAD = usual
+            launched.warps_of, launched.PROGRAMS, launched.AHEAD = usual
+            residual.warps_of = launched.warps_of
 
 
 def variants_sums(run: Run) -> None:
@@ -195,15 +197,7 @@ def variants_loss(run: Run) -> None:
     for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
         logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
         counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-        for cut in (
-            (8192, 16, 3),
-            (8192, 16, 1),
-            (4096, 16, 3),
-            (8192, 32, 3),
-            (4096, 16, 4),
-            (4096, 8, 4),
-            (2048, 8, 4),
-        ):
+        for cut in ((4096, 8, 4), (4096, 8, 3), (2048, 8, 4), (2048, 4, 4), (4096, 4, 4), (8192, 8, 3)):
             launched.BLOCK, launched.WARPS, launched.STAGES = cut
             try:
                 ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))

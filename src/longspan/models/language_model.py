@@ -209,10 +209,11 @@ class LanguageModel(nn.Module):
     def _through_chain(self, x_BTD: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the last norm, where every layer hands the next one its normed input."""
         norms = [*(block.mixer_norm for block in self.blocks), self.norm]
-        normed_BTD: Tensor = norms[0](x_BTD)
+        assert isinstance(norms[0], RMSNorm)
+        stream, normed_BTD = norms[0].begin(x_BTD)
         for block, following in zip(self.blocks, norms[1:], strict=True):
             assert isinstance(following, RMSNorm)
-            x_BTD, normed_BTD = block.train_chained(x_BTD, normed_BTD, segments, following)
+            stream, normed_BTD = block.train_chained(stream, normed_BTD, segments, following)
         return normed_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -95,10 +95,12 @@ def test_norms(device, served):
             norm = kind(8, 1e-5).to(device)
             norm.init_weights()
             check([norm(*(leaf(2, 3, 24).to(device)[..., 8 * i : 8 * i + 8] for i in range(inputs)))])
-            if kind is RMSNorm:
-                branch = leaf(2, 3, 24).to(device)[..., 8:16].bfloat16()
-                check([*norm.of_sum(leaf(2, 3, 8).to(device), branch)])
-    names = ("rms_norm", "add_rms_norm")
+        with torch.autocast(device.type, torch.bfloat16):
+            norm = RMSNorm(8, 1e-5).to(device)
+            stream, first = norm.begin(leaf(2, 3, 8).to(device))
+            stream, second = norm.of_sum(stream, leaf(2, 3, 24).to(device)[..., 8:16].bfloat16())
+        check([*stream, first, second])
+    names = ("rms_norm", "begin_stream", "add_to_stream")
     assert mode.met == {f"longspan::{name}{way}" for name in names for way in ("", "_backward")}
 
 

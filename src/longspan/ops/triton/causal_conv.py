@@ -48,7 +48,7 @@ class Tile(NamedTuple):
         return {"SPAN": self.span, "BLOCK": block, "CHANNELS": self.channels, "STAGES": self.stages, "WHOLE": whole}
 
 
-FORWARD, BACKWARD = Tile(128, 256, 1), Tile(128, 256, 2)
+FORWARD = BACKWARD = Tile(64, 256, 2)
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import LOG2_E, exp2, has_fast_exp2
 
 # Few tokens at a time on a multiprocessor: what all of them hold has to fit the cache until it is read again.
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 4096, 8
 # Parts of a row in flight, the one that is worked on included.
-STAGES = 3
+STAGES = 4
 
 
 @triton.jit
