@@ -89,3 +89,18 @@ def softmax_errors(logits_cV: Tensor, chosen_c: Tensor, counted_c: Tensor, scale
         FAST=has_fast_exp2(logits_cV), num_warps=min(WARPS, max(1, block // 256)),
     )  # fmt: skip
     return nll_c
+
+
+@triton.jit
+def _times(values_ptr, factor_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(values_ptr + i, mask=i < count, other=0.0).to(tl.float32) * tl.load(factor_ptr).to(tl.float32)
+    tl.store(out_ptr + i, product.to(out_ptr.dtype.element_ty), mask=i < count)
+
+
+@on_its_device
+def times(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous `values` times a number on the device, rounded once, to `dtype`; torch's own is slow for two."""
+    out = torch.empty_like(values, dtype=dtype)
+    _times[(triton.cdiv(values.numel(), 2048),)](values, factor, out, values.numel(), BLOCK=2048, num_warps=8)
+    return out
