@@ -15,9 +15,9 @@ it asks for, on its own fallback. First the rate of an 8192-cubed bf16 product i
 (docs/numbers.md) over its time and that rate. Times are medians of CUDA events over steps in a row; `first` is what the
 first step took, compiling included (shorter where the compiler's cache knows the shape); `peak` is the allocator's.
 `train` is the real loop with its feed, metrics and checkpoints. A profile says what a step spends on each kernel; where
-a shape has two, the kernels that differ follow in the end. A part that fails says so and the next one runs; parts that
-would start after `--seconds` are named. The last line is one JSON object, which also goes to
-$OUT/training_step_gpu.json where OUT is set.
+a shape has two, the kernels that differ follow in the end; `in turn` takes two lengths by turns. A part that fails says
+so and the next one runs; parts that would start after `--seconds` are named. The last line is one JSON object, which
+also goes to $OUT/training_step_gpu.json where OUT is set.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ TINY = {
     )
     for name, config in SHAPES.items()
 }
-STEPS, LOOP_STEPS = 8, 60
+STEPS, LOOP_STEPS, ROUNDS = 8, 60, 5
 PIECE = 4096
 
 
@@ -192,9 +192,10 @@ def compare_profiles(run: Run, top: int = 16) -> None:
 # Subjects
 
 
-def own(
-    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
-) -> None:
+def own_step(
+    run: Run, shape: str, rows: int, length: int, compiled: bool = True, graphed: bool = True
+) -> Callable[[], None]:
+    """A step of a new model of that shape."""
     vocab = run.vocab(shape)
     model = LanguageModel(run.shapes[shape], vocab, seed=0, device=run.device)
     model.train()
@@ -228,11 +229,31 @@ def own(
         micro.clear(optimizer)
         turns += 1
 
+    return step
+
+
+def own(
+    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
+) -> None:
+    step = own_step(run, shape, rows, length, compiled, graphed)
     kind = f"{'compiled' if compiled else 'eager'}{', graph' if graphed else ''}"
     name = f"{shape} {rows}x{length} ours {kind}"
     measure(run, name, shape, rows, length, step)
     if profiled:
         profile(run, shape, name, step)
+
+
+def in_turn(run: Run, shape: str, short: tuple[int, int], long: tuple[int, int]) -> None:
+    """How much longer a step over long rows takes, each round of both at one temperature of the card."""
+    steps = [own_step(run, shape, *size) for size in (short, long)]
+    for step in steps * (PLAIN_STEPS + 2):
+        step()
+    times = [[milliseconds(run, step)[0] for step in steps] for _ in range(ROUNDS if run.cuda else 1)]
+    more = [after / before - 1 for before, after in times]
+    (rows, length), (ms, long_ms) = long, (statistics.median(each) for each in zip(*times, strict=True))
+    run.add(f"{shape} {rows}x{length} in turn", ms=long_ms, short_ms=ms, more=statistics.median(more))
+    run.rows[-1]["rounds"] = more
+    print(f"          rounds from {min(more):+.2%} to {max(more):+.2%}", flush=True)
 
 
 def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None:
@@ -377,6 +398,7 @@ def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
         without("D", short, "8x4096"),
         ("A 8x4096 theirs eager", lambda: theirs(run, "A", *short, False), 10),
         ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True, True), 10),
+        *((f"{p} lengths in turn", lambda p=p: in_turn(run, p, short, long), 30) for p in ("M", "AM")),
         ("M 8x4096 train", lambda: loop(run, "M", *short), 20),
         ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
         without("A", short, "8x4096"),
