@@ -8,14 +8,16 @@ A step is forward, backward, clipping to norm 1 and fused AdamW under bf16 autoc
 109.5 M Llama shape (768 x 12, SwiGLU 2048, tied vocabulary of 32,000), `M` Mamba-2 of 768 x 24 without MLP, `AM` six
 pairs of both with a narrower MLP, `D` 12 Gated DeltaNets with such a one; `small` are the shapes of the study
 hybrid-patterns (384 x 8, vocabulary 49,152, rows of 512). Ours keep documents of about 700 tokens apart (400 in rows of
-512); theirs see whole rows, which is less to do in every layer but attention. `compiled` is each side's
-`torch.compile`: ours as `train` does it, theirs of the whole model; `graph` is forward and backward as one CUDA graph,
-as in `train`. transformers' Mamba2 runs without the compiled extras it asks for, on its own fallback. First the rate of
-an 8192-cubed bf16 product is measured; `share` is a step's FLOPs (docs/numbers.md) over its time and that rate. Times
-are medians of CUDA events over steps in a row; `first` is what the first step took, compiling included (shorter where
-the compiler's cache knows the shape); `peak` is the allocator's. `train` is the real loop with its feed, metrics and
-checkpoints. A part that fails says so and the next one runs; parts that would start after `--seconds` are named. The
-last line is one JSON object, which also goes to $OUT/training_step_gpu.json where OUT is set.
+512), the same ones in 1 row of 32,768 tokens as in 8 of 4,096; theirs see whole rows, which is less to do in every
+layer but attention. `compiled` is each side's `torch.compile`: ours as `train` does it, theirs of the whole model;
+`graph` is forward and backward as one CUDA graph, as in `train`. transformers' Mamba2 runs without the compiled extras
+it asks for, on its own fallback. First the rate of an 8192-cubed bf16 product is measured; `share` is a step's FLOPs
+(docs/numbers.md) over its time and that rate. Times are medians of CUDA events over steps in a row; `first` is what the
+first step took, compiling included (shorter where the compiler's cache knows the shape); `peak` is the allocator's.
+`train` is the real loop with its feed, metrics and checkpoints. A profile says what a step spends on each kernel; where
+a shape has two, the kernels that differ follow in the end; `in turn` takes two lengths by turns. A part that fails says
+so and the next one runs; parts that would start after `--seconds` are named. The last line is one JSON object, which
+also goes to $OUT/training_step_gpu.json where OUT is set.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,7 +73,8 @@ TINY = {
     )
     for name, config in SHAPES.items()
 }
-STEPS, LOOP_STEPS = 8, 60
+STEPS, LOOP_STEPS, ROUNDS = 8, 60, 5
+PIECE = 4096
 
 
 class Run:
@@ -81,6 +86,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.failed: list[str] = []
         self.skipped: list[str] = []
+        self.profiles: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
         self.flops_per_second = float("nan")
 
     @property
@@ -123,9 +129,15 @@ def milliseconds(run: Run, step: Callable[[], object], steps: int = STEPS) -> tu
 
 
 def documents(rows: int, length: int, seed: int) -> Tensor:
-    """(rows, length) ids on the CPU: documents of about 700 tokens, or 400 where rows are short."""
+    """(rows, length) ids on the CPU: documents of about 700 tokens, or 400 where rows are short.
+
+    A document ends at each multiple of `PIECE` tokens, as where rows of that length end: as many tokens hold the same
+    documents however long their rows are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(rows, length, generator=generator) < 1 / (700 if length > 1000 else 400)).cumsum(1).int()
+    starts = torch.rand(rows * length, generator=generator) < 1 / (700 if length > 1000 else 400)
+    starts[:: min(length, PIECE)] = True
+    return starts.view(rows, length).cumsum(1).int()
 
 
 def measure(run: Run, name: str, shape: str, rows: int, length: int, step: Callable[[], object]) -> None:
@@ -145,7 +157,7 @@ def measure(run: Run, name: str, shape: str, rows: int, length: int, step: Calla
     run.add(name, tok_s=round(rate), ms=ms, host_ms=host, share=share, first_s=first, peak_GiB=peak)
 
 
-def profile(run: Run, name: str, step: Callable[[], object], top: int = 24) -> None:
+def profile(run: Run, shape: str, name: str, step: Callable[[], object], top: int = 24) -> None:
     """Prints what a step spends on each kernel."""
     if not run.cuda:
         return
@@ -153,21 +165,37 @@ def profile(run: Run, name: str, step: Callable[[], object], top: int = 24) -> N
         step()
         step()
         run.wait()
-    spent = sorted(
-        ((e.self_device_time_total / 2e3, e.count // 2, e.key[:100]) for e in profiler.key_averages()), reverse=True
-    )
-    run.add(f"profile of {name}", busy_ms=sum(ms for ms, _, _ in spent))
-    for ms, count, kernel in spent[:top]:
-        print(f"          {ms:7.2f} ms {count:4d} x  {kernel}", flush=True)
-    run.rows[-1]["kernels"] = spent[:40]
+    spent: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        ms, count = spent.get(event.key[:100], (0.0, 0))
+        spent[event.key[:100]] = (ms + event.self_device_time_total / 2e3, count + event.count // 2)
+    longest = sorted(((ms, count, kernel) for kernel, (ms, count) in spent.items()), reverse=True)
+    run.add(f"profile of {name}", busy_ms=sum(ms for ms, _, _ in longest), kernels=sum(n for _, n, _ in longest))
+    for ms, count, kernel in longest[:top]:
+        print(f"          {ms:7.3f} ms {count:4d} x  {kernel}", flush=True)
+    run.rows[-1]["longest"] = longest[:60]
+    run.profiles.setdefault(shape, {})[name] = spent
+
+
+def compare_profiles(run: Run, top: int = 16) -> None:
+    """Of shapes profiled more than once: which kernels take another time than in the first profile, most first."""
+    for first, *others in (list(each.items()) for each in run.profiles.values()):
+        for name, spent in others:
+            print(f"{name}, against {first[0]}: ms and launches of a step", flush=True)
+            both = [(*spent.get(k, (0.0, 0)), *first[1].get(k, (0.0, 0)), k) for k in {**spent, **first[1]}]
+            for ms, count, before, times, kernel in sorted(both, key=lambda row: -abs(row[0] - row[2]))[:top]:
+                print(
+                    f"  {ms - before:+7.3f}  {ms:7.3f} {count:4d} x  {before:7.3f} {times:4d} x  {kernel}", flush=True
+                )
 
 
 # Subjects
 
 
-def own(
-    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
-) -> None:
+def own_step(
+    run: Run, shape: str, rows: int, length: int, compiled: bool = True, graphed: bool = True
+) -> Callable[[], None]:
+    """A step of a new model of that shape."""
     vocab = run.vocab(shape)
     model = LanguageModel(run.shapes[shape], vocab, seed=0, device=run.device)
     model.train()
@@ -196,16 +224,36 @@ def own(
     def step() -> None:
         nonlocal turns
         micro.run(place if turns <= PLAIN_STEPS else ready[turns % 4], tokens.numel(), first=True)
-        clip_gradients(parameters, 1.0)
+        clip_gradients(optimizer, parameters, 1.0)
         optimizer.step()
         micro.clear(optimizer)
         turns += 1
 
+    return step
+
+
+def own(
+    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
+) -> None:
+    step = own_step(run, shape, rows, length, compiled, graphed)
     kind = f"{'compiled' if compiled else 'eager'}{', graph' if graphed else ''}"
     name = f"{shape} {rows}x{length} ours {kind}"
     measure(run, name, shape, rows, length, step)
     if profiled:
-        profile(run, name, step)
+        profile(run, shape, name, step)
+
+
+def in_turn(run: Run, shape: str, short: tuple[int, int], long: tuple[int, int]) -> None:
+    """How much longer a step over long rows takes, each round of both at one temperature of the card."""
+    steps = [own_step(run, shape, *size) for size in (short, long)]
+    for step in steps * (PLAIN_STEPS + 2):
+        step()
+    times = [[milliseconds(run, step)[0] for step in steps] for _ in range(ROUNDS if run.cuda else 1)]
+    more = [after / before - 1 for before, after in times]
+    (rows, length), (ms, long_ms) = long, (statistics.median(each) for each in zip(*times, strict=True))
+    run.add(f"{shape} {rows}x{length} in turn", ms=long_ms, short_ms=ms, more=statistics.median(more))
+    run.rows[-1]["rounds"] = more
+    print(f"          rounds from {min(more):+.2%} to {max(more):+.2%}", flush=True)
 
 
 def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None:
@@ -341,7 +389,7 @@ def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
         ("A 8x4096 ours graph", lambda: own(run, "A", *short, True), 30),
         ("A 8x4096 theirs compiled", lambda: theirs(run, "A", *short, True), 35),
         ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 20),
-        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True), 15),
+        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True, True), 15),
         ("A 1x32768 ours graph", lambda: own(run, "A", *long, True), 10),
         ("M 1x32768 ours graph", lambda: own(run, "M", *long, True, True), 10),
         ("A 1x32768 theirs eager", lambda: theirs(run, "A", *long, False), 10),
@@ -349,7 +397,8 @@ def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
         ("D 8x4096 ours graph", lambda: own(run, "D", *short, True, True), 25),
         without("D", short, "8x4096"),
         ("A 8x4096 theirs eager", lambda: theirs(run, "A", *short, False), 10),
-        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True), 10),
+        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True, True), 10),
+        *((f"{p} lengths in turn", lambda p=p: in_turn(run, p, short, long), 30) for p in ("M", "AM")),
         ("M 8x4096 train", lambda: loop(run, "M", *short), 20),
         ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
         without("A", short, "8x4096"),
@@ -393,9 +442,11 @@ def main() -> None:
         except Exception as error:
             run.failed.append(name)
             run.add(f"FAILED {name}", error=f"{type(error).__name__}: {str(error)[:300]}")
+            traceback.print_exc(limit=-6, file=sys.stdout)
         gc.collect()
         if run.cuda:
             torch.cuda.empty_cache()
+    compare_profiles(run)
     if run.skipped:
         print("left out for time: " + ", ".join(run.skipped))
     line = json.dumps({"rows": run.rows, "failed": run.failed, "skipped": run.skipped})

@@ -6,7 +6,10 @@ of the recording.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +27,9 @@ from longspan.foundation.randomness import numpy_generator
 from longspan.models.segments import Segments
 from longspan.ops.flex_attention import flex_block_mask
 from longspan.training import distributed, updates
+from longspan.training.feeding import Fed
 from longspan.training.metrics import read_metrics
-from longspan.training.micro_steps import PLAIN_STEPS, why_no_graph
+from longspan.training.micro_steps import PLAIN_STEPS, GraphedMicroSteps, PlainMicroSteps, why_no_graph
 from longspan.training.ranks import ALONE, Ranks
 from longspan.training.result import TrainingResult
 
@@ -185,6 +189,25 @@ def test_where_capturing_fails_it_is_told_and_nothing_of_the_step_is_lost(
     assert_same_run(net, plain(small, folders[1]), folders)
     assert stand_in.replayed == fails_at
     assert any("capturing it failed (RuntimeError: operation not permitted" in text for text in told)
+
+
+def test_where_capturing_fails_no_batch_is_held(small: ModuleType) -> None:
+    def refuse(work: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    net = small.model()
+    passes = PlainMicroSteps(net.loss, lambda: torch.autocast("cpu", enabled=False), CPU)
+    steps = GraphedMicroSteps(passes, list(net.parameters()), record=refuse, quiet=nullcontext)
+    batch = small.rows_of(1, 8, numpy_generator(3, "one"))
+    tokens, targets = (torch.from_numpy(each).long() for each in (batch.tokens, batch.targets))
+    held = []
+    for _ in range(PLAIN_STEPS + 1):
+        fed = Fed(batch, tokens, targets, Segments.build(torch.zeros(1, 8)), 8)
+        steps.run(fed, 8, first=True)
+        held.append(weakref.ref(fed.segments))
+        del fed
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
 
 
 def test_a_graph_that_is_demanded_and_fails_ends_the_run(graphed: Any, tmp_path: Path) -> None:

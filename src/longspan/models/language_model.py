@@ -20,6 +20,7 @@ from longspan.models.mixers import Mixer
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
+from longspan.ops.embedding import embedding
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
 __all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
@@ -188,7 +189,7 @@ class LanguageModel(nn.Module):
             UserError: shapes that do not fit, or learned positions that run past their table.
         """
         segments = self.segments(tokens_BT, doc_id_BT, state, isolation)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = embedding(tokens_BT, self.embedding.weight)
         if self.config.embedding_multiplier != 1.0:
             x_BTD = x_BTD * self.config.embedding_multiplier
         if self.position_embedding is not None:
@@ -208,10 +209,11 @@ class LanguageModel(nn.Module):
     def _through_chain(self, x_BTD: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the last norm, where every layer hands the next one its normed input."""
         norms = [*(block.mixer_norm for block in self.blocks), self.norm]
-        normed_BTD: Tensor = norms[0](x_BTD)
+        assert isinstance(norms[0], RMSNorm)
+        stream, normed_BTD = norms[0].begin(x_BTD)
         for block, following in zip(self.blocks, norms[1:], strict=True):
             assert isinstance(following, RMSNorm)
-            x_BTD, normed_BTD = block.train_chained(x_BTD, normed_BTD, segments, following)
+            stream, normed_BTD = block.train_chained(stream, normed_BTD, segments, following)
         return normed_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -12,15 +12,11 @@ import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
-from longspan.ops.flex_attention import flex_block_mask
+from longspan.ops.flex_attention import block_mask_tensors, flex_block_mask
 from longspan.ops.rotary import RopeScaling, Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]
 LONGEST_CONVOLUTION = 16
-BLOCK_LISTS = tuple(
-    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
-)
-"""Names of the tensors of torch's `BlockMask`."""
 
 
 @dataclass(frozen=True)
@@ -247,13 +243,6 @@ class Segments:
             max_position=int(positions_BT.max()),
             _host_doc=attention_doc,
         )
-
-
-def block_mask_tensors(mask: Any) -> list[Tensor]:
-    """Of a `BlockMask`: its lists of blocks, and what its rule for single positions reads."""
-    lists = [getattr(mask, name) for name in BLOCK_LISTS]
-    rule = [cell.cell_contents for cell in mask.mask_mod.__closure__ or ()]
-    return [each for each in (*lists, *rule) if isinstance(each, Tensor)]
 
 
 def _position_in_run(doc_BT: Tensor) -> Tensor:

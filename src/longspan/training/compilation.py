@@ -2,16 +2,23 @@
 
 The compiler fuses norms, activations, rotations, residuals and casts; matrix products and kernels of Longspan's own
 stay what they are. It compiles each kind of layer once, at the first step of a process.
+
+The compiler knows an op by its name and what goes in. Where the same op gives other results in another version of
+Longspan, as many or of other shapes, what was compiled for one must not be found by the other: the source of the ops is
+part of the key.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from longspan import ops
 from longspan.ops import kernels
 
 if TYPE_CHECKING:
@@ -38,6 +45,7 @@ def compile_layers(model: LanguageModel) -> Path:
     folder = os.environ.setdefault(CACHE, str(caches / "longspan" / "compiled"))
     import torch._dynamo
 
+    tag_cache(Path(ops.__path__[0]))
     # Past its limit the compiler would stop the run: a layer is never silently left as it is.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_KINDS)
     torch._dynamo.config.accumulated_recompile_limit = max(
@@ -45,3 +53,22 @@ def compile_layers(model: LanguageModel) -> Path:
     )
     model.compile_layers()
     return Path(folder)
+
+
+def tag_cache(folder: Path) -> None:
+    """From now on this process finds and keeps only what was compiled for ops of this source."""
+    import torch.compiler.config
+
+    tag = source_digest(folder)
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
+
+
+@cache
+def source_digest(folder: Path) -> str:
+    """Of all Python files in a folder and the folders in it, their names included."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        for part in (str(file.relative_to(folder)).encode(), file.read_bytes()):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()

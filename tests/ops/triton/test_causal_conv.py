@@ -19,13 +19,18 @@ def small_tiles(device, monkeypatch):
     monkeypatch.setattr(kernels, "BACKWARD", kernels.Tile(4, 16, 1))
 
 
-@pytest.mark.parametrize(("dtype", "chance", "ahead"), [(FP32, 0.2, 4), (BF16, 1.0, 2), (BF16, None, 4)])
-def test_matches_fp64(ahead, chance, dtype, assert_same, device, documents, monkeypatch, normal, served):
+@pytest.mark.parametrize(
+    ("dtype", "chance", "stages", "time", "channels"),
+    [(FP32, 0.2, 3, 7, 21), (BF16, 1.0, 2, 7, 32), (BF16, None, 4, 7, 21), (FP32, 0.1, 3, 12, 32)],
+)
+def test_matches_fp64(
+    stages, chance, time, channels, dtype, assert_same, device, documents, monkeypatch, normal, served
+):
     from longspan.ops.triton import causal_conv as kernels
 
     for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(kernels, name, kernels.Tile(4, 16, 1, ahead))
-    batch, time, channels = 2, 7, 21
+        monkeypatch.setattr(kernels, name, kernels.Tile(4, 16, 1, stages))
+    batch = 2
     doc = None if chance is None else documents(batch, time, chance)
     on_device = None if doc is None else doc.to(device)
     assert_same(

@@ -64,12 +64,13 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
     )
 
 
-@pytest.mark.parametrize("chance", [0.02, 1.0])
-def test_rows_cut_into_segments(chance, assert_same, device, documents, monkeypatch, normal, served):
-    """The last is shorter; states of documents pass through several of them, or end inside."""
+@pytest.mark.parametrize(("chance", "segments"), [(0.02, 2), (0.02, 7), (1.0, 3)])
+def test_rows_cut_into_segments(chance, segments, assert_same, device, documents, monkeypatch, normal, served):
+    """Of several pieces or one, the last shorter; states of documents pass through several of them, or end inside."""
     from longspan.ops.triton import ssd as kernels
 
-    monkeypatch.setattr(kernels, "LEAST_CHUNKS", 2)
+    monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(kernels, "SEGMENT_PROGRAMS", segments)
     time = 7 * (64 if device.type == "cuda" else 16) - 3
     doc = documents(1, time, chance)
     before = doc[:, 0].to(device)
