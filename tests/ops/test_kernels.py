@@ -73,3 +73,19 @@ def test_the_page_shows_what_works(triton_is_there, capsys):
     exec(code, {})
     assert "kernels (auto)" in capsys.readouterr().out
     assert kernels.choice() == "plain"
+
+
+def test_an_op_is_called_through_torch_only_where_something_has_to_see_it():
+    @torch.library.custom_op("longspan_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    through_torch = []
+    twice.register_autograd(lambda ctx, dy: 2 * dy, setup_context=lambda ctx, inputs, output: through_torch.append(1))
+    x = torch.ones(2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(kernels.called(twice)(x).sum(), x)
+    assert gradient.tolist() == [2.0, 2.0]
+    assert through_torch == [1]
+    with torch.no_grad():
+        assert kernels.called(twice)(x).tolist() == [2.0, 2.0]
+        assert kernels.called(twice) is not twice

@@ -18,6 +18,8 @@ from longspan.models.mixers.base import MixerState, init_linear
 from longspan.models.norms import LayerNorm, RMSNorm, Stream
 from longspan.models.segments import Segments
 from longspan.ops import kernels
+from longspan.ops.add_norm import add_norm
+from longspan.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -35,8 +37,7 @@ class MLP(nn.Module):
         """Same shape."""
         hidden = self.input_linear(x_BTD)
         if self.gated:
-            gate_BTF, up_BTF = hidden.chunk(2, dim=-1)
-            return self.output_linear(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+            return self.output_linear(swiglu(hidden))  # type: ignore[no-any-return]
         return self.output_linear(F.gelu(hidden))  # type: ignore[no-any-return]
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -104,10 +105,30 @@ class Block(nn.Module):
         return rest(self, x_BTD, mixed_BTD)
 
     def chains(self, device: torch.device) -> bool:
-        """Whether `train_chained` can train this layer: compiled, on kernels, with nothing between sum and norm."""
+        """Whether `train_chained`, or without gradients `read_chained`, can take this layer: on kernels, with nothing
+        between sum and norm."""
         # FSDP gives a layer another class; such a layer has its parameters only while it runs itself.
-        whole = type(self) is Block and isinstance(self.mixer_norm, RMSNorm)
-        return whole and self.compiled is not None and not self.dropout and kernels.wanted(device)
+        if type(self) is not Block or not isinstance(self.mixer_norm, RMSNorm) or not kernels.wanted(device):
+            return False
+        if torch.is_grad_enabled():
+            return self.compiled is not None and not self.dropout
+        return not (self.training and self.dropout) and not torch.is_autocast_enabled(device.type)
+
+    def read_chained(
+        self,
+        x_BTD: Tensor,
+        normed_BTD: Tensor,
+        segments: Segments,
+        state: MixerState | None,
+        following: RMSNorm,
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        """`forward` without gradients, from the normed stream to the stream, its norm for the layer that follows, and
+        the state: for one token two kernels less to start."""
+        mixed_BTD, state = self.mixer(normed_BTD, segments, state)
+        if self.mlp is not None and isinstance(self.mlp_norm, RMSNorm):
+            x_BTD, normed_BTD = add_norm(x_BTD, mixed_BTD, self.mlp_norm.weight, self.mlp_norm.eps)
+            mixed_BTD = self.mlp(normed_BTD)
+        return *add_norm(x_BTD, mixed_BTD, following.weight, following.eps), state
 
     def train_chained(
         self, stream: Stream, normed_BTD: Tensor, segments: Segments, following: RMSNorm

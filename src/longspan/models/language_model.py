@@ -5,6 +5,7 @@ Legend: B rows, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,6 +18,7 @@ from longspan.foundation.randomness import torch_generator
 from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
 from longspan.models.mixers import Mixer
+from longspan.models.mixers.base import MixerState
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
@@ -196,15 +198,32 @@ class LanguageModel(nn.Module):
             x_BTD = x_BTD + self.position_embedding(segments.positions)
         if self.training and self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout)
-        if state is None and torch.is_grad_enabled() and all(block.chains(x_BTD.device) for block in self.blocks):
+        chained = all(block.chains(x_BTD.device) for block in self.blocks)
+        if chained and state is None and torch.is_grad_enabled():
             return self._through_chain(x_BTD, segments), None
-        after = []
+        after: list[Any] = []
         before = [None] * len(self.layers) if state is None else state.layers
-        for block, layer_before in zip(self.layers, before, strict=True):
-            x_BTD, layer_state = block(x_BTD, segments, layer_before)
-            after.append(layer_state)
-        hidden_BTD = self.norm(x_BTD)
+        if chained and not torch.is_grad_enabled():
+            hidden_BTD, after = self._read_chain(x_BTD, segments, before)
+        else:
+            for block, layer_before in zip(self.layers, before, strict=True):
+                x_BTD, layer_state = block(x_BTD, segments, layer_before)
+                after.append(layer_state)
+            hidden_BTD = self.norm(x_BTD)
         return hidden_BTD, None if state is None else ModelState(tuple(after), segments.past)
+
+    def _read_chain(
+        self, x_BTD: Tensor, segments: Segments, before: Sequence[MixerState | None]
+    ) -> tuple[Tensor, list[Any]]:
+        """As `_through_chain` without gradients, and the layers' states."""
+        after: list[Any] = []
+        normed_BTD: Tensor = self.blocks[0].mixer_norm(x_BTD)
+        followings = [*(block.mixer_norm for block in self.blocks[1:]), self.norm]
+        for block, following, layer_before in zip(self.blocks, followings, before, strict=True):
+            assert isinstance(following, RMSNorm)
+            x_BTD, normed_BTD, layer_state = block.read_chained(x_BTD, normed_BTD, segments, layer_before, following)
+            after.append(layer_state)
+        return normed_BTD, after
 
     def _through_chain(self, x_BTD: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the last norm, where every layer hands the next one its normed input."""

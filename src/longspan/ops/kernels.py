@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from longspan.foundation.errors import UserError
 
@@ -70,6 +72,17 @@ def wanted(device: torch.device) -> bool:
         return False
     _need_triton()
     return True
+
+
+def called(op: CustomOpDef) -> Callable[..., Any]:
+    """`op`, or the function behind it where neither autograd nor a compiler has to see it.
+
+    torch's way to a custom op cost the host of an H200 0.2 ms a call (docs/LOG.md), more than a short prompt's kernels
+    take: four of them a Mamba-2 layer made its first token wait for the host.
+    """
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    function: Callable[..., Any] = op if seen else op._init_fn
+    return function
 
 
 def _need_triton() -> None:

@@ -102,3 +102,19 @@ def test_a_compiled_layer_is_one_graph(device, documents, normal, served):
         y, _ = call(x, segments, None)
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("documents_too", [False, True])
+@torch.no_grad()
+def test_the_beginning_of_a_prompt_without_gradients(documents_too, device, documents, normal, served, monkeypatch):
+    mixer = layer(FP32, device)
+    x = normal(2, 21, 16).float().to(device)
+    segments = Segments.build(documents(2, 21, 0.1) if documents_too else None, shape=(2, 21), device=device)
+    found, state = mixer(x, segments, mixer.initial_state())
+    monkeypatch.setattr(mamba2, "serves", lambda *sizes: False)
+    expected, other = mixer(x, segments, mixer.initial_state())
+    for one, same in zip((found, state.tail, state.scan), (expected, other.tail, other.scan), strict=True):
+        torch.testing.assert_close(one, same, atol=1e-5, rtol=1e-4)
+    assert (state.tail_doc is None) == (other.tail_doc is None)
+    assert state.tail_doc is None or torch.equal(state.tail_doc, other.tail_doc)
+    assert state.tail.is_contiguous()

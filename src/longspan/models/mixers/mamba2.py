@@ -136,6 +136,9 @@ class Mamba2(Mixer):
             # Tokens in one dimension: for a compiler every view of a product is a reason to copy it.
             between_ME = self._between_projections(self.in_proj(x_BTD.flatten(0, 1)), doc_BT, rows)
             return self.out_proj(between_ME).unflatten(0, (rows, num_tokens)), None
+        begins = state is not None and before.scan is None and num_tokens >= settings.conv
+        if begins and not torch.is_grad_enabled() and mamba2.serves(x_BTD, *sizes):
+            return self._read(x_BTD, doc_BT)
         z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         xBC, tail, tail_doc = short_conv(xBC, self.conv_weight, self.conv_bias, segments, before.tail, before.tail_doc)
         x, B, C = xBC.split_with_sizes([self.inner, settings.state, settings.state], dim=-1)
@@ -173,6 +176,19 @@ class Mamba2(Mixer):
                 state=settings.state,
                 eps=settings.norm_eps,
             )
+
+    def _read(self, x_BTD: Tensor, doc_BT: Tensor | None) -> tuple[Tensor, Mamba2State]:
+        """The beginning of a prompt, without gradients."""
+        settings, last = self.settings, x_BTD.shape[1] - self.settings.conv + 1
+        projected_BTK = self.in_proj(x_BTD)
+        parameters = (self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
+        y_BTE, scan = mamba2.read_between_projections(
+            projected_BTK, *parameters, doc_BT=doc_BT, state=settings.state, eps=settings.norm_eps
+        )
+        # Copies: a view would keep what the whole prompt was projected to alive.
+        tail = projected_BTK[:, last:, self.inner : self.inner + self.conv_width].clone()
+        tail_doc = None if doc_BT is None else doc_BT[:, last:].clone()
+        return self.out_proj(y_BTE), Mamba2State(tail, tail_doc, scan)
 
     def _step(self, x_B1D: Tensor, before: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One more token of the open document: decoding, where every call into torch counts."""
