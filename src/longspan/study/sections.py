@@ -44,6 +44,14 @@ AnyCorpus = Annotated[
 """Documents, or the strings of a task."""
 
 
+def _with_handover(data: Mapping[str, Any], corpus: TaskCorpus) -> Any:
+    """The model's section, in which a state of few bits is handed over where the task's questions begin."""
+    model, border = data.get("model"), corpus.task.handover()
+    if not isinstance(model, Mapping) or model.get("state_bits") is None or border is None:
+        return model
+    return {"handover": border, **model}
+
+
 class AskedConfig(Config):
     """What any subject is asked, on which text."""
 
@@ -87,7 +95,7 @@ class SubjectConfig(AskedConfig):
                 f"remove `{ConfigError.PLACE}`, or write `{ConfigError.PLACE}: null`",
             )
         corpus = TaskCorpus.parse(data["corpus"], "corpus")
-        return {**data, "corpus": corpus, "tokenizer": corpus.tokenizer()}
+        return {**data, "corpus": corpus, "tokenizer": corpus.tokenizer(), "model": _with_handover(data, corpus)}
 
     @model_validator(mode="after")
     def _rows_hold_a_string(self) -> Self:
@@ -98,6 +106,34 @@ class SubjectConfig(AskedConfig):
                 f"training.mastery = {self.training.mastery} with text as the corpus",
                 "mastery of a task (`corpus: {source: task, ...}`)",
                 "remove it; `patience` ends training on text early",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _state_is_handed_over_at_the_border(self) -> Self:
+        bits, at = self.model.state_bits, self.model.handover
+        if bits is None:
+            return self
+        task = self.corpus.task if isinstance(self.corpus, TaskCorpus) else None
+        border = None if task is None else task.handover()
+        if border is None:
+            given = "text as the corpus" if task is None else f"the task {task.task} as it is set"
+            raise UserError(
+                f"model.state_bits = {bits} with {given}",
+                "a task whose questions begin at the same place of every row, where the state is handed over",
+                "use `mqar` and set its `border`, or remove `state_bits`",
+            )
+        if at != border:
+            raise UserError(
+                f"model.handover = {at} of rows whose questions begin at {border}",
+                f"{border}",
+                "leave `handover` out",
+            )
+        if self.packing.method != "one_per_row":
+            raise UserError(
+                f"model.state_bits = {bits} with packing.method = {self.packing.method}",
+                "one_per_row: in a row of several strings most borders lie elsewhere",
+                "set it",
             )
         return self
 
