@@ -150,12 +150,16 @@ class MqarProbe(TaskProbe):
             )
         return trained
 
+    def border(self, task: Task) -> int | None:
+        """That of the rows that are asked."""
+        return self._asked(task, max(self.lengths or (self.task(task).length,)), 1).handover()
+
     def example(self, item: Item, task: Task, data: ProbeData) -> Example:
         """The row that an item stands for."""
-        size = item.details["size"]
-        return super().example(
-            item, task.asked({**self.settings, **_fitting(item.details["length"], [size])}, None), data
-        )
+        return super().example(item, self._asked(task, item.details["length"], item.details["size"]), data)
+
+    def _asked(self, task: Task, length: int, size: int) -> Task:
+        return task.asked({**self.settings, **_fitting(length, [size])}, None)
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """As `task`, with the length of each row."""

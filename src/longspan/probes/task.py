@@ -147,13 +147,17 @@ class TaskProbe(Probe):
             for item, example, needed, written in zip(items, examples, bits, forced, strict=True)
         ]
         if self.free_running:
-            border = task.handover() if engine.handed_over else None
+            border = self.border(task) if engine.handed_over else None
             for content, example, written in zip(contents, examples, _written(engine, examples, border), strict=True):
                 content["free"] = _right(written, example)
         if engine.handed_over is not None and held is not None:
             for content, item in zip(contents, items, strict=True):
                 content["ceiling"] = task.most_right(item.details["size"], held)
         return contents
+
+    def border(self, task: Task) -> int | None:
+        """Positions before the questions of every string that is asked; None where they differ."""
+        return task.handover()
 
     def held(self, engine: Engine, task: Task, context: int) -> int | None:
         """Bits of the state that a subject answers from: as handed over, or after the whole string.
@@ -164,7 +168,7 @@ class TaskProbe(Probe):
         if engine.handed_over is None:
             size = engine.state_bytes(context)
             return None if size is None else 8 * size
-        border, at = task.handover(), engine.handed_over.at
+        border, at = self.border(task), engine.handed_over.at
         if border != at:
             where = "at no fixed place" if border is None else f"at {border}"
             raise UserError(
