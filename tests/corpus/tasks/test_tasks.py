@@ -178,6 +178,15 @@ def test_with_a_border_every_row_of_mqar_turns_at_the_same_place(seed: int, size
     assert task_of("mqar").handover() is None
 
 
+def test_rows_of_every_number_of_pairs_ask_as_many_questions_where_that_is_asked_for() -> None:
+    task, generator = task_of("mqar", pairs=[1, 4, 16], balance="questions"), np.random.default_rng(0)
+    drawn = np.array([task.draw_size(generator, 0) for _ in range(4000)])
+    for size in (1, 4, 16):
+        assert abs(drawn[drawn == size].sum() / drawn.sum() - 1 / 3) < 0.04
+    grown = task_of("mqar", pairs=[1, 4, 16], balance="questions", curriculum={"kind": "grow", "short": 4, "steps": 9})
+    assert {grown.draw_size(generator, 0) for _ in range(40)} == {1, 4}
+
+
 def test_values_of_mqar_that_are_drawn_by_themselves_are_all_equally_likely() -> None:
     task = task_of("mqar", vocab_size=10, pairs=[4], length=16, distinct=False)
     drawn = np.array([draw(task, seed).answer for seed in range(2000)])
@@ -189,7 +198,9 @@ def test_values_of_mqar_that_are_drawn_by_themselves_are_all_equally_likely() ->
     assert task.most_right(4, task.bits(4)) == 1.0
     assert task.most_right(4, task.bits(4) - 1) < 1.0
     # Distinct ones are less to remember.
-    assert task_of("mqar").most_right(8, 47.9) < 1.0 == task_of("mqar").most_right(8, 48)
+    exact = math.log2(math.perm(64, 8))
+    assert task_of("mqar").most_right(8, exact - 0.1) < 1.0 == task_of("mqar").most_right(8, exact + 1e-9)
+    assert exact < task_of("mqar").bits(8)
 
 
 def test_gaps_of_mqar_follow_the_power_law() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -27,6 +27,8 @@ class Mqar(Task):
         vocab_size: V, 0, keys and values; `filler` and two unused ids come on top.
         length: positions of a row.
         pairs: numbers of pairs, drawn for each row.
+        balance: `rows`: every number of pairs is drawn equally often. `questions`: the fewer pairs the more often, so
+            that rows of every number ask as many questions in all, and loss is not mostly about the fullest ones.
         border: positions before the questions, in every row: the pairs end there, and what is before them is no pair.
             None: the pairs begin the row, and the questions follow them.
         distinct: no value stands twice in a row, as published; false: each is drawn by itself, so that the values of n
@@ -42,6 +44,7 @@ class Mqar(Task):
     vocab_size: int = Field(8192, ge=4)
     length: int = Field(64, ge=4)
     pairs: tuple[int, ...] = (4,)
+    balance: Literal["rows", "questions"] = "rows"
     border: int | None = Field(None, ge=2)
     distinct: bool = True
     power_a: float = Field(0.01, gt=0)
@@ -106,12 +109,15 @@ class Mqar(Task):
         return tuple(sorted(set(self.pairs)))
 
     def draw_size(self, generator: np.random.Generator, step: int | None) -> int:
-        """Any of the numbers of pairs, equally often, or of those that the curriculum lets through."""
+        """Any of the numbers of pairs, or of those that the curriculum lets through; how often says `balance`."""
         sizes = self.sizes()
         if self.curriculum is not None and step is not None:
             largest = self.curriculum.largest(generator, step, sizes[-1])
             sizes = tuple(size for size in sizes if size <= largest)
-        return sizes[int(generator.integers(len(sizes)))]
+        if self.balance == "rows":
+            return sizes[int(generator.integers(len(sizes)))]
+        shares = 1.0 / np.array(sizes)
+        return int(generator.choice(sizes, p=shares / shares.sum()))
 
     def example(self, generator: np.random.Generator, size: int) -> Example:
         """A row with `size` pairs."""
