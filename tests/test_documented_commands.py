@@ -88,6 +88,7 @@ TINY_LISTS = {
     "hybrid-patterns": {"pattern": "AM"},
     "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
     "recall": {"pattern": "Mamba-2, state 4"},
+    "recall-bits": {"vary.variant": "[attention x 1 bit]"},
     "recall-text": {"pattern": "AM"},
     "cost-at-length": {
         "subjects": "[{name: small, shape: {pattern: MA, vocab_size: 300, width: 16, heads: 2, mlp_width: 16, state: 4,"
@@ -218,6 +219,8 @@ def shrunk(command: Command) -> list[str]:
         settings_of_size = [setting for setting in settings_of_size if not setting.startswith(OF_TEXT)]
         # Nothing but the MLPs is free, and at this width they are small beside any mixer.
         extra += ["model.match=null", "model.masked_heads=1", *TINY_TASKS[corpus["task"]].split()]
+    if corpus.get("border"):
+        extra += ["corpus.border=16", "corpus.filler=0", "probes.recall.lengths=[32]"]
     # Starting processes takes longer than all else here; tests/study starts some.
     if "processes" in given:
         extra.append("processes=1")

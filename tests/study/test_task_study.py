@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,59 @@ def test_a_study_on_a_task_ends_in_a_report(study: str, tmp_path: Path) -> None:
     assert facts.items[0].expected.endswith(".")
     # Sizes of strings are no contexts.
     assert facts.items[0].x is None
+
+
+RECALL = """
+question: Who recalls?
+corpus: {source: task, task: mqar, vocab_size: 10, length: 16, pairs: [2, 4], border: 8, distinct: false}
+packing: {method: one_per_row}
+model: {pattern: M, width: 8, heads: 2, state: 4, mamba_head_dim: 8, mlp: none, state_bits: 2}
+training: {context: 16, batch_tokens: 64, steps: 4, peak_lr: 6.0e-3, warmup: 2, evaluate_every: 4}
+vary:
+  pattern: {attention: A, Mamba-2: M}
+primary: recall.overall
+probes:
+  - recall: {kind: mqar, strings: 8}
+"""
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_state_of_few_bits_is_held_against_its_ceiling_in_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "recall.yaml"
+    path.write_text(RECALL)
+    outcome = run_study(str(path), [], tmp_path / "runs", until="report", terminal=Terminal(quiet=True))
+    (section,) = facts_of(outcome.data["report"]).probes
+    found = {(m.metric, m.subject, m.x): m for m in section.summary.measurements}
+    # 16 x 4 numbers of two bits; keys and values of 8 positions.
+    assert found["state_bits", "Mamba-2", None].value == 2 * 16 * 4
+    assert found["state_bits", "attention", None].value == 2 * 2 * 8 * 8
+    for n in (2, 4):
+        load = float(f"{100 * n * math.log2(5) / 128:.3g}")
+        assert found["ceiling", "Mamba-2", load].value == 1.0
+        assert ("load", "Mamba-2", load) in found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (", border: 8", "", r"state_bits = 2 with the task mqar as it is set\n.*begin at the same place"),
+        (
+            RECALL[RECALL.index("corpus:") : RECALL.index("packing:")],
+            "corpus: {source: task, task: copy}\n",
+            "state_bits = 2 with the task copy as it is set",
+        ),
+        ("state_bits: 2", "state_bits: 2, handover: 6", "model.handover = 6 of rows whose questions begin at 8"),
+        ("state_bits: 2", "state_bits: 0", "model.state_bits = 0"),
+        ("method: one_per_row", "method: concat", "state_bits = 2 with packing.method = concat"),
+        ("attention: A,", "convolution: C,", "state_bits = 2 with the pattern C"),
+    ],
+)
+def test_a_state_that_cannot_be_handed_over_is_refused(old: str, new: str, words: str, tmp_path: Path) -> None:
+    assert old in RECALL
+    path = tmp_path / "recall.yaml"
+    path.write_text(RECALL.replace(old, new))
+    with pytest.raises(UserError, match=words):
+        make_plan(load_study(str(path)), tmp_path / "runs")
 
 
 @pytest.mark.parametrize("until", ["train", "probe"])

@@ -17,6 +17,7 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
 from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
+from longspan.models.handover import Handover
 from longspan.models.mixers import Mixer
 from longspan.models.mixers.base import MixerState
 from longspan.models.norms import RMSNorm
@@ -29,6 +30,8 @@ __all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
 
 IGNORE = -100
 INIT_STD = 0.02
+CALIBRATION_ROWS = 8
+"""Of drawn tokens, from whose state the ranges of a rounded one start."""
 
 
 class LanguageModel(nn.Module):
@@ -63,6 +66,9 @@ class LanguageModel(nn.Module):
             self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers())
             self.norm = build_norm(config)
             self.head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
+            self.handover: Handover | None = None
+            if config.state_bits is not None and config.handover is not None:
+                self.handover = Handover(len(self.layers), config.handover, config.state_bits)
         if torch.device(device).type != "meta":
             self.to_empty(device="cpu")
             self.init_weights(seed)
@@ -117,9 +123,28 @@ class LanguageModel(nn.Module):
             if self.config.init == "normal":
                 _normal_linears(block, draws(i, "normal"))
         self.norm.init_weights()
+        if self.handover is not None:
+            self.handover.calibrate(self._state_to_hand_over(draws("handover"), CALIBRATION_ROWS))
         for name, parameter in self.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise UserError(f"`{name}` has no value after initialisation", "a value in every entry", "set it there")
+
+    def _state_to_hand_over(self, generator: torch.Generator, rows: int) -> ModelState:
+        """The state after drawn tokens, as many as a row has before it is handed over, not rounded."""
+        assert self.handover is not None
+        shape, device = (rows, self.handover.at), self.embedding.weight.device
+        tokens_BT = torch.randint(self.vocab_size, shape, generator=generator, device=device)
+        _, state = self._through_layers(tokens_BT, self.segments(tokens_BT), self.initial_state())
+        assert state is not None
+        return state
+
+    @torch.no_grad()
+    def handed_over_bits(self) -> int | None:
+        """Bits of the state of a row where it is handed over rounded; None where it is not."""
+        if self.handover is None:
+            return None
+        generator = torch_generator(0, "handover", device=self.embedding.weight.device)
+        return self.handover.num_bits(self._state_to_hand_over(generator, 1))
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Have every layer compiled where it is trained; evaluation, prefill and decoding stay as they are.
@@ -191,6 +216,31 @@ class LanguageModel(nn.Module):
             UserError: shapes that do not fit, or learned positions that run past their table.
         """
         segments = self.segments(tokens_BT, doc_id_BT, state, isolation)
+        if self.handover is not None and segments.step is None:
+            return self._through_handover(self.handover, tokens_BT, segments, state)
+        return self._through_layers(tokens_BT, segments, state)
+
+    def _through_handover(
+        self, handover: Handover, tokens_BT: Tensor, segments: Segments, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """`forward` where the state is rounded after token number `handover.at` of the row."""
+        num_tokens = tokens_BT.shape[1]
+        until = handover.at - (segments.past.length - num_tokens)
+        if not 1 <= until <= num_tokens:
+            return self._through_layers(tokens_BT, segments, state)
+        first, rest = (segments, None) if until == num_tokens else segments.split(until)
+        hidden_BTD, before = self._through_layers(tokens_BT[:, :until], first, state or self.initial_state())
+        assert before is not None
+        after: ModelState | None = handover(before)
+        if rest is not None:
+            rest_BTD, after = self._through_layers(tokens_BT[:, until:], rest, after)
+            hidden_BTD = torch.cat([hidden_BTD, rest_BTD], dim=1)
+        return hidden_BTD, None if state is None else after
+
+    def _through_layers(
+        self, tokens_BT: Tensor, segments: Segments, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """`forward` without a handover."""
         x_BTD = embedding(tokens_BT, self.embedding.weight)
         if self.config.embedding_multiplier != 1.0:
             x_BTD = x_BTD * self.config.embedding_multiplier

@@ -5,7 +5,7 @@ Legend: B rows, T tokens of this call, S cached and new keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -120,6 +120,42 @@ class Segments:
             found += block_mask_tensors(mask)
         distinct = {id(tensor): tensor for tensor in found}
         return list(distinct.values())
+
+    def split(self, at: int) -> tuple[Segments, Segments]:
+        """Of the first `at` tokens of this call and of those after them, for two calls in place of one."""
+
+        def halves(ids_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            return (None, None) if ids_BT is None else (ids_BT[:, :at], ids_BT[:, at:])
+
+        attention, state = halves(self.attention_doc), halves(self.state_doc)
+        between = self.num_keys + at
+        return (
+            replace(
+                self,
+                num_tokens=at,
+                positions=self.positions[:, :at],
+                attention_doc=attention[0],
+                key_doc=None if self.key_doc is None else self.key_doc[:, :between],
+                state_doc=state[0],
+                # The second call drops what the one call would have dropped.
+                past=Past(self.past.length - self.num_tokens + at, between),
+                _host_doc=None,
+                _rotations={},
+                _block_masks={},
+            ),
+            replace(
+                self,
+                num_tokens=self.num_tokens - at,
+                num_keys=between,
+                positions=self.positions[:, at:],
+                attention_doc=attention[1],
+                state_doc=state[1],
+                previous_doc=None if self.state_doc is None else self.state_doc[:, at - 1],
+                _host_doc=None,
+                _rotations={},
+                _block_masks={},
+            ),
+        )
 
     @classmethod
     def one_step(cls, positions_B1: Tensor, step: Step) -> Self:

@@ -181,10 +181,13 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     name_of_mark = section.mark_name or "the training context"
     if metric.mark is not None:
         mark, name_of_mark, seen = metric.mark, metric.mark_name, [*seen, 0.0, metric.mark + 1.0]
-    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark)
+    limit = _ceiling(section, metric)
+    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark, limit=limit)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
     caption += f" The dashed line is {_chance_name(metric)}." if metric.chance is not None else ""
+    if limit:
+        caption += " Nobody can be above the long dashes: that many right answers are all that the state's bits allow."
     if under is not None:
         spec, caption = truncation.drawn_under(spec, under, arms), caption + truncation.caption(under)
     table = tables.metric_table(section, metric, arms.labels)
@@ -192,6 +195,18 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     name = slug(f"{section.kind}-{metric.name}")
     caption += _mark(seen, mark, name_of_mark)
     return _figure(name, metric.title, caption, spec, table, arms, drawn, x.title, half=half)
+
+
+def _ceiling(section: ProbeSection, metric: Metric) -> list[tuple[float, float]]:
+    """The most that anybody can reach at each x, from left to right; of several limits at one x the highest."""
+    highest: dict[float, float] = {}
+    for m in findings.points(section, metric.ceiling) if metric.ceiling else ():
+        if m.x is not None:
+            highest[m.x] = max(m.value, highest.get(m.x, m.value))
+    if highest and metric.mark is not None:
+        # Up to there everything is possible.
+        highest[metric.mark] = max(highest.values())
+    return sorted(highest.items())
 
 
 def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:

@@ -220,6 +220,8 @@ def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, A
     `pattern=[RoPE]` is the pattern of that name where the study has one.
     """
     for text, (key, value) in zip(overrides, changes, strict=True):
+        if key == "vary.variant":
+            continue
         bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
         if bare and value == [bare[1]] and bare[1] not in named and resolve_key(key.removeprefix("vary.")) == PATTERN:
             layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""

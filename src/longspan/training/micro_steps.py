@@ -45,6 +45,8 @@ def why_no_graph(
         reason = f"{device.type} has none"
     elif ranks.size > 1 and ranks.parallel == "fsdp":
         reason = "fsdp gathers layers between kernels"
+    elif model.handover is not None:
+        reason = "the state is handed over inside a row"
     elif waiting:
         reason = f"{', '.join(waiting)} may wait for values on the device"
     if choice is True and reason is not None:

@@ -108,6 +108,8 @@ def mamba1_of(config: ModelConfig) -> Mamba1Settings | None:
 
 def common_obstacles(config: ModelConfig, mlp: Sequence[str], mlp_bias: bool = False) -> Iterator[Obstacle]:
     """What no architecture can hold, and MLPs other than these."""
+    if config.state_bits is not None:
+        yield Obstacle(f"state_bits = {config.state_bits}", "none: nothing else rounds its state inside a row")
     if config.norm != "rmsnorm":
         yield Obstacle(f"norm = {config.norm!r}", "rmsnorm")
     if config.positions == "learned":
