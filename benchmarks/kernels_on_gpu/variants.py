@@ -43,7 +43,7 @@ def variants_ssd(run: Run) -> None:
         {"SIDE_BY_SIDE": True, "part_heads": 12},
         {"SIDE_BY_SIDE": True, "PIECE_CHUNKS": 8},
         {"SIDE_BY_SIDE": True, "part_heads": 8, "SEGMENT_PROGRAMS": 528},
-        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 192, "squares": Launch(4, 1)},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 264, "squares": Launch(4, 1)},
         {"gradients": Launch(4, 2), "PIECE_CHUNKS": 4},
         {"SIDE_BY_SIDE": True, "part_heads": 6, "SEGMENT_PROGRAMS": 288},
         {"states": Launch(4, 4), "part_heads": 12},
