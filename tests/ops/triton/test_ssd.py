@@ -70,6 +70,7 @@ def test_rows_cut_into_segments(chance, segments, assert_same, device, documents
     from longspan.ops.triton import ssd as kernels
 
     monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(kernels, "PIECE_CHUNKS", 1)
     monkeypatch.setattr(kernels, "SEGMENT_PROGRAMS", segments)
     time = 7 * (64 if device.type == "cuda" else 16) - 3
     doc = documents(1, time, chance)
@@ -82,17 +83,20 @@ def test_rows_cut_into_segments(chance, segments, assert_same, device, documents
     )
 
 
-@pytest.mark.parametrize("enough", [1, 1000])
-def test_groups_of_heads_and_whole_chunks(enough, assert_same, monkeypatch, normal, served):
-    """One program for the heads of a chunk, or each head its own."""
+@pytest.mark.parametrize(("enough", "groups", "together"), [(1, 2, False), (1000, 2, True), (1, 1, True)])
+def test_groups_of_heads_and_whole_chunks(enough, groups, together, assert_same, monkeypatch, normal, served):
+    """One program for the heads of a chunk, each head its own, or two each; tokens and groups in one launch or two."""
     from longspan.ops.triton import ssd as kernels
 
     monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
     monkeypatch.setattr(kernels, "KEEP_STATES", enough == 1)
+    monkeypatch.setattr(kernels, "SIDE_BY_SIDE", together)
+    cuts = {dtype: cut._replace(part_heads=2) for dtype, cut in kernels.CUTS.items()}
+    monkeypatch.setattr(kernels, "CUTS", cuts)
     assert_same(
         lambda *z: ssd(*z)[:1],
         lambda *z: ssd(*z, backend="reference")[:1],
-        inputs(normal, 1, 32, 4, 16, 2, 16),
+        inputs(normal, 1, 32, 4, 16, groups, 16),
         [BF16, FP32, FP32, BF16, BF16, FP32],
     )
 

@@ -28,8 +28,9 @@ ENOUGH_PROGRAMS = 264
 # there are at least the second number.
 STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
 # Chunks of a segment at least, and of a piece of one.
-LEAST_CHUNKS = 16
+LEAST_CHUNKS, PIECE_CHUNKS = 16, 16
 KEEP_STATES = True
+SIDE_BY_SIDE = False
 
 
 class Launch(NamedTuple):
@@ -58,21 +59,17 @@ class Cut(NamedTuple):
     states: Launch
     output_heads: int
     outputs: Launch
-    token_gradients: Launch
+    gradients: Launch
+    part_heads: int
     group_columns: int
-    group_gradients: Launch
     squares: Launch
     precision: str
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(
-        64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 64, Launch(4, 3), Launch(4, 1, 128), "ieee"
-    ),
-    torch.float32: Cut(
-        16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 64, Launch(4, 1), Launch(4, 1), "tf32x3"
-    ),
+    torch.bfloat16: Cut(64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 24, 64, Launch(4, 1, 128), "ieee"),
+    torch.float32: Cut(16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 24, 64, Launch(4, 1), "tf32x3"),
 }
 
 
@@ -145,7 +142,7 @@ class Plan(NamedTuple):
         """
         segments = 1 if programs >= enough else triton.cdiv(wanted, programs)
         segments = max(1, min(segments, self.chunks // LEAST_CHUNKS))
-        each = 1 if segments == 1 else max(1, self.chunks // segments // LEAST_CHUNKS)
+        each = 1 if segments == 1 else max(1, self.chunks // segments // PIECE_CHUNKS)
         # A piece without a chunk would read past the end.
         length = triton.cdiv(self.chunks, segments * each)
         pieces = triton.cdiv(self.chunks, length)
@@ -275,30 +272,30 @@ def run_backward(
     dstates, dinitial = _state_gradients(inputs, plan, decays, dy, dfinal)
     plane = decays.planes.stride(0)
     groups, group = B.shape[2], plan.shared["GROUP"]
-    columns = plan.tiled(time, (plan.blocks[0], plan.cut.group_columns))
-    tiles = triton.cdiv(B.shape[-1], columns["BLOCK_N"])
+    whole = plan.tiled(time)
+    columns = min(whole["BLOCK_N"], plan.cut.group_columns)
+    tiles = triton.cdiv(B.shape[-1], columns)
     of_tokens = decays.planes.new_empty(kernels.READ.value + tiles, *decays.planes.shape[1:])
     passed = decays.carry.new_empty(rows, tiles, heads, plan.chunks, plan.blocks[0])
-    strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
-    parts = _parts(group, plan.chunks * rows * groups)
+    parts = _parts(group, plan.chunks * rows * groups, plan.cut.part_heads)
     dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
-    kernels.token_gradients[(plan.chunks, groups * parts, rows)](
-        x, B, C, inputs.D, dy, decays.planes, decays.run, dstates, into.x, dscores, of_tokens, time, plane,
-        *strides, *into.x.stride()[:2],
-        HEADS=group // parts, FAST=plan.fast, **plan.tiled(time), **plan.cut.token_gradients.options(),
-    )  # fmt: skip
-    kernels.group_gradients[(groups * tiles, plan.chunks, rows)](
-        x, B, C, dy, decays.planes, decays.run, states, dstates, dscores, into.B, into.C, of_tokens, passed,
-        time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
-        PARTS=parts, **columns, **plan.cut.group_gradients.options(),
-    )  # fmt: skip
+    strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
+    into_strides = [*into.B.stride()[:2], *into.C.stride()[:2]]
+    kinds = {"both": parts + tiles} if SIDE_BY_SIDE else {"tokens": parts, "groups": tiles}
+    for only, programs in kinds.items():
+        kernels.gradients[(groups * programs, plan.chunks, rows)](
+            x, B, C, inputs.D, dy, decays.planes, decays.run, states, dstates, into.x, dscores, into.B, into.C,
+            of_tokens, passed, time, plane, *strides, *into.x.stride()[:2], *into_strides,
+            COLUMNS=columns, HEADS=group // parts, ONLY=only, FAST=plan.fast, **whole, **plan.cut.gradients.options(),
+        )  # fmt: skip
     of_chunks = x.new_empty(2 if inputs.bias is None else 3, rows, plan.chunks, heads, dtype=torch.float32)
-    kernels.step_gradients[(plan.chunks, rows)](
-        dt, pointer(inputs.bias, dt), inputs.A, *decays, of_tokens, passed, ddt, *of_chunks[:2], of_chunks[-1],
-        time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), TILES=tiles, BLOCK_P=plan.blocks[0],
-        SOFTPLUS=inputs.bias is not None,
-        **plan.cut.squares.options(),
+    kernels.last_gradients[(groups + 1, plan.chunks, rows)](
+        dt, pointer(inputs.bias, dt), inputs.A, B, C, *decays, of_tokens, passed, dscores, ddt,
+        *of_chunks[:2], of_chunks[-1], into.B, into.C, time, plane, *dt.stride()[:2], *ddt.stride()[:2],
+        *B.stride()[:2], *C.stride()[:2], *into_strides,
+        H=heads, GROUPS=groups, N=B.shape[-1], Q=plan.cut.chunk, BLOCK_P=plan.blocks[0], BLOCK_N=whole["BLOCK_N"],
+        HEADS=heads_of_program(heads), PARTS=parts, TILES=tiles, SOFTPLUS=inputs.bias is not None,
+        WHOLE=whole["WHOLE"], OPERAND=whole["OPERAND"], PRECISION=whole["PRECISION"], **plan.cut.squares.options(),
     )  # fmt: skip
     return add_up(of_chunks.flatten(1, 2)), dinitial
 
@@ -315,9 +312,10 @@ def _state_gradients(
     return dstates, dinitial
 
 
-def _parts(group: int, programs: int) -> int:
-    """Into how many parts the heads of a group are cut so that there are enough programs."""
-    return next((d for d in range(1, group + 1) if group % d == 0 and d * programs >= ENOUGH_PROGRAMS), group)
+def _parts(group: int, programs: int, most: int) -> int:
+    """Into how many parts of at most `most` heads a group is cut, so that there are enough programs."""
+    parts = (d for d in range(1, group + 1) if group % d == 0 and group // d <= most)
+    return next((d for d in parts if d * programs >= ENOUGH_PROGRAMS), group)
 
 
 @torch.library.custom_op("longspan::ssd", mutates_args=())

@@ -174,10 +174,10 @@ def outputs(
 
 
 @triton.jit
-def token_gradients(
+def _token_gradients(
     x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dstates_ptr, dx_ptr, dscores_ptr, sums_ptr, time, plane,
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr, part, chunk, chunks, row,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -187,8 +187,7 @@ def token_gradients(
 
     Squares are written with the token that is read first, (j, i), so that the large product needs no transpose.
     """
-    chunk, chunks, first = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * HEADS
-    row = tl.program_id(2).to(tl.int64)
+    first = part * HEADS
     p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
     t = chunk * Q + i
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -235,44 +234,45 @@ def token_gradients(
         tl.store(at + MOVED * plane, moved - kept)
         tl.store(at + SKIPPED * plane, skipped)
         dt, to_end, D = next_dt, next_to_end, next_D
-    square = dscores_ptr + ((row * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * Q * Q
+    square = dscores_ptr + ((row * (H // HEADS) + part) * chunks + chunk) * Q * Q
     store(square, i, Q, i, Q, Q, True, dscores)
 
 
 @triton.jit
-def group_gradients(
-    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, run_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr, sums_ptr,
-    passed_ptr, time, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
+def _in_turn(head, first, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """The head of a group that comes in the place of `head` where one of each HEADS is taken in turn."""
+    parts: tl.constexpr = GROUP // HEADS
+    if parts == 1:
+        return head
+    step = head - first
+    return first + step % parts * HEADS + step // parts
+
+
+@triton.jit
+def _group_gradients(
+    x_ptr, C_ptr, dy_ptr, planes_ptr, states_ptr, dstates_ptr, dB_ptr, dC_ptr, sums_ptr, passed_ptr, time, plane,
+    x_row, x_token: tl.constexpr, C_row, C_token: tl.constexpr, dy_row, dy_token: tl.constexpr,
+    dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr, group, tile, chunk, chunks, row,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of some columns of B and C of one chunk, over the heads of a group, and what reading that part of a
-    state and passing it on gives to the sums of log decays."""
+    state and passing it on gives to the sums of log decays; without what goes through scores."""
     tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    group, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    chunk, chunks, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     p, n, i = tl.arange(0, BLOCK_P), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, Q)
     t = chunk * Q + i
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    squares = dscores_ptr + ((row * (H // GROUP) + group) * PARTS * chunks + chunk) * Q * Q
-    dscores = tl.zeros((Q, Q), tl.float32)
-    for part in tl.static_range(PARTS):
-        dscores += tl.load(squares + part * chunks * Q * Q + i[:, None] * Q + i[None, :])
-    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
-    dscores = tl.where(seen, dscores, 0.0).to(DTYPE)
-    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
-    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-    dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
-    dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
+    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE).to(tl.float32)
+    dB, dC = tl.zeros((Q, BLOCK_N), tl.float32), tl.zeros((Q, BLOCK_N), tl.float32)
     planes = planes_ptr + row * H * chunks * Q + t
-    head = group * GROUP * chunks
+    first = group * GROUP
+    head = first * chunks
     dt, to_end = tl.load(planes + head * Q), tl.load(planes + TO_END * plane + head * Q)
     from_before = tl.load(planes + FROM_BEFORE * plane + head * Q)
-    for h in range(group * GROUP, group * GROUP + GROUP):
-        following = tl.minimum(h + 1, H - 1) * chunks
+    for place in range(first, first + GROUP):
+        # In the order in which the programs of tokens take them, HEADS each, so that one finds what the other has read.
+        h = _in_turn(place, first, GROUP, HEADS)
+        following = _in_turn(tl.minimum(place + 1, H - 1), first, GROUP, HEADS) * chunks
         next_dt, next_to_end = tl.load(planes + following * Q), tl.load(planes + TO_END * plane + following * Q)
         next_from_before = tl.load(planes + FROM_BEFORE * plane + following * Q)
         state = ((row * chunks + chunk) * H + h) * P * N
@@ -283,7 +283,7 @@ def group_gradients(
         dB += dot(x_QP, dafter_PN, DTYPE, OPERAND, PRECISION) * (dt * to_end)[:, None]
         dread = dot(dy_QP, before_PN, DTYPE, OPERAND, PRECISION) * from_before[:, None]
         dC += dread
-        dsums = tl.sum(dread * C_QN.to(tl.float32), 1)
+        dsums = tl.sum(dread * C_QN, 1)
         # Of the two states' product the diagonal alone is wanted, but the tensor cores have time.
         both = dot(before_PN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
         passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1)
@@ -296,14 +296,75 @@ def group_gradients(
 
 
 @triton.jit
-def step_gradients(
+def gradients(
+    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, states_ptr, dstates_ptr, dx_ptr, dscores_ptr, dB_ptr,
+    dC_ptr, sums_ptr, passed_ptr, time, plane,
+    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
+    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr, dB_row, dB_token: tl.constexpr,
+    dC_row, dC_token: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, ONLY: tl.constexpr, WHOLE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The gradients of tokens and of groups of one chunk, side by side: both read x, dy and the gradients of states,
+    which so come from memory once."""
+    kind, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    if ONLY == "tokens" or (ONLY == "both" and kind < H // HEADS):
+        _token_gradients(
+            x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dstates_ptr, dx_ptr, dscores_ptr, sums_ptr, time,
+            plane, x_row, x_token, B_row, B_token, C_row, C_token, dy_row, dy_token, dx_row, dx_token, kind, chunk,
+            chunks, row, H, GROUP, P, N, Q, BLOCK_P, BLOCK_N, HEADS, WHOLE, OPERAND, PRECISION, FAST,
+        )  # fmt: skip
+    else:
+        if ONLY == "both":
+            kind -= H // HEADS
+        tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+        _group_gradients(
+            x_ptr, C_ptr, dy_ptr, planes_ptr, states_ptr, dstates_ptr, dB_ptr, dC_ptr, sums_ptr, passed_ptr, time,
+            plane, x_row, x_token, C_row, C_token, dy_row, dy_token, dB_row, dB_token, dC_row, dC_token,
+            kind // tiles, kind % tiles, chunk, chunks, row, H, GROUP, P, N, Q, BLOCK_P, COLUMNS, HEADS, WHOLE,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _score_gradients(
+    B_ptr, C_ptr, run_ptr, dscores_ptr, dB_ptr, dC_ptr, time,
+    B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr, dB_row, dB_token: tl.constexpr,
+    dC_row, dC_token: tl.constexpr, group, groups, chunk, chunks, row,
+    N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of B and C what goes through the scores of one chunk and group."""
+    n, i = tl.arange(0, BLOCK_N), tl.arange(0, Q)
+    t = chunk * Q + i
+    DTYPE: tl.constexpr = B_ptr.dtype.element_ty
+    run = tl.load(run_ptr + row * chunks * Q + t)
+    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    squares = dscores_ptr + ((row * groups + group) * PARTS * chunks + chunk) * Q * Q
+    dscores = tl.zeros((Q, Q), tl.float32)
+    for part in tl.static_range(PARTS):
+        dscores += tl.load(squares + part * chunks * Q * Q + i[:, None] * Q + i[None, :])
+    dscores = tl.where(seen, dscores, 0.0).to(DTYPE)
+    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
+    dB_at = dB_ptr + row * dB_row + group * N
+    dB = load(dB_at, t, dB_token, n, time, N, WHOLE) + dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
+    store(dB_at, t, dB_token, n, time, N, WHOLE, dB)
+    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
+    dC_at = dC_ptr + row * dC_row + group * N
+    dC = load(dC_at, t, dC_token, n, time, N, WHOLE) + dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
+    store(dC_at, t, dC_token, n, time, N, WHOLE, dC)
+
+
+@triton.jit
+def _step_gradients(
     dt_ptr, bias_ptr, A_ptr, planes_ptr, carry_ptr, run_ptr, sums_ptr, passed_ptr, ddt_ptr, dA_ptr, dD_ptr, dbias_ptr,
-    time, plane, dt_row, dt_token, ddt_row, ddt_token,
+    time, plane, dt_row, dt_token, ddt_row, ddt_token, chunk, chunks, row,
     H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """From the sums of every token back to the step sizes, and to A and D."""
-    chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     i = tl.arange(0, Q)
     t = chunk * Q + i
     run = tl.load(run_ptr + row * chunks * Q + t)
@@ -339,3 +400,29 @@ def step_gradients(
         tl.store(dA_ptr + totals, tl.sum(dlog * dt, 1), mask=h < H)
         skipped = tl.load(sums_ptr + SKIPPED * plane + at, mask=heads, other=0.0)
         tl.store(dD_ptr + totals, tl.sum(skipped, 1), mask=h < H)
+
+
+@triton.jit
+def last_gradients(
+    dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, planes_ptr, carry_ptr, run_ptr, sums_ptr, passed_ptr, dscores_ptr, ddt_ptr,
+    dA_ptr, dD_ptr, dbias_ptr, dB_ptr, dC_ptr, time, plane, dt_row, dt_token, ddt_row, ddt_token,
+    B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr, dB_row, dB_token: tl.constexpr,
+    dC_row, dC_token: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What waits for all heads of a chunk: the gradients of step sizes, A and D, beside those of B and C by scores."""
+    kind, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    if kind < GROUPS:
+        _score_gradients(
+            B_ptr, C_ptr, run_ptr, dscores_ptr, dB_ptr, dC_ptr, time, B_row, B_token, C_row, C_token, dB_row, dB_token,
+            dC_row, dC_token, kind, GROUPS, chunk, chunks, row, N, Q, BLOCK_N, PARTS, WHOLE, OPERAND, PRECISION,
+        )  # fmt: skip
+    else:
+        _step_gradients(
+            dt_ptr, bias_ptr, A_ptr, planes_ptr, carry_ptr, run_ptr, sums_ptr, passed_ptr, ddt_ptr, dA_ptr, dD_ptr,
+            dbias_ptr, time, plane, dt_row, dt_token, ddt_row, ddt_token, chunk, chunks, row, H, Q, HEADS, TILES,
+            BLOCK_P, SOFTPLUS,
+        )  # fmt: skip
