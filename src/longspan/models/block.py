@@ -18,6 +18,7 @@ from longspan.models.mixers.base import MixerState, init_linear
 from longspan.models.norms import LayerNorm, RMSNorm, Stream
 from longspan.models.segments import Segments
 from longspan.ops import kernels
+from longspan.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -35,8 +36,7 @@ class MLP(nn.Module):
         """Same shape."""
         hidden = self.input_linear(x_BTD)
         if self.gated:
-            gate_BTF, up_BTF = hidden.chunk(2, dim=-1)
-            return self.output_linear(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+            return self.output_linear(swiglu(hidden))  # type: ignore[no-any-return]
         return self.output_linear(F.gelu(hidden))  # type: ignore[no-any-return]
 
     def init_weights(self, generator: torch.Generator) -> None:
