@@ -23,15 +23,11 @@ also goes to $OUT/training_step_gpu.json where OUT is set.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,6 +50,7 @@ from longspan.training.metrics import read_metrics
 from longspan.training.micro_steps import PLAIN_STEPS, CudaRecorder, GraphedMicroSteps, PlainMicroSteps
 from longspan.training.optimizer import clip_gradients
 from longspan.training.precision import autocast_for
+from parts import Parts
 
 SHAPES = {
     "A": ModelConfig(pattern="A" * 12, width=768, heads=12, mlp_width=2048),
@@ -77,31 +74,22 @@ STEPS, LOOP_STEPS, ROUNDS = 8, 60, 5
 PIECE = 4096
 
 
-class Run:
-    """What is measured and printed on the way."""
+class Run(Parts):
+    """What is measured and printed on the way.
 
-    def __init__(self, device: torch.device, shapes: dict[str, ModelConfig]) -> None:
-        self.started = time.perf_counter()
-        self.device, self.shapes = device, shapes
-        self.rows: list[dict[str, Any]] = []
-        self.failed: list[str] = []
-        self.skipped: list[str] = []
+    Attributes:
+        profiles: of each shape, by the name of the step: milliseconds and launches by kernel.
+    """
+
+    def __init__(self, device: str, seconds: float) -> None:
+        super().__init__("training_step_gpu", device, seconds)
+        self.shapes = SHAPES if self.cuda else TINY
         self.profiles: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
         self.flops_per_second = float("nan")
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
-
-    def add(self, part: str, **values: Any) -> None:
-        """One row, shown at once."""
-        self.rows.append({"part": part, **values})
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        print(f"{time.perf_counter() - self.started:6.1f} s  {part:44s} {shown}", flush=True)
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
 
     def vocab(self, name: str) -> int:
         return 100 if not self.cuda else 49_152 if name.startswith("small") else 32_000
@@ -110,7 +98,7 @@ class Run:
 def milliseconds(run: Run, step: Callable[[], object], steps: int = STEPS) -> tuple[float, float]:
     """Median of a step's time on the device, and the shortest that the host took for one (far ahead, it waits)."""
     step()
-    run.wait()
+    run.now()
     if not run.cuda:
         started = time.perf_counter()
         step()
@@ -123,7 +111,7 @@ def milliseconds(run: Run, step: Callable[[], object], steps: int = STEPS) -> tu
         step()
         mark.record()
         hosts.append((time.perf_counter() - started) * 1e3)
-    run.wait()
+    run.now()
     times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
     return statistics.median(times), min(hosts)
 
@@ -144,7 +132,7 @@ def measure(run: Run, name: str, shape: str, rows: int, length: int, step: Calla
     """Adds a row for a step, whose FLOPs are those of our model of that shape."""
     started = time.perf_counter()
     step()
-    run.wait()
+    run.now()
     first = time.perf_counter() - started
     step()
     if run.cuda:
@@ -164,7 +152,7 @@ def profile(run: Run, shape: str, name: str, step: Callable[[], object], top: in
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         step()
-        run.wait()
+        run.now()
     spent: dict[str, tuple[float, int]] = {}
     for event in profiler.key_averages():
         ms, count = spent.get(event.key[:100], (0.0, 0))
@@ -378,82 +366,61 @@ def loop(run: Run, shape: str, rows: int, length: int) -> None:
 # The order
 
 
-def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
-    """(name, what to do, seconds it may well take), most important first."""
+def parts(run: Run) -> dict[str, Callable[[], None]]:
+    """By name, most important first."""
     short, long, small = ((8, 4096), (1, 32_768), (128, 512)) if run.cuda else ((2, 160), (1, 320), (4, 64))
 
-    def without(shape: str, size: tuple[int, int], where: str) -> tuple[str, Callable[[], None], float]:
-        return (f"{shape} {where} ours no graph", lambda: own(run, shape, *size, True, graphed=False), 15)
+    def without(shape: str, size: tuple[int, int]) -> Callable[[], None]:
+        return lambda: own(run, shape, *size, True, graphed=False)
 
-    return [
-        ("A 8x4096 ours graph", lambda: own(run, "A", *short, True), 30),
-        ("A 8x4096 theirs compiled", lambda: theirs(run, "A", *short, True), 35),
-        ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 20),
-        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True, True), 15),
-        ("A 1x32768 ours graph", lambda: own(run, "A", *long, True), 10),
-        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True, True), 10),
-        ("A 1x32768 theirs eager", lambda: theirs(run, "A", *long, False), 10),
-        *((f"small {p} ours graph", lambda p=p: own(run, f"small {p}", *small, True), 15) for p in ("M", "A", "AM")),
-        ("D 8x4096 ours graph", lambda: own(run, "D", *short, True, True), 25),
-        without("D", short, "8x4096"),
-        ("A 8x4096 theirs eager", lambda: theirs(run, "A", *short, False), 10),
-        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True, True), 10),
-        *((f"{p} lengths in turn", lambda p=p: in_turn(run, p, short, long), 30) for p in ("M", "AM")),
-        ("M 8x4096 train", lambda: loop(run, "M", *short), 20),
-        ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
-        without("A", short, "8x4096"),
-        without("M", short, "8x4096"),
-        without("small M", small, "128x512"),
-        ("A 1x32768 theirs compiled", lambda: theirs(run, "A", *long, True), 40),
-        ("small A theirs compiled", lambda: theirs(run, "small A", *small, True), 25),
-        without("small A", small, "128x512"),
-        ("M 8x4096 theirs eager", lambda: theirs(run, "M", *short, False), 15),
-        ("A 8x4096 ours eager", lambda: own(run, "A", *short, False, graphed=False), 20),
-        ("A 1x32768 ours eager", lambda: own(run, "A", *long, False, graphed=False), 20),
-        ("small M train", lambda: loop(run, "small M", *small), 15),
-    ]
+    return {
+        "A 8x4096 ours graph": lambda: own(run, "A", *short, True),
+        "A 8x4096 theirs compiled": lambda: theirs(run, "A", *short, True),
+        "M 8x4096 ours graph": lambda: own(run, "M", *short, True, True),
+        "AM 8x4096 ours graph": lambda: own(run, "AM", *short, True, True),
+        "A 1x32768 ours graph": lambda: own(run, "A", *long, True),
+        "M 1x32768 ours graph": lambda: own(run, "M", *long, True, True),
+        "A 1x32768 theirs eager": lambda: theirs(run, "A", *long, False),
+        **{f"small {p} ours graph": lambda p=p: own(run, f"small {p}", *small, True) for p in ("M", "A", "AM")},
+        "D 8x4096 ours graph": lambda: own(run, "D", *short, True, True),
+        "D 8x4096 ours no graph": without("D", short),
+        "A 8x4096 theirs eager": lambda: theirs(run, "A", *short, False),
+        "AM 1x32768 ours graph": lambda: own(run, "AM", *long, True, True),
+        **{f"{p} lengths in turn": lambda p=p: in_turn(run, p, short, long) for p in ("M", "AM")},
+        "M 8x4096 train": lambda: loop(run, "M", *short),
+        "A 8x4096 train": lambda: loop(run, "A", *short),
+        "A 8x4096 ours no graph": without("A", short),
+        "M 8x4096 ours no graph": without("M", short),
+        "small M 128x512 ours no graph": without("small M", small),
+        "A 1x32768 theirs compiled": lambda: theirs(run, "A", *long, True),
+        "small A theirs compiled": lambda: theirs(run, "small A", *small, True),
+        "small A 128x512 ours no graph": without("small A", small),
+        "M 8x4096 theirs eager": lambda: theirs(run, "M", *short, False),
+        "A 8x4096 ours eager": lambda: own(run, "A", *short, False, graphed=False),
+        "A 1x32768 ours eager": lambda: own(run, "A", *long, False, graphed=False),
+        "small M train": lambda: loop(run, "small M", *small),
+    }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts whose name contains one of these, with commas between")
-    parser.add_argument("--seconds", type=float, default=420)
+    parser.add_argument("--seconds", type=float, default=420, help="no part starts after this long")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options = parser.parse_args()
-    device = torch.device(options.device)
-    run = Run(device, SHAPES if device.type == "cuda" else TINY)
-    print(f"{kernels.described(device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores", flush=True)
+    run = Run(options.device, options.seconds)
+    print(f"{kernels.described(run.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores", flush=True)
     for shape, config in run.shapes.items():
         print(f"  {shape}: {config.pattern}, {count_parameters(config, run.vocab(shape)).total / 1e6:.1f} M parameters")
     if run.cuda:
-        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+        a, b = (torch.randn(8192, 8192, device=run.device, dtype=torch.bfloat16) for _ in range(2))
         run.flops_per_second = 2 * 8192**3 / milliseconds(run, lambda: a @ b, 20)[0] * 1e3
         run.add("matrix product 8192", TFLOP_s=run.flops_per_second / 1e12, card=torch.cuda.get_device_name())
         del a, b
-    wanted = [name for name in options.only.split(",") if name]
-    for name, part, seconds in parts(run):
-        if wanted and not any(w in name for w in wanted):
-            continue
-        if time.perf_counter() - run.started + seconds > options.seconds:
-            run.skipped.append(name)
-            continue
-        try:
-            part()
-        except Exception as error:
-            run.failed.append(name)
-            run.add(f"FAILED {name}", error=f"{type(error).__name__}: {str(error)[:300]}")
-            traceback.print_exc(limit=-6, file=sys.stdout)
-        gc.collect()
-        if run.cuda:
-            torch.cuda.empty_cache()
+    run.run(parts(run), options.only)
     compare_profiles(run)
-    if run.skipped:
-        print("left out for time: " + ", ".join(run.skipped))
-    line = json.dumps({"rows": run.rows, "failed": run.failed, "skipped": run.skipped})
-    if os.environ.get("OUT"):
-        (Path(os.environ["OUT"]) / "training_step_gpu.json").write_text(line + "\n")
-    print(line)
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

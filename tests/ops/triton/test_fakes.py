@@ -18,6 +18,7 @@ from longspan.ops.causal_conv import causal_conv
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
+from longspan.ops.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -56,6 +57,12 @@ def test_convolution(device, served):
         x, weight = leaf(2, 5, 12).to(device), leaf(12, 4).to(device)
         check([causal_conv(x[..., :8], weight[:8], leaf(8).to(device))[0]])
     assert mode.met == {"longspan::causal_conv", "longspan::causal_conv_backward"}
+
+
+def test_swiglu(device, served):
+    with FakesAgree() as mode:
+        check([swiglu(leaf(2, 3, 24).to(device)[..., 4:20])])
+    assert mode.met == {"longspan::swiglu", "longspan::swiglu_backward"}
 
 
 def test_embedding(device, monkeypatch, served):
