@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.softplus import softplus
 
 NUMBERS_A_WARP = 1024
 """Of a memory, to each warp of its program: 32 to a thread."""
@@ -37,7 +38,7 @@ def _correct(
     q *= scale / tl.sqrt(tl.sum(q * q, 0) + 1e-6)
     k /= tl.sqrt(tl.sum(k * k, 0) + 1e-6)
     rate = tl.load(a_ptr + row * a_row + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
-    dt = tl.where(rate > 20.0, rate, tl.log(1.0 + tl.exp(tl.minimum(rate, 20.0))))
+    dt = softplus(rate)
     decay = tl.exp(-dt * tl.exp(tl.load(A_log_ptr + head).to(tl.float32)))
     beta = STRENGTH * tl.sigmoid(tl.load(b_ptr + row * b_row + head).to(tl.float32))
     memory *= decay

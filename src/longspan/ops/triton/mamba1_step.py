@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.softplus import softplus
 
 CHANNELS, WARPS = 128, 4
 ROWS = 8
@@ -36,7 +37,7 @@ def _scan(
         row = first.to(tl.int64) + number
         x = tl.load(x_ptr + row * x_row + e, mask=mine, other=0.0).to(tl.float32)
         rate = tl.load(dt_ptr + row * dt_row + e, mask=mine, other=0.0).to(tl.float32) + bias
-        dt = tl.where(rate > 20.0, rate, tl.log(1.0 + tl.exp(tl.minimum(rate, 20.0))))
+        dt = softplus(rate)
         B = tl.load(BC_ptr + row * BC_row + n, mask=seen, other=0.0).to(tl.float32)
         C = tl.load(BC_ptr + row * BC_row + N + n, mask=seen, other=0.0).to(tl.float32)
         at = (row * N + n[:, None]) * E + e[None, :]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
+from longspan.ops.triton.softplus import softplus
 
 STATE_ROWS, WARPS = 32, 4
 """Rows of P of one head's state to a program, and its warps."""
@@ -24,7 +25,7 @@ def _scan(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, n = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     rate = tl.load(dt_ptr + row * dt_row + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
-    dt = tl.where(rate > 20.0, rate, tl.log(1.0 + tl.exp(tl.minimum(rate, 20.0))))
+    dt = softplus(rate)
     decay = tl.exp(-dt * tl.exp(tl.load(A_log_ptr + head).to(tl.float32)))
     xBC_ptr += row * xBC_row
     x = tl.load(xBC_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)
