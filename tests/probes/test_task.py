@@ -83,8 +83,11 @@ def test_both_ways_agree_on_every_string(name: str, pattern: str, tmp_path: Path
 BORDERED = {"task": "mqar", "vocab_size": 10, "length": 16, "pairs": [1, 2, 4], "border": 8, "distinct": False}
 
 
-@pytest.mark.parametrize("pattern", ["M", "A", "[AM]"])
-def test_both_ways_agree_where_the_state_is_handed_over_in_few_bits(pattern: str, tmp_path: Path, ask: Any) -> None:
+@pytest.mark.parametrize(("pattern", "graphs"), [("M", "auto"), ("A", "auto"), ("[AM]", "on")])
+def test_both_ways_agree_where_the_state_is_handed_over_in_few_bits(
+    pattern: str, graphs: str, tmp_path: Path, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGSPAN_GRAPHS", graphs)
     data = data_of(BORDERED, tmp_path)
     assert data.task is not None
     engine = half_taught(data.task, pattern, 60, state_bits=2, handover=8)

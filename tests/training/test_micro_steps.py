@@ -238,6 +238,11 @@ def test_what_keeps_a_step_from_being_captured_is_named(
             why_no_graph(True, net, torch.device(device), ranks)
 
 
+def test_a_step_in_which_the_state_is_handed_over_is_not_captured(small: ModuleType) -> None:
+    net = small.model(pattern="A", state_bits=2, handover=4)
+    assert why_no_graph("auto", net, torch.device("cuda"), ALONE) == "the state is handed over inside a row"
+
+
 @pytest.mark.parametrize("pattern", ["AS", "MmDC", "[AD]M"])
 def test_what_waits_for_nothing_on_one_gpu_is_captured(small: ModuleType, pattern: str) -> None:
     net = small.model(pattern=pattern, width=32, delta_head_dim=8)

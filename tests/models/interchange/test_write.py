@@ -113,6 +113,7 @@ def test_every_setting_is_written_or_refused_or_without_influence():
     }
     assert set(mamba2.Mamba2Settings.model_fields) == {
         *("state", "expand", "mamba_head_dim", "conv", "chunk", "norm_eps"),
+        *("decay_init", "dt_init"),  # before training
     }
     assert set(mamba1.Mamba1Settings.model_fields) == {"mamba1_state", "expand", "conv", "dt_rank"}
     own = {"pattern", "width", "mlp", "mlp_width", "mlp_bias", "norm", "norm_eps", "tied", "embedding_multiplier"}
