@@ -34,6 +34,14 @@ CALIBRATION_ROWS = 8
 """Of drawn tokens, from whose state the ranges of a rounded one start."""
 
 
+class TokenEmbedding(nn.Embedding):
+    """`nn.Embedding` whose gradient is a kernel's where kernels serve; hooks on it work as on any module."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) of integers (...)."""
+        return embedding(tokens, self.weight)
+
+
 class LanguageModel(nn.Module):
     """A decoder with any pattern of mixers.
 
@@ -60,7 +68,7 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         # Built without memory first: the modules' own constructors would draw from torch's global generator.
         with torch.device("meta"):
-            self.embedding = nn.Embedding(vocab_size, config.width)
+            self.embedding = TokenEmbedding(vocab_size, config.width)
             learned = config.max_positions if config.positions == "learned" else None
             self.position_embedding = nn.Embedding(learned, config.width) if learned else None
             self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers())
@@ -241,7 +249,7 @@ class LanguageModel(nn.Module):
         self, tokens_BT: Tensor, segments: Segments, state: ModelState | None
     ) -> tuple[Tensor, ModelState | None]:
         """`forward` without a handover."""
-        x_BTD = embedding(tokens_BT, self.embedding.weight)
+        x_BTD = self.embedding(tokens_BT)
         if self.config.embedding_multiplier != 1.0:
             x_BTD = x_BTD * self.config.embedding_multiplier
         if self.position_embedding is not None:

@@ -35,6 +35,7 @@ def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str, bf16:
         results.append([nll, *torch.autograd.grad(nll, list(model.parameters()))])
     for found, plain in zip(results[1], results[0], strict=True):
         # The gradient of a layer's decays is a sum of parts that cancel: 1e-5 of parts of about 1e-2.
-        assert (found - plain).norm() <= (2e-2 * plain.norm() + 1e-4 if bf16 else 1e-4 * plain.norm() + 1e-7)
+        bound = 4e-2 * plain.norm() + 1e-4 if bf16 else 1e-4 * plain.norm() + 1e-7
+        assert (found - plain).norm() <= bound
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
