@@ -70,7 +70,7 @@ TINY = {
     )
     for name, config in SHAPES.items()
 }
-STEPS, LOOP_STEPS, ROUNDS = 8, 60, 5
+STEPS, LOOP_STEPS, ROUNDS = 8, 60, 15
 PIECE = 4096
 
 
@@ -236,7 +236,7 @@ def in_turn(run: Run, shape: str, short: tuple[int, int], long: tuple[int, int])
     steps = [own_step(run, shape, *size) for size in (short, long)]
     for step in steps * (PLAIN_STEPS + 2):
         step()
-    times = [[milliseconds(run, step)[0] for step in steps] for _ in range(ROUNDS if run.cuda else 1)]
+    times = [[milliseconds(run, step, 3)[0] for step in steps] for _ in range(ROUNDS if run.cuda else 1)]
     more = [after / before - 1 for before, after in times]
     (rows, length), (ms, long_ms) = long, (statistics.median(each) for each in zip(*times, strict=True))
     run.add(f"{shape} {rows}x{length} in turn", ms=long_ms, short_ms=ms, more=statistics.median(more))

@@ -201,18 +201,18 @@ def variants_loss(run: Run) -> None:
     """Words at a time, warps of a token and parts in flight, for vocabularies of 32,000 and 49,152."""
     from longspan.ops.triton import cross_entropy as launched
 
-    usual = launched.BLOCK, launched.WARPS, launched.STAGES
+    usual = launched.CUTS
     for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
         logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
         counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-        for cut in ((4096, 8, 4), (4096, 8, 3), (2048, 8, 4), (2048, 4, 4), (4096, 4, 4), (8192, 8, 3)):
-            launched.BLOCK, launched.WARPS, launched.STAGES = cut
+        for cut in ((4096, 8, 4), (8192, 8, 3), (8192, 8, 4), (8192, 16, 3), (4096, 16, 3), (2048, 8, 4), (4096, 4, 4)):
+            launched.CUTS = dict.fromkeys(usual, launched.Cut(*cut))
             try:
                 ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))
                 floor = run.floor_ms(2 * logits.numel() * 2, 0)
                 run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block_warps_stages=str(cut))
             finally:
-                launched.BLOCK, launched.WARPS, launched.STAGES = usual
+                launched.CUTS = usual
 
 
 VARIANTS: dict[str, Callable[[Run], None]] = {

@@ -8,6 +8,8 @@ Shapes: c tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +18,19 @@ from torch import Tensor
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import LOG2_E, exp2, has_fast_exp2
 
+
+class Cut(NamedTuple):
+    """How a row is read: words at a time, warps of the program, and parts of the row in flight."""
+
+    block: int
+    warps: int
+    stages: int
+
+
 # Few tokens at a time on a multiprocessor: what all of them hold has to fit the cache until it is read again.
-BLOCK, WARPS = 4096, 8
-# Parts of a row in flight, the one that is worked on included.
-STAGES = 4
+WIDE = 40_000
+CUTS = {False: Cut(4096, 8, 4), True: Cut(8192, 8, 3)}
+"""Of vocabularies up to `WIDE`, and beyond."""
 
 
 @triton.jit
@@ -82,11 +93,12 @@ def softmax_errors(logits_cV: Tensor, chosen_c: Tensor, counted_c: Tensor, scale
     """
     tokens, vocab = logits_cV.shape
     nll_c = torch.empty(tokens, dtype=torch.float32, device=logits_cV.device)
-    block = min(BLOCK, max(16, triton.next_power_of_2(vocab)))
+    cut = CUTS[vocab > WIDE]
+    block = min(cut.block, max(16, triton.next_power_of_2(vocab)))
     _errors[(tokens,)](
         logits_cV, chosen_c, counted_c, nll_c if scale_c is None else scale_c, nll_c, vocab, logits_cV.stride(0),
-        BLOCK=block, STAGES=STAGES, SCALED=scale_c is not None, WHOLE=vocab % block == 0,
-        FAST=has_fast_exp2(logits_cV), num_warps=min(WARPS, max(1, block // 256)),
+        BLOCK=block, STAGES=cut.stages, SCALED=scale_c is not None, WHOLE=vocab % block == 0,
+        FAST=has_fast_exp2(logits_cV), num_warps=min(cut.warps, max(1, block // 256)),
     )  # fmt: skip
     return nll_c
 
