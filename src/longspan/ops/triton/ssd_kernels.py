@@ -27,16 +27,16 @@ DRIVING, SKIPPED, KEPT, MOVED, READ = (tl.constexpr(plane) for plane in range(5)
 @triton.jit
 def _after_pieces(
     alone_ptr, kept_ptr, row, h, end, p, n, state,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, NUMBER: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What `state` comes to after the first `end` pieces of a row, each of which came to something alone."""
-    MOST: tl.constexpr = triton.next_power_of_2(PIECES)
+    """What `state` comes to after the first `end` of the NUMBER pieces of a row, each of which has gone alone."""
+    MOST: tl.constexpr = triton.next_power_of_2(NUMBER)
     piece = tl.arange(0, MOST)
-    kept = tl.load(kept_ptr + (row * PIECES + piece) * H + h, mask=piece < end, other=1.0)
+    kept = tl.load(kept_ptr + (row * NUMBER + piece) * H + h, mask=piece < end, other=1.0)
     # A piece that keeps nothing hides all before it.
     first = tl.max(tl.where((piece < end) & (kept == 0.0), piece, 0), 0)
-    for piece in range(first, end):
-        there = (row * PIECES + piece) * H + h
+    for piece in tl.range(first, end, loop_unroll_factor=2):
+        there = (row * NUMBER + piece) * H + h
         state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
     return state
 
@@ -69,43 +69,48 @@ def states(
     a_row, a_token: tl.constexpr, b_row, b_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, BACK: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, ALONE: tl.constexpr,
-    PIECES: tl.constexpr, PER_SEGMENT: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr,
+    SEGMENTS: tl.constexpr, PIECES: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The state before every chunk, of x and B, and after the last; BACK: the gradient of the state after every chunk,
     of dy and C, and before the first.
 
-    Few long rows are cut into segments, and these into pieces: first each piece goes ALONE, from nothing, and leaves
-    the state it comes to and what it keeps of one before; then each segment begins with what the pieces before it come
-    to. Chunks are counted as one walks, BACK from the end.
+    Few long rows are cut into segments: first what comes after the last document's beginning in each goes ALONE, from
+    nothing, in equal PIECES, which leave the state they come to and what they keep of one before; then each segment
+    begins with what the pieces before it come to. Chunks are counted as one walks, BACK from the end.
     """
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    programs: tl.constexpr = PIECES if ALONE else (PIECES + PER_SEGMENT - 1) // PER_SEGMENT
+    programs: tl.constexpr = SEGMENTS * PIECES if ALONE else SEGMENTS
     h, row, part = tl.program_id(1), (tl.program_id(2) // programs).to(tl.int64), tl.program_id(2) % programs
+    segment = part // PIECES if ALONE else part
     i = tl.arange(0, Q)
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     a = a_ptr + row * a_row + h * P
     b = b_ptr + row * b_row + h // GROUP * N
     by_head = planes_ptr + (row * H + h) * chunks * Q + i
     carries = carry_ptr + (row * H + h) * chunks
-    length = tl.cdiv(chunks, PIECES) * (1 if ALONE else PER_SEGMENT)
-    first, end = part * length, tl.minimum((part + 1) * length, chunks)
+    length = tl.cdiv(chunks, SEGMENTS)
+    first, end = segment * length, tl.minimum((segment + 1) * length, chunks)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if ALONE:
-        # What lies before the last document's beginning is forgotten, in the piece or before the segment is over.
-        over = tl.minimum((part // PER_SEGMENT + 1) * PER_SEGMENT * length, chunks)
         step = first + tl.arange(0, REACH)
-        there = step < over
-        forgets = there & (tl.load(carries + (chunks - 1 - step if BACK else step), mask=there, other=1.0) == 0.0)
-        hidden = (tl.max((forgets & (step >= end)).to(tl.int32), 0) > 0) | (over == chunks)
-        first = tl.where(hidden, end, tl.max(tl.where(forgets & (step < end), step, first), 0))
+        there = step < end
+        keeps = tl.load(carries + (chunks - 1 - step if BACK else step), mask=there, other=1.0)
+        first = tl.max(tl.where(there & (keeps == 0.0), step, first), 0)
+        each = tl.cdiv(end - first, PIECES)
+        # Nothing reads what the last segment comes to.
+        first = tl.where(end == chunks, end, tl.minimum(first + part % PIECES * each, end))
+        end = tl.minimum(first + each, end)
     else:
         if BEGIN:
             state += load(begin_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-        if PIECES > 1:
-            state = _after_pieces(alone_ptr, kept_ptr, row, h, part * PER_SEGMENT, p, n, state, H, P, N, PIECES, WHOLE)
+        if SEGMENTS > 1:
+            before = segment * PIECES
+            state = _after_pieces(
+                alone_ptr, kept_ptr, row, h, before, p, n, state, H, P, N, SEGMENTS * PIECES, WHOLE
+            )  # fmt: skip
     now = _chunk(first, chunks, BACK)
     carry, kept = tl.load(carries + now), 1.0
     ahead, other = _factors(by_head + now * Q, plane, BACK)
@@ -129,7 +134,7 @@ def states(
     if END and end == chunks:
         store(end_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
     if ALONE:
-        there = (row * PIECES + part) * H + h
+        there = (row * programs + part) * H + h
         store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, state)
         if tl.program_id(0) == 0:
             tl.store(kept_ptr + there, kept)
@@ -303,22 +308,21 @@ def gradients(
     dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr, dB_row, dB_token: tl.constexpr,
     dC_row, dC_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, ONLY: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The gradients of tokens and of groups of one chunk, side by side: both read x, dy and the gradients of states,
     which so come from memory once."""
     kind, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(2).to(tl.int64)
-    if ONLY == "tokens" or (ONLY == "both" and kind < H // HEADS):
+    if kind < H // HEADS:
         _token_gradients(
             x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dstates_ptr, dx_ptr, dscores_ptr, sums_ptr, time,
             plane, x_row, x_token, B_row, B_token, C_row, C_token, dy_row, dy_token, dx_row, dx_token, kind, chunk,
             chunks, row, H, GROUP, P, N, Q, BLOCK_P, BLOCK_N, HEADS, WHOLE, OPERAND, PRECISION, FAST,
         )  # fmt: skip
     else:
-        if ONLY == "both":
-            kind -= H // HEADS
+        kind -= H // HEADS
         tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
         _group_gradients(
             x_ptr, C_ptr, dy_ptr, planes_ptr, states_ptr, dstates_ptr, dB_ptr, dC_ptr, sums_ptr, passed_ptr, time,
@@ -345,7 +349,7 @@ def _score_gradients(
     squares = dscores_ptr + ((row * groups + group) * PARTS * chunks + chunk) * Q * Q
     dscores = tl.zeros((Q, Q), tl.float32)
     for part in tl.static_range(PARTS):
-        dscores += tl.load(squares + part * chunks * Q * Q + i[:, None] * Q + i[None, :])
+        dscores += tl.load(squares + part * chunks * Q * Q + i[:, None] * Q + i[None, :]).to(tl.float32)
     dscores = tl.where(seen, dscores, 0.0).to(DTYPE)
     C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
     dB_at = dB_ptr + row * dB_row + group * N
