@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.triton import ssd_kernels as kernels
+from longspan.ops.triton import ssd_gradients, ssd_kernels
 from longspan.ops.triton.decays import Decays, heads_of_program, pointer
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.sums import add_up
@@ -50,7 +50,8 @@ class Launch(NamedTuple):
 class Cut(NamedTuple):
     """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
 
-    `state*` is for the kernel that carries states, `squares` for those that sum log decays over the tokens of a chunk.
+    `states` and the tiles are for the kernel that carries states, the second tile where rows are cut into segments;
+    `squares` is for those that sum log decays over the tokens of a chunk.
     """
 
     chunk: int
@@ -189,7 +190,7 @@ class Walk(NamedTuple):
         tiled = plan.tiled(time, segments.tile)
         tiles = triton.cdiv(tiled["P"], tiled["BLOCK_P"]) * triton.cdiv(tiled["N"], tiled["BLOCK_N"])
         length = triton.cdiv(plan.chunks, segments.number)
-        kernels.states[(tiles, tiled["H"], rows * segments.number * (PIECES if only_alone else 1))](
+        ssd_kernels.states[(tiles, tiled["H"], rows * segments.number * (PIECES if only_alone else 1))](
             a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
             time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
             BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone,
@@ -229,7 +230,7 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
-    kernels.outputs[(heads // each, plan.chunks, rows)](
+    ssd_kernels.outputs[(heads // each, plan.chunks, rows)](
         x, B, C, inputs.D, decays.planes, decays.run, states, y, time, decays.planes.stride(0),
         *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, FAST=plan.fast, **plan.tiled(time),
         **plan.cut.outputs.options(),
@@ -276,19 +277,19 @@ def run_backward(
     whole = plan.tiled(time)
     columns = min(whole["BLOCK_N"], plan.cut.group_columns)
     tiles = triton.cdiv(B.shape[-1], columns)
-    of_tokens = decays.planes.new_empty(kernels.READ.value + tiles, *decays.planes.shape[1:])
+    of_tokens = decays.planes.new_empty(ssd_gradients.READ.value + tiles, *decays.planes.shape[1:])
     passed = decays.carry.new_empty(rows, tiles, heads, plan.chunks, plan.blocks[0])
     parts = _parts(group, plan.chunks * rows * groups, plan.cut.part_heads)
     dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk)
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
     into_strides = [*into.B.stride()[:2], *into.C.stride()[:2]]
-    kernels.gradients[(groups * (parts + tiles), plan.chunks, rows)](
+    ssd_gradients.gradients[(groups * (parts + tiles), plan.chunks, rows)](
         x, B, C, inputs.D, dy, decays.planes, decays.run, states, dstates, into.x, dscores, into.B, into.C,
         of_tokens, passed, time, plane, *strides, *into.x.stride()[:2], *into_strides,
         COLUMNS=columns, HEADS=group // parts, FAST=plan.fast, **whole, **plan.cut.gradients.options(),
     )  # fmt: skip
     of_chunks = x.new_empty(2 if inputs.bias is None else 3, rows, plan.chunks, heads, dtype=torch.float32)
-    kernels.last_gradients[(groups + 1, plan.chunks, rows)](
+    ssd_gradients.last_gradients[(groups + 1, plan.chunks, rows)](
         dt, pointer(inputs.bias, dt), inputs.A, B, C, *decays, of_tokens, passed, dscores, ddt,
         *of_chunks[:2], of_chunks[-1], into.B, into.C, time, plane, *dt.stride()[:2], *ddt.stride()[:2],
         *B.stride()[:2], *C.stride()[:2], *into_strides,
