@@ -33,25 +33,23 @@ from longspan.ops.selective_scan import selective_scan
 
 
 def variants_ssd(run: Run) -> None:
-    """Warps, stages and registers of each kernel, and what one program takes; each kernel's time."""
+    """The scan at four shapes, then how its rows and states are cut, kernel by kernel."""
     from longspan.ops.triton import ssd as launched
-    from longspan.ops.triton.ssd import Launch
 
     usual = launched.CUTS[BF16]
+    for shape in ((32, 2048), (4, 16_384), (8, 4096), (1, 32_768)):
+        forward, backward = _ssd_calls(*shape)
+        run.add(f"ssd {shape[0]}x{shape[1]}", forward_ms=device_ms(forward), backward_ms=device_ms(backward))
     changes: list[dict[str, Any]] = [
         {},
-        {"SIDE_BY_SIDE": True, "part_heads": 12},
-        {"SIDE_BY_SIDE": True, "PIECE_CHUNKS": 8},
-        {"SIDE_BY_SIDE": True, "part_heads": 8, "SEGMENT_PROGRAMS": 528},
-        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 264, "squares": Launch(4, 1)},
-        {"gradients": Launch(4, 2), "PIECE_CHUNKS": 4},
-        {"SIDE_BY_SIDE": True, "part_heads": 6, "SEGMENT_PROGRAMS": 288},
-        {"states": Launch(4, 4), "part_heads": 12},
-        {"states": Launch(4, 2), "output_heads": 12, "gradients": Launch(4, 2), "SIDE_BY_SIDE": True, "part_heads": 12},
+        {"PIECES": 4},
+        {"PIECES": 1},
+        {"segment_tile": (64, 64), "SEGMENT_PROGRAMS": 384},
+        {"SEGMENT_PROGRAMS": 192},
+        {"SEGMENT_PROGRAMS": 528},
+        {"part_heads": 24},
     ]
-    shapes = ((8, 4096), (1, 32_768))
-    inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}
-    slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
+    calls = {shape: _ssd_calls(*shape) for shape in ((1, 32_768), (8, 4096))}
     expected: dict[tuple[int, int], list[Tensor]] = {}
     for change in changes:
         launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
@@ -59,22 +57,14 @@ def variants_ssd(run: Run) -> None:
         for key in before:
             setattr(launched, key, change[key])
         try:
-            for shape, leaves in inputs.items():
-                given = launched.Inputs(*leaves, None, None)
-                into, ddt, dy = launched.Gradients.like(given), torch.empty_like(leaves[1]), slopes[shape]
-
-                def both(given: Any = given, dy: Tensor = dy, into: Any = into, ddt: Tensor = ddt) -> list[Tensor]:
-                    y, _, kept = launched.run_forward(given)
-                    of_heads, _ = launched.run_backward(given, kept, dy, None, into, ddt)
-                    return [y, *into, ddt, of_heads]
-
-                found = [z.clone() for z in both()]
+            for shape, (forward, backward) in calls.items():
+                found = [z.clone() for z in (forward()[0], *backward())]
                 known = expected.setdefault(shape, found)
                 apart = max(
                     float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
                 )
-                times = kernel_times(both)
-                each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if hasattr(launched.kernels, key))
+                times = kernel_times(lambda f=forward, b=backward: (f(), b()))
+                each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if "::" not in key)
                 name = f"ssd cut {shape[0]}x{shape[1]}"
                 run.add(name, all_ms=sum(times.values()), apart=apart, each=each, change=str(change))
         except Exception as error:
@@ -83,6 +73,23 @@ def variants_ssd(run: Run) -> None:
             launched.CUTS[BF16] = usual
             for key, value in before.items():
                 setattr(launched, key, value)
+
+
+def _ssd_calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
+    """Forward and backward with documents, without autograd."""
+    from longspan.ops.triton import ssd as launched
+
+    leaves = ssd_inputs(rows, time, HEADS, HEAD_DIM, STATE)
+    inputs = launched.Inputs(*leaves, None, documents(rows, time, 700.0), None, None)
+    dy = normal(rows, time, HEADS, HEAD_DIM)
+    into, ddt = launched.Gradients.like(inputs), torch.empty_like(inputs.dt)
+    kept = launched.run_forward(inputs)[2]
+
+    def backward() -> list[Tensor]:
+        of_heads, _ = launched.run_backward(inputs, kept, dy, None, into, ddt)
+        return [*into, ddt, of_heads]
+
+    return lambda: launched.run_forward(inputs), backward
 
 
 def variants_scan(run: Run) -> None:

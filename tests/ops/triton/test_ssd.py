@@ -64,13 +64,12 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
     )
 
 
-@pytest.mark.parametrize(("chance", "segments"), [(0.02, 2), (0.02, 7), (1.0, 3)])
+@pytest.mark.parametrize(("chance", "segments"), [(0.02, 2), (0.02, 7), (0.1, 9), (1.0, 3)])
 def test_rows_cut_into_segments(chance, segments, assert_same, device, documents, monkeypatch, normal, served):
-    """Of several pieces or one, the last shorter; states of documents pass through several of them, or end inside."""
+    """The last is shorter, or they are one chunk each; states pass through several of them, or end inside."""
     from longspan.ops.triton import ssd as kernels
 
     monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
-    monkeypatch.setattr(kernels, "PIECE_CHUNKS", 1)
     monkeypatch.setattr(kernels, "SEGMENT_PROGRAMS", segments)
     time = 7 * (64 if device.type == "cuda" else 16) - 3
     doc = documents(1, time, chance)
@@ -83,14 +82,13 @@ def test_rows_cut_into_segments(chance, segments, assert_same, device, documents
     )
 
 
-@pytest.mark.parametrize(("enough", "groups", "together"), [(1, 2, False), (1000, 2, True), (1, 1, True)])
-def test_groups_of_heads_and_whole_chunks(enough, groups, together, assert_same, monkeypatch, normal, served):
-    """One program for the heads of a chunk, each head its own, or two each; tokens and groups in one launch or two."""
+@pytest.mark.parametrize(("enough", "groups"), [(1, 2), (1000, 2), (1, 1)])
+def test_groups_of_heads_and_whole_chunks(enough, groups, assert_same, monkeypatch, normal, served):
+    """One program for the heads of a group in a chunk, or each head its own, or two heads each."""
     from longspan.ops.triton import ssd as kernels
 
     monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
     monkeypatch.setattr(kernels, "KEEP_STATES", enough == 1)
-    monkeypatch.setattr(kernels, "SIDE_BY_SIDE", together)
     cuts = {dtype: cut._replace(part_heads=2) for dtype, cut in kernels.CUTS.items()}
     monkeypatch.setattr(kernels, "CUTS", cuts)
     assert_same(

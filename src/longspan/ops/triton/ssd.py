@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.triton import ssd_kernels as kernels
+from longspan.ops.triton import ssd_gradients, ssd_kernels
 from longspan.ops.triton.decays import Decays, heads_of_program, pointer
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.sums import add_up
@@ -26,11 +26,10 @@ from longspan.ops.triton.tiles import block, has_fast_exp2
 ENOUGH_PROGRAMS = 264
 # Below so many programs that carry states, two for each multiprocessor of an H100, rows are cut into segments, so that
 # there are at least the second number.
-STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
-# Chunks of a segment at least, and of a piece of one.
-LEAST_CHUNKS, PIECE_CHUNKS = 16, 16
+STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 264
+# A segment of fewer chunks is not worth its beginning. What it ends in is added up by so many programs.
+LEAST_CHUNKS, PIECES = 16, 2
 KEEP_STATES = True
-SIDE_BY_SIDE = False
 
 
 class Launch(NamedTuple):
@@ -51,11 +50,13 @@ class Launch(NamedTuple):
 class Cut(NamedTuple):
     """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
 
-    `state*` is for the kernel that carries states, `squares` for those that sum log decays over the tokens of a chunk.
+    `states` and the tiles are for the kernel that carries states, the second tile where rows are cut into segments;
+    `squares` is for those that sum log decays over the tokens of a chunk.
     """
 
     chunk: int
     state_tile: tuple[int, int]
+    segment_tile: tuple[int, int]
     states: Launch
     output_heads: int
     outputs: Launch
@@ -68,8 +69,12 @@ class Cut(NamedTuple):
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 24, 64, Launch(4, 1, 128), "ieee"),
-    torch.float32: Cut(16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 24, 64, Launch(4, 1), "tf32x3"),
+    torch.bfloat16: Cut(
+        64, (64, 64), (64, 128), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 12, 64, Launch(4, 1, 128), "ieee"
+    ),
+    torch.float32: Cut(
+        16, (64, 32), (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 12, 64, Launch(4, 1), "tf32x3"
+    ),
 }
 
 
@@ -129,24 +134,31 @@ class Plan(NamedTuple):
         whole = time % self.cut.chunk == 0 and self.shared["P"] % block_p == 0 and self.shared["N"] % block_n == 0
         return {**self.shared, "BLOCK_P": block_p, "BLOCK_N": block_n, "WHOLE": whole}
 
-    def state_grid(self, rows: int) -> tuple[int, int, int]:
-        """Programs of the kernel that carries states, before rows are cut into segments."""
-        tile_p, tile_n = (min(a, b) for a, b in zip(self.blocks, self.cut.state_tile, strict=True))
-        tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
-        return tiles, self.shared["H"], rows
+    def segments(self, rows: int) -> Segments:
+        """Rows are cut for the kernel that carries states where there are too few programs without."""
 
-    def pieces(self, programs: int, enough: int, wanted: int) -> dict[str, int]:
-        """Into how many pieces a row is cut, how many make a segment, and a power of two that holds its chunks.
+        def programs(tile: tuple[int, int]) -> int:
+            blocks = (min(a, b) for a, b in zip(self.blocks, tile, strict=True))
+            sizes = self.shared["P"], self.shared["N"]
+            tiles = math.prod(triton.cdiv(a, b) for a, b in zip(sizes, blocks, strict=True))
+            return int(rows * self.shared["H"] * tiles)
 
-        A row is whole where there are programs enough without.
-        """
-        segments = 1 if programs >= enough else triton.cdiv(wanted, programs)
-        segments = max(1, min(segments, self.chunks // LEAST_CHUNKS))
-        each = 1 if segments == 1 else max(1, self.chunks // segments // PIECE_CHUNKS)
-        # A piece without a chunk would read past the end.
-        length = triton.cdiv(self.chunks, segments * each)
-        pieces = triton.cdiv(self.chunks, length)
-        return {"PIECES": pieces, "PER_SEGMENT": each, "REACH": triton.next_power_of_2(length * each)}
+        tile, number, most = self.cut.state_tile, 1, max(1, self.chunks // LEAST_CHUNKS)
+        if programs(tile) < STATE_PROGRAMS:
+            number = triton.cdiv(SEGMENT_PROGRAMS, programs(self.cut.segment_tile))
+            if number <= most:
+                tile = self.cut.segment_tile
+            else:
+                number = min(most, triton.cdiv(SEGMENT_PROGRAMS, programs(tile)))
+        # A segment without a chunk would read past the end.
+        return Segments(tile, triton.cdiv(self.chunks, triton.cdiv(self.chunks, number)))
+
+
+class Segments(NamedTuple):
+    """Of a row, for the kernel that carries states: the tile of a state of each program, and how many."""
+
+    tile: tuple[int, int]
+    number: int
 
 
 class Walk(NamedTuple):
@@ -161,39 +173,29 @@ class Walk(NamedTuple):
 
     def run(self, plan: Plan, decays: Decays, states: Tensor) -> None:
         """Fills `states` and `end`."""
-        rows = self.a.shape[0]
-        pieces = plan.pieces(math.prod(plan.state_grid(rows)), STATE_PROGRAMS, SEGMENT_PROGRAMS)
-        alone, kept = self.alone(plan, decays, pieces)
-        segments = triton.cdiv(pieces["PIECES"], pieces["PER_SEGMENT"])
-        self._launch(plan, decays, pieces, rows * segments, (states, alone, kept), False)
-
-    def alone(self, plan: Plan, decays: Decays, pieces: dict[str, int]) -> tuple[Tensor, Tensor]:
-        """What pieces come to from nothing, and what they keep of what was before."""
-        if pieces["PIECES"] == 1:
-            return self.a, self.a
-        rows, heads, shape = self.a.shape[0], plan.shared["H"], (plan.shared["P"], plan.shared["N"])
-        alone = self.a.new_empty(rows, pieces["PIECES"], heads, *shape, dtype=torch.float32)
-        kept = self.a.new_empty(rows, pieces["PIECES"], heads, dtype=torch.float32)
-        self._launch(plan, decays, pieces, rows * pieces["PIECES"], (self.a, alone, kept), True)
-        return alone, kept
+        rows, segments = self.a.shape[0], plan.segments(self.a.shape[0])
+        alone, kept = self.a, self.a
+        if segments.number > 1:
+            sizes = rows, segments.number * PIECES, plan.shared["H"]
+            alone = self.a.new_empty(*sizes, plan.shared["P"], plan.shared["N"], dtype=torch.float32)
+            kept = self.a.new_empty(*sizes, dtype=torch.float32)
+            self._launch(plan, decays, segments, (self.a, alone, kept), True)
+        self._launch(plan, decays, segments, (states, alone, kept), False)
 
     def _launch(
-        self,
-        plan: Plan,
-        decays: Decays,
-        pieces: dict[str, int],
-        programs: int,
-        results: tuple[Tensor, Tensor, Tensor],
-        only_alone: bool,
+        self, plan: Plan, decays: Decays, segments: Segments, results: tuple[Tensor, Tensor, Tensor], only_alone: bool
     ) -> None:
-        tiles, heads, _ = plan.state_grid(1)
-        a, b, time = self.a, self.b, self.a.shape[1]
+        a, b, (rows, time) = self.a, self.b, self.a.shape[:2]
         states, alone, kept = results
-        kernels.states[(tiles, heads, programs)](
+        tiled = plan.tiled(time, segments.tile)
+        tiles = triton.cdiv(tiled["P"], tiled["BLOCK_P"]) * triton.cdiv(tiled["N"], tiled["BLOCK_N"])
+        length = triton.cdiv(plan.chunks, segments.number)
+        ssd_kernels.states[(tiles, tiled["H"], rows * segments.number * (PIECES if only_alone else 1))](
             a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
             time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
             BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone,
-            FAST=plan.fast, **pieces, **plan.tiled(time, plan.cut.state_tile), **plan.cut.states.options(),
+            SEGMENTS=segments.number, PIECES=PIECES, REACH=triton.next_power_of_2(length), FAST=plan.fast, **tiled,
+            **plan.cut.states.options(),
         )  # fmt: skip
 
 
@@ -228,7 +230,7 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
-    kernels.outputs[(heads // each, plan.chunks, rows)](
+    ssd_kernels.outputs[(heads // each, plan.chunks, rows)](
         x, B, C, inputs.D, decays.planes, decays.run, states, y, time, decays.planes.stride(0),
         *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, FAST=plan.fast, **plan.tiled(time),
         **plan.cut.outputs.options(),
@@ -275,21 +277,19 @@ def run_backward(
     whole = plan.tiled(time)
     columns = min(whole["BLOCK_N"], plan.cut.group_columns)
     tiles = triton.cdiv(B.shape[-1], columns)
-    of_tokens = decays.planes.new_empty(kernels.READ.value + tiles, *decays.planes.shape[1:])
+    of_tokens = decays.planes.new_empty(ssd_gradients.READ.value + tiles, *decays.planes.shape[1:])
     passed = decays.carry.new_empty(rows, tiles, heads, plan.chunks, plan.blocks[0])
     parts = _parts(group, plan.chunks * rows * groups, plan.cut.part_heads)
-    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
+    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk)
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
     into_strides = [*into.B.stride()[:2], *into.C.stride()[:2]]
-    kinds = {"both": parts + tiles} if SIDE_BY_SIDE else {"tokens": parts, "groups": tiles}
-    for only, programs in kinds.items():
-        kernels.gradients[(groups * programs, plan.chunks, rows)](
-            x, B, C, inputs.D, dy, decays.planes, decays.run, states, dstates, into.x, dscores, into.B, into.C,
-            of_tokens, passed, time, plane, *strides, *into.x.stride()[:2], *into_strides,
-            COLUMNS=columns, HEADS=group // parts, ONLY=only, FAST=plan.fast, **whole, **plan.cut.gradients.options(),
-        )  # fmt: skip
+    ssd_gradients.gradients[(groups * (parts + tiles), plan.chunks, rows)](
+        x, B, C, inputs.D, dy, decays.planes, decays.run, states, dstates, into.x, dscores, into.B, into.C,
+        of_tokens, passed, time, plane, *strides, *into.x.stride()[:2], *into_strides,
+        COLUMNS=columns, HEADS=group // parts, FAST=plan.fast, **whole, **plan.cut.gradients.options(),
+    )  # fmt: skip
     of_chunks = x.new_empty(2 if inputs.bias is None else 3, rows, plan.chunks, heads, dtype=torch.float32)
-    kernels.last_gradients[(groups + 1, plan.chunks, rows)](
+    ssd_gradients.last_gradients[(groups + 1, plan.chunks, rows)](
         dt, pointer(inputs.bias, dt), inputs.A, B, C, *decays, of_tokens, passed, dscores, ddt,
         *of_chunks[:2], of_chunks[-1], into.B, into.C, time, plane, *dt.stride()[:2], *ddt.stride()[:2],
         *B.stride()[:2], *C.stride()[:2], *into_strides,
