@@ -15,7 +15,7 @@ SIZES = {"width": 32, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width"
 @pytest.mark.parametrize(("letter", "mlp"), [("M", "swiglu"), ("m", "none")])
 @pytest.mark.usefixtures("served", "small_chunks")
 def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str, bf16: bool) -> None:
-    """From the normed stream to the normed stream: in bf16 sums and norms are one op."""
+    """From the normed stream to the normed stream: sums and norms are one op."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = LanguageModel(
