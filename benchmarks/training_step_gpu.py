@@ -51,6 +51,7 @@ from longspan.training.micro_steps import PLAIN_STEPS, CudaRecorder, GraphedMicr
 from longspan.training.optimizer import clip_gradients
 from longspan.training.precision import autocast_for
 from parts import Parts
+from training_peers import llama, mamba2
 
 SHAPES = {
     "A": ModelConfig(pattern="A" * 12, width=768, heads=12, mlp_width=2048),
@@ -265,40 +266,6 @@ def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None
     kind = type(model).__name__.removesuffix("ForCausalLM")
     name = f"{shape} {rows}x{length} transformers {kind} {'compiled' if compiled else 'eager'}"
     measure(run, name, shape, rows, length, step)
-
-
-def llama(config: ModelConfig, vocab: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.width,
-            num_hidden_layers=len(config.layers()),
-            num_attention_heads=config.heads,
-            intermediate_size=config.hidden,
-            vocab_size=vocab,
-            tie_word_embeddings=True,
-            max_position_embeddings=131_072,
-            attn_implementation="sdpa",
-        )
-    )
-
-
-def mamba2(config: ModelConfig, vocab: int) -> Any:
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    return Mamba2ForCausalLM(
-        Mamba2Config(
-            hidden_size=config.width,
-            num_hidden_layers=len(config.layers()),
-            num_heads=2 * config.width // config.mamba_head_dim,
-            head_dim=config.mamba_head_dim,
-            state_size=config.state,
-            n_groups=1,
-            vocab_size=vocab,
-            tie_word_embeddings=True,
-        )
-    )
 
 
 # The loop

@@ -164,5 +164,5 @@ def streamed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
     """The norm of the sum, of a stream that begins with `x`."""
     from longspan.ops.triton.residual import add_to_stream, begin_stream
 
-    near, rest, _ = begin_stream(x, weight, 1e-5)
+    near, rest, _ = begin_stream(x, weight, 1e-5, branch.dtype)
     return [add_to_stream(near, rest, branch, weight, 1e-5)[2]]

@@ -106,11 +106,11 @@ def bench_stream(run: Run) -> None:
     from longspan.ops.triton import residual
 
     near, rest, branch, slope = (normal(8, 4096, WIDTH) for _ in range(4))
-    weight = normal(WIDTH, dtype=FP32)
+    weight, out = normal(WIDTH, dtype=FP32), (torch.empty_like(near), torch.empty_like(near))
     run.add(
         "stream and norm, 32,768 tokens",
-        forward_ms=device_ms(lambda: residual._forward(near, rest, branch, weight, 1e-5)),
-        backward_ms=device_ms(lambda: residual._backward(near, rest, branch, slope, weight, 1e-5, [BF16, BF16])),
+        forward_ms=device_ms(lambda: residual.run_forward(near, rest, branch, weight, 1e-5, BF16)),
+        backward_ms=device_ms(lambda: residual.run_backward(near, rest, branch, slope, weight, 1e-5, out)),
         forward_floor_ms=run.floor_ms(6 * near.numel() * 2, 0),
         backward_floor_ms=run.floor_ms(6 * near.numel() * 2, 0),
     )

@@ -160,6 +160,7 @@ def variants_norm(run: Run) -> None:
     y, z, weight = normal(8, 4096, INNER), spread(8, 4096)[..., :INNER], normal(INNER, dtype=FP32)
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
     x, branch, scale = normal(8, 4096, WIDTH), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    out = torch.empty_like(x), torch.empty_like(x)
     for warps, programs, ahead in (
         (4, 528, 3),
         (4, 528, 4),
@@ -174,10 +175,8 @@ def variants_norm(run: Run) -> None:
                 "norms of 32,768 tokens",
                 gated_forward_ms=device_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16)),
                 gated_backward_ms=device_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz)),
-                stream_forward_ms=device_ms(lambda: residual._forward(x, branch, branch, scale, 1e-5)),
-                stream_backward_ms=device_ms(
-                    lambda: residual._backward(x, branch, x, branch, scale, 1e-5, [BF16, BF16])
-                ),
+                stream_forward_ms=device_ms(lambda: residual.run_forward(x, branch, branch, scale, 1e-5, BF16)),
+                stream_backward_ms=device_ms(lambda: residual.run_backward(x, branch, x, branch, scale, 1e-5, out)),
                 warps=warps,
                 programs=programs,
                 ahead=ahead,

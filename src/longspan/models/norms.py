@@ -17,7 +17,7 @@ from longspan.ops import kernels
 # A row has to fit the registers of a kernel's program.
 WIDEST_KERNEL = 16_384
 Stream = Tensor | tuple[Tensor, Tensor]
-"""The residual stream (..., D) between compiled layers: one number a value, or two, see `ops.triton.residual`."""
+"""The residual stream (..., D) between compiled layers: a tensor, or the pair that `ops.triton.residual` has."""
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +44,11 @@ class RMSNorm(nn.Module):
 
     def begin(self, x: Tensor) -> tuple[Stream, Tensor]:
         """The stream that begins with `x`, and its norm in the dtype that what reads it computes in."""
-        if _computed_in(x) == torch.bfloat16 and x.dtype == torch.float32 and _has_kernel(x):
+        dtype = _computed_in(x)
+        if x.dtype == torch.float32 and dtype in kernels.SERVED and _has_kernel(x):
             from longspan.ops.triton.residual import begin_stream
 
-            near, rest, normed = begin_stream(x, self.weight, self.eps)
+            near, rest, normed = begin_stream(x, self.weight, self.eps, dtype)
             return (near, rest), normed
         return x, self(x)
 
@@ -56,7 +57,7 @@ class RMSNorm(nn.Module):
         if isinstance(stream, tuple):
             from longspan.ops.triton.residual import add_to_stream
 
-            near, rest, normed = add_to_stream(*stream, branch.to(torch.bfloat16), self.weight, self.eps)
+            near, rest, normed = add_to_stream(*stream, branch.to(stream[0].dtype), self.weight, self.eps)
             return (near, rest), normed
         total = stream + branch
         return total, self(total).to(_computed_in(total))

@@ -24,10 +24,13 @@ class Left(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, near: Tensor, rest: Tensor) -> Tensor:
-        return near.float() + rest.float()
+        ctx.in_two = rest.numel() > 0
+        return near.float() + rest.float() if ctx.in_two else near.clone()
 
     @staticmethod
     def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        if not ctx.in_two:
+            return d, d.new_empty(0)
         near = d.to(BF16)
         return near, (d - near.float()).to(BF16)
 
@@ -40,13 +43,13 @@ def weighted(weight: Tensor) -> RMSNorm:
 
 
 def layers(x: Tensor, one: Tensor, other: Tensor, *weights: Tensor) -> list[Tensor]:
-    """The stream after two branches, and the norms on the way."""
-    with torch.autocast(x.device.type, BF16):
+    """The stream after two branches, and the norms on the way, in the dtype of the branches."""
+    with torch.autocast(x.device.type, BF16, enabled=one.dtype == BF16):
         stream, first = weighted(weights[0]).begin(x)
         stream, second = weighted(weights[1]).of_sum(stream, one)
         stream, third = weighted(weights[2]).of_sum(stream, other)
     assert isinstance(stream, tuple)
-    assert {z.dtype for z in (*stream, first, second, third)} == {BF16}
+    assert {z.dtype for z in (*stream, first, second, third)} == {one.dtype}
     return [Left.apply(*stream), first, second, third]
 
 
@@ -56,9 +59,10 @@ def plain(x: Tensor, one: Tensor, other: Tensor, *weights: Tensor) -> list[Tenso
     return [stream[-1], *normed]
 
 
-def test_matches_fp64(assert_same, normal, served):
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_matches_fp64(dtype, assert_same, normal, served):
     tensors = [normal(2, 4, WIDTH, seed=i) for i in range(3)] + [normal(WIDTH, seed=5 + i) for i in range(3)]
-    assert_same(layers, plain, tensors, [FP32, BF16, BF16, FP32, FP32, FP32])
+    assert_same(layers, plain, tensors, [FP32, dtype, dtype, FP32, FP32, FP32])
 
 
 def test_many_small_branches_are_not_lost_beside_a_large_stream(device, normal, served):
@@ -84,14 +88,13 @@ def test_gradients_of_many_layers_keep_what_one_number_would_lose(device, normal
     torch.testing.assert_close(dx, slope, rtol=16 * 2**-15, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_without_bf16_products_a_stream_is_one_tensor(dtype, device, normal, served):
-    x, weight = normal(2, WIDTH).to(dtype).to(device), normal(WIDTH).float().to(device)
+def test_a_stream_that_was_bf16_all_along_stays_one_tensor(device, normal, served):
+    x, weight = normal(2, WIDTH).to(BF16).to(device), normal(WIDTH).float().to(device)
     stream, _ = weighted(weight).begin(x)
     stream, normed = weighted(weight).of_sum(stream, x)
     assert isinstance(stream, Tensor)
     assert torch.equal(stream, x + x)
-    assert normed.dtype == dtype
+    assert normed.dtype == BF16
 
 
 def test_the_compiler_sees_through(device, normal, served):
@@ -100,5 +103,8 @@ def test_the_compiler_sees_through(device, normal, served):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     x, weight = (z.float().to(device).requires_grad_() for z in (normal(3, 8), normal(8)))
     near, rest, branch = (normal(3, 8, seed=i).to(BF16).to(device).requires_grad_() for i in range(3))
-    torch.library.opcheck(begin_stream, (x, weight, 1e-5), test_utils=tests)
     torch.library.opcheck(add_to_stream, (near, rest, branch, weight, 1e-5), test_utils=tests)
+    for dtype in (FP32, BF16):
+        torch.library.opcheck(begin_stream, (x, weight, 1e-5, dtype), test_utils=tests)
+    none = x.detach().new_empty(0)
+    torch.library.opcheck(add_to_stream, (x, none, x, weight, 1e-5), test_utils=tests)
