@@ -136,7 +136,8 @@ class Mixer(nn.Module, ABC):
             state: after one token at least, for rows, shapes and dtypes; what is in it need not be kept.
             slots: tokens that it must have room for.
         """
-        return state.map(torch.clone)
+        # Kernels walk through it from end to end, whatever order the state's own tensors lie in.
+        return state.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
     def start_in(self, fixed: MixerState) -> MixerState:
         """The state before the first token, whose calls fill `fixed` where that saves a copy."""
