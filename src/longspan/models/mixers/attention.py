@@ -169,6 +169,7 @@ class Attention(Mixer):
     name = "attention"
     Settings = AttentionSettings
     isolated_as = "attention"
+    carried = 2
     windowed: ClassVar[bool] = False
     window: int | None = None
 
