@@ -100,6 +100,22 @@ def test_ids_of_one_document_change_nothing(pattern: str) -> None:
         torch.testing.assert_close(model(tokens, segments)[0], model(tokens)[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pattern", [*CARRYING, "AMD"])
+@pytest.mark.parametrize("begins", [AT - 3, AT, AT + 3])
+def test_a_document_of_its_own_sees_what_it_would_alone(pattern: str, begins: int) -> None:
+    """Its first tokens may be handed over, those of the document before it never reach it."""
+    model, tokens = build(pattern, at=AT), drawn(2, T)
+    doc_BT = (torch.arange(T) >= begins).int().expand(2, T)
+    other = torch.where(doc_BT == 0, (tokens + 7) % VOCAB, tokens)
+    with torch.no_grad():
+        first, second = model(tokens, doc_BT)[0], model(other, doc_BT)[0]
+        assert torch.equal(first[:, begins:], second[:, begins:])
+        if begins >= AT:
+            alone = LanguageModel(ModelConfig.parse({"pattern": pattern, **TINY}, "model"), VOCAB)
+            expected = alone(tokens[:, begins:])[0]
+            torch.testing.assert_close(first[:, begins:], expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("pattern", CARRYING)
 def test_what_comes_after_teaches_what_stood_before(pattern: str) -> None:
     model, tokens = build(pattern), drawn(2, T)
