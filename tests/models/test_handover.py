@@ -19,7 +19,7 @@ from longspan.models.mixers import registered
 VOCAB = 29
 AT, T = 10, 21
 TINY = {"width": 16, "heads": 2, "state": 4, "mamba_head_dim": 4, "delta_head_dim": 4, "window": 5, "mlp": "none"}
-CARRYING = [letter for letter, mixer in sorted(registered().items()) if mixer.carries]
+CARRYING = [letter for letter, mixer in sorted(registered().items()) if mixer.carried]
 
 
 def build(pattern: str, bits: int = 2, at: int = AT, **settings: object) -> LanguageModel:
@@ -100,6 +100,22 @@ def test_ids_of_one_document_change_nothing(pattern: str) -> None:
         torch.testing.assert_close(model(tokens, segments)[0], model(tokens)[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pattern", [*CARRYING, "AMD"])
+@pytest.mark.parametrize("begins", [AT - 3, AT, AT + 3])
+def test_a_document_of_its_own_sees_what_it_would_alone(pattern: str, begins: int) -> None:
+    """Its first tokens may be handed over, those of the document before it never reach it."""
+    model, tokens = build(pattern, at=AT), drawn(2, T)
+    doc_BT = (torch.arange(T) >= begins).int().expand(2, T)
+    other = torch.where(doc_BT == 0, (tokens + 7) % VOCAB, tokens)
+    with torch.no_grad():
+        first, second = model(tokens, doc_BT)[0], model(other, doc_BT)[0]
+        assert torch.equal(first[:, begins:], second[:, begins:])
+        if begins >= AT:
+            alone = LanguageModel(ModelConfig.parse({"pattern": pattern, **TINY}, "model"), VOCAB)
+            expected = alone(tokens[:, begins:])[0]
+            torch.testing.assert_close(first[:, begins:], expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("pattern", CARRYING)
 def test_what_comes_after_teaches_what_stood_before(pattern: str) -> None:
     model, tokens = build(pattern), drawn(2, T)
@@ -141,13 +157,20 @@ def test_its_ranges_are_parameters_that_are_counted_and_drawn_from_the_seed() ->
     model = build("AM")
     counted = count_parameters(model.config, VOCAB)
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
-    assert counted.ranges == 2
+    # Keys, values, and the state.
+    assert counted.ranges == 3
     assert model.handover is not None
     other = build("AM").handover
     assert other is not None
     assert torch.equal(model.handover.log_range, other.log_range)
     _, spared = model.parameter_groups(0.1)
     assert any(each is model.handover.log_range for each in spared["params"])
+
+
+def test_a_mixer_that_miscounts_its_state_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registered()["L"], "carried", 1)
+    with pytest.raises(UserError, match=r"states of 2 tensors where mixers say 1\n.*\n.*set `carried`"):
+        build("L")
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_recall_falls_with_the_state_of_an_ssm_and_not_with_attention(tmp_path: 
 
 @pytest.mark.usefixtures("no_page", "two_at_a_time")
 def test_recall_falls_where_the_answers_ask_for_the_bits_of_the_state_and_not_with_attention(tmp_path: Path) -> None:
-    """A state of 64 or 128 bits and 1 to 32 answers of 5.04 bits: loads of 4 to 252 %."""
-    fixed = ["Mamba-2 64 x 1 bit", "DeltaNet 64 x 1 bit", "DeltaNet 128 x 1 bit"]
+    """A state of 256 bits and 1 to 64 answers of 6.02 bits: loads of 2 to 151 %."""
+    fixed = ["Mamba-2 256 x 1 bit", "DeltaNet 256 x 1 bit"]
     run("recall-bits", [f"vary.variant=[attention x 2 bits, {', '.join(fixed)}]"], tmp_path)
     cells: dict[tuple[str, int, float], list[int]] = defaultdict(list)
     most: dict[float, float] = {}

@@ -27,7 +27,7 @@ class Parameters:
         mixers: in all mixers, their inner norms included.
         mlp: in all MLPs.
         norms: before mixers, MLPs and head.
-        ranges: of the rounded state, one a layer where `state_bits` is set.
+        ranges: of the rounded state, one a tensor where `state_bits` is set.
     """
 
     total: int
@@ -51,7 +51,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> Parameters:
     rows = vocab_size + (config.max_positions or 0 if config.positions == "learned" else 0)
     embedding = rows * config.width
     head = 0 if config.tied else vocab_size * config.width
-    ranges = 0 if config.state_bits is None else len(config.layers())
+    ranges = 0 if config.state_bits is None else config.carried()
     non_embedding = mixers + mlp + norms + ranges
     return Parameters(embedding + head + non_embedding, embedding, head, non_embedding, mixers, mlp, norms, ranges)
 

@@ -115,12 +115,16 @@ class ModelConfig(Config):
                 "both, or neither: in how many bits a number the state is handed over, and after how many tokens",
                 f"add `{lacks}`, or remove `{given}`",
             )
-        if self.state_bits is not None and not any(self.mixer(layer)[0].carries for layer in self.layers()):
+        if self.state_bits is not None and not self.carried():
             raise UserError(
                 f"state_bits = {self.state_bits} with the pattern {self.pattern}",
                 "a layer that carries a state on; a convolution alone begins anew where it is handed over",
                 "add a layer with a state, or remove `state_bits`",
             )
+
+    def carried(self) -> int:
+        """Tensors of the state of all layers that can be handed over."""
+        return sum(self.mixer(layer)[0].carried for layer in self.layers())
 
     def layers(self) -> list[str]:
         """What mixes in every layer: a letter or a group such as `[AM]`."""

@@ -8,11 +8,10 @@ Legend: B rows.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
+from longspan.foundation.errors import UserError
 from longspan.models.mixers.base import MixerState
 from longspan.models.state import ModelState
 
@@ -24,7 +23,7 @@ class Handover(nn.Module):
     """Rounds the state of every layer to 2^bits evenly spaced levels between -range and range.
 
     The levels are (2 i + 1) / 2^bits - 1 times the range, i from 0 to 2^bits - 1: none is 0, so that one bit is a sign.
-    A layer's range is one learned number for all items, which says nothing about any of them. Gradients pass the
+    The range of a tensor is one learned number for all items, which says nothing about any of them. Gradients pass the
     rounding as if it were clipping alone (straight-through, Bengio et al. 2013) and reach the range as in learned step
     size quantisation (Esser et al. 2020, eq. 3). Windows of convolutions hand nothing over, see
     `MixerState.handed_over`.
@@ -34,24 +33,34 @@ class Handover(nn.Module):
         bits: of each number.
     """
 
-    def __init__(self, num_layers: int, at: int, bits: int) -> None:
+    def __init__(self, num_tensors: int, at: int, bits: int) -> None:
         super().__init__()
         self.at, self.bits = at, bits
-        self.log_range = nn.Parameter(torch.empty(num_layers))
+        self.log_range = nn.Parameter(torch.empty(num_tensors))
 
     def forward(self, state: ModelState) -> ModelState:
         """The state as it is handed over."""
-        layers = zip(state.layers, self.log_range.float().exp(), strict=True)
-        after = (layer.handed_over(partial(rounded, largest=largest, bits=self.bits)) for layer, largest in layers)
-        return ModelState(tuple(after), state.past)
+        ranges = iter(self.log_range.float().exp())
+
+        def next_rounded(tensor: Tensor) -> Tensor:
+            return rounded(tensor, largest=next(ranges), bits=self.bits)
+
+        after = tuple(layer.handed_over(next_rounded) for layer in state.layers)
+        return ModelState(after, state.past)
 
     @torch.no_grad()
     def calibrate(self, state: ModelState) -> None:
-        """Sets every range to twice the mean magnitude in a state, where learned step size quantisation starts."""
-        for i, layer in enumerate(state.layers):
-            numbers = [tensor.float().abs().flatten() for tensor in handed_over(layer)]
-            mean = torch.cat(numbers).mean() if numbers else torch.ones(())
-            self.log_range[i] = (2 * mean).clamp(min=SMALLEST_RANGE).log()
+        """Sets every range to twice the mean magnitude in a state, where learned step size quantisation starts.
+
+        Raises:
+            UserError: a mixer's state has another number of tensors than it says.
+        """
+        tensors = [tensor for layer in state.layers for tensor in handed_over(layer)]
+        if len(tensors) != self.log_range.numel():
+            given = f"states of {len(tensors)} tensors where mixers say {self.log_range.numel()}"
+            raise UserError(given, "as many as `carried` says", "set `carried` of your mixer")
+        means = torch.stack([tensor.float().abs().mean() for tensor in tensors])
+        self.log_range.copy_((2 * means).clamp(min=SMALLEST_RANGE).log())
 
     def num_bits(self, state: ModelState) -> int:
         """Bits in which one row of a state is handed over."""

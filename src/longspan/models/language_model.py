@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
             self.head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
             self.handover: Handover | None = None
             if config.state_bits is not None and config.handover is not None:
-                self.handover = Handover(len(self.layers), config.handover, config.state_bits)
+                self.handover = Handover(config.carried(), config.handover, config.state_bits)
         if torch.device(device).type != "meta":
             self.to_empty(device="cpu")
             self.init_weights(seed)

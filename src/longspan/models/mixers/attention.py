@@ -76,6 +76,7 @@ class Attention(Mixer):
     name = "attention"
     Settings = AttentionSettings
     isolated_as = "attention"
+    carried = 2
     windowed: ClassVar[bool] = False
     window: int | None = None
 

@@ -62,7 +62,8 @@ class Mixer(nn.Module, ABC):
         fp32: parameters that stay in fp32 whatever the compute dtype.
         isolated_as: which isolation reaches it: `attention` or `state` (see `Segments`); `both` where a layer holds
             mixers of either kind.
-        carries: whether its state hands anything over beside the window of a convolution.
+        carried: tensors of its state that are handed over (see `MixerState.handed_over`): 0 where it is nothing but the
+            window of a convolution.
         residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
         keeps_init: the model's `init: normal` leaves the linear layers as `init_weights` made them.
     """
@@ -72,7 +73,7 @@ class Mixer(nn.Module, ABC):
     no_decay: ClassVar[frozenset[str]] = frozenset()
     fp32: ClassVar[frozenset[str]] = frozenset()
     isolated_as: ClassVar[Literal["attention", "state", "both"]] = "state"
-    carries: ClassVar[bool] = True
+    carried: ClassVar[int] = 1
     residual_outputs: tuple[str, ...] = ("out_proj.weight",)
     keeps_init: bool = False
 

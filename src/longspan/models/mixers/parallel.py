@@ -197,7 +197,7 @@ def side_by_side(branches: tuple[type[Mixer], ...]) -> type[Mixer]:
         no_decay = frozenset(f"branches.{i}.{each}" for i, mixer in enumerate(branches) for each in mixer.no_decay)
         fp32 = frozenset(f"branches.{i}.{each}" for i, mixer in enumerate(branches) for each in mixer.fp32)
         isolated_as = isolation
-        carries = any(mixer.carries for mixer in branches)
+        carried = sum(mixer.carried for mixer in branches)
         residual_outputs = tuple(f"norms.{i}.weight" for i in range(len(branches)))
 
     return SideBySide
