@@ -72,7 +72,7 @@ def test_a_missing_triton_stops_and_names_the_way_out(monkeypatch):
 def test_kernels_on_a_cpu_that_nothing_interprets_are_refused(triton_is_there, monkeypatch):
     monkeypatch.setattr(kernels._Setting, "interpreted", False)
     kernels.choose("triton")
-    with pytest.raises(UserError, match="on a CPU\n.*\n.*auto or plain, or TRITON_INTERPRET=1"):
+    with pytest.raises(UserError, match=r"on a CPU\n.*\n.*auto or plain, or TRITON_INTERPRET=1"):
         kernels.described(CPU)
     assert kernels.described(CUDA) == "Triton 3.6.0 kernels (triton)"
 

@@ -59,9 +59,7 @@ def test_an_op_that_gives_more_in_another_version_finds_nothing_compiled_for_tha
         subprocess.run([sys.executable, version(tmp_path / str(count), count)], env=environment, check=True)
 
 
-def test_what_is_compiled_is_kept_where_the_next_boot_finds_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_compiled_is_kept_where_the_next_boot_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
