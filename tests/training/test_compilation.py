@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.compiler.config
 
+from longspan.foundation.errors import MachineError
 from longspan.training.compilation import keep_compiled, source_digest, tag_cache
 
 OP = """
@@ -69,6 +70,13 @@ def test_what_is_compiled_is_kept_where_the_next_boot_finds_it(tmp_path: Path, m
     cache_dir()
     assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
     assert keep_compiled() == tmp_path / "longspan" / "compiled" == Path(cache_dir())
+
+
+def test_a_folder_that_cannot_be_made_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "inner"))
+    with pytest.raises(MachineError, match="set TORCHINDUCTOR_CACHE_DIR to one"):
+        keep_compiled()
 
 
 def test_the_source_and_its_names_are_in_the_digest(tmp_path: Path) -> None:
