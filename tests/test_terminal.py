@@ -43,3 +43,13 @@ def test_a_narrow_terminal_gets_several_tables_with_whole_words() -> None:
         assert any(cell in line for line in narrow), cell
     assert [line.split()[0] for line in narrow if "AMAM" in line or "subject" in line] == ["subject", "AMAM"] * 3
     assert sum("AMAM" in line for line in wide) == 1
+
+
+def test_a_long_text_is_folded_at_words_beside_what_it_belongs_to() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=60, force_terminal=True, color_system=None)
+    advice = "set it to one of these words and run the same command once more"
+    terminal.print_table(("<", "<here", "<advice"), [("kernels", "none", advice)], console=console)
+    shown = file.getvalue()
+    assert shown.count("kernels") == 1
+    assert " ".join(shown.split("none")[1].split()) == advice

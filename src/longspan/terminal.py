@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines of one job on a pipe."""
+FOLDED = 30
+"""Characters that a column of longer texts keeps on a narrow terminal."""
 
 
 @dataclass
@@ -214,7 +216,8 @@ def print_table(
     """A table for people: with rules on a terminal, aligned plain text on a pipe.
 
     Columns whose heading starts with `<` hold text and are aligned left; the others hold numbers. On a terminal too
-    narrow for all columns they come in several tables, each with the first `keys` columns, which name the rows.
+    narrow for all columns long texts are folded at words; where that is not enough the columns come in several tables,
+    each with the first `keys` columns, which name the rows.
     """
     from rich import box
     from rich.console import Console
@@ -230,7 +233,10 @@ def print_table(
         max(len(column.removeprefix("<")), *(Text(row[at]).cell_len for row in cells), 0)
         for at, column in enumerate(columns)
     ]
-    for part in _parts(widths, keys, console.width):
+    least = [
+        min(width, FOLDED) if column.startswith("<") else width for column, width in zip(columns, widths, strict=True)
+    ]
+    for part in _parts(least, keys, console.width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for at in part:
             side: Literal["left", "right"] = "left" if columns[at].startswith("<") else "right"
