@@ -53,3 +53,8 @@ def test_a_long_text_is_folded_at_words_beside_what_it_belongs_to() -> None:
     shown = file.getvalue()
     assert shown.count("kernels") == 1
     assert " ".join(shown.split("none")[1].split()) == advice
+
+
+def test_a_pipe_gets_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_table(("<subject", *("a column of its own",) * 20), [("AMAM", *"12345678901234567890")])
+    assert capsys.readouterr().out.count("AMAM") == 1

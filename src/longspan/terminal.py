@@ -236,7 +236,7 @@ def print_table(
     least = [
         min(width, FOLDED) if column.startswith("<") else width for column, width in zip(columns, widths, strict=True)
     ]
-    for part in _parts(least, keys, console.width):
+    for part in _parts(least, keys, console.width) if console.is_terminal else [range(len(columns))]:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for at in part:
             side: Literal["left", "right"] = "left" if columns[at].startswith("<") else "right"
@@ -247,7 +247,7 @@ def print_table(
         console.print(table)
 
 
-def _parts(widths: Sequence[int], keys: int, room: int) -> list[list[int]]:
+def _parts(widths: Sequence[int], keys: int, room: int) -> Sequence[Sequence[int]]:
     """Which columns stand together in so much room: the first `keys` in every part, the others in order."""
     first, between, edges = list(range(keys)), 3, 2
 
