@@ -67,6 +67,15 @@ def test_what_cannot_be_measured_is_refused_by_name(changes: dict[str, Any], wor
     assert words in refused.value.given
 
 
+@pytest.mark.parametrize(("parameters", "dims"), [("130k", 16), ("700k", 32), ("3M", 64)])
+def test_gated_deltanet_is_measured_at_any_width(parameters: str, dims: int) -> None:
+    setting = tiny(patterns="AAAA,DDDD", parameters=parameters, vocab_size=300)
+    models = models_of(setting)
+    assert models["DDDD"].delta_head_dim == dims
+    sizes = [count_parameters(model, 300).total for model in models.values()]
+    assert abs(sizes[1] / sizes[0] - 1) <= 0.02
+
+
 def test_a_pattern_that_cannot_be_as_small_is_refused_in_words_of_the_command() -> None:
     with pytest.raises(UserError) as refused:
         models_of(tiny(patterns="A,MM", parameters="50000", vocab_size=300))

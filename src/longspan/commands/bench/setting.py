@@ -95,6 +95,8 @@ def _closest(setting: Setting) -> ModelConfig:
 
     def model(width: int) -> ModelConfig:
         shape: dict[str, Any] = {"pattern": pattern, "width": width, "heads": width // HEAD_DIM}
+        # Keys of Gated DeltaNet take 3/4 of the width, in heads of a power of two.
+        shape["delta_head_dim"] = math.gcd(3 * width // 4, HEAD_DIM)
         if step > HEAD_DIM:
             shape["mlp_width"] = step * round(8 * width / (3 * step))
         return ModelConfig.parse(shape, "model")
