@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch.compiler.config
 
-from longspan.training.compilation import source_digest, tag_cache
+from longspan.foundation.errors import MachineError
+from longspan.training.compilation import keep_compiled, source_digest, tag_cache
 
 OP = """
 import sys
@@ -57,6 +58,25 @@ def test_an_op_that_gives_more_in_another_version_finds_nothing_compiled_for_tha
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     for count in (3, 2):
         subprocess.run([sys.executable, version(tmp_path / str(count), count)], env=environment, check=True)
+
+
+def test_what_is_compiled_is_kept_where_the_next_boot_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+    assert keep_compiled() == tmp_path / "chosen"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cache_dir()
+    assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
+    assert keep_compiled() == tmp_path / "longspan" / "compiled" == Path(cache_dir())
+
+
+def test_a_folder_that_cannot_be_made_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "inner"))
+    with pytest.raises(MachineError, match="set TORCHINDUCTOR_CACHE_DIR to one"):
+        keep_compiled()
 
 
 def test_the_source_and_its_names_are_in_the_digest(tmp_path: Path) -> None:

@@ -332,7 +332,9 @@ def parse_contexts(text: str) -> list[int]:
     try:
         found = [int(part[:-1]) * 1024 if part[-1:] in ("k", "K") else int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--contexts {text}", "numbers of tokens with commas, e.g. 512,4k,131072", "mend it") from None
+        raise UserError(
+            f"--contexts {text}", "whole numbers of tokens with commas, e.g. 512,4k,131072", "write them so"
+        ) from None
     return sorted(set(found))
 
 

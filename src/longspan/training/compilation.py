@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from longspan import ops
+from longspan.foundation.errors import MachineError, first_line
 from longspan.ops import kernels
 
 if TYPE_CHECKING:
@@ -37,12 +38,8 @@ def resolve_compile(choice: Literal["auto"] | bool, device: torch.device) -> boo
 
 
 def compile_layers(model: LanguageModel) -> Path:
-    """Have the layers of `model` compiled when they are first trained; returns the folder that keeps the outcome.
-
-    It is `~/.cache/longspan/compiled` (under XDG_CACHE_HOME where that is set), or what TORCHINDUCTOR_CACHE_DIR names.
-    """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = os.environ.setdefault(CACHE, str(caches / "longspan" / "compiled"))
+    """Have the layers of `model` compiled when they are first trained; returns the folder that keeps the outcome."""
+    folder = keep_compiled()
     import torch._dynamo
 
     tag_cache(Path(ops.__path__[0]))
@@ -52,7 +49,40 @@ def compile_layers(model: LanguageModel) -> Path:
         torch._dynamo.config.accumulated_recompile_limit, 8 * MOST_KINDS
     )
     model.compile_layers()
-    return Path(folder)
+    return folder
+
+
+def keep_compiled() -> Path:
+    """Choose the folder that keeps what is compiled in this process and in those that it starts.
+
+    It is `~/.cache/longspan/compiled` (under XDG_CACHE_HOME where that is set), or what TORCHINDUCTOR_CACHE_DIR names.
+    torch sets the variable itself, to a folder for temporary files, as soon as anything imports its compiler: building
+    a model does. That is nobody's choice.
+
+    Raises:
+        MachineError: the folder cannot be made or written.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if os.environ.get(CACHE) in (None, "", default_cache_dir()):
+        os.environ[CACHE] = str(caches / "longspan" / "compiled")
+    folder = Path(os.environ[CACHE])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder(folder, first_line(error)) from None
+    if not os.access(folder, os.W_OK):
+        raise _no_folder(folder, "no right to write there")
+    return folder
+
+
+def _no_folder(folder: Path, reason: str) -> MachineError:
+    return MachineError(
+        f"{folder}, for compiled layers: {reason}",
+        "a folder that can be made and written",
+        f"set {CACHE} to one, or `training.compile` to false",
+    )
 
 
 def tag_cache(folder: Path) -> None:
