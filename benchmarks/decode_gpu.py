@@ -2,6 +2,7 @@
 
     python benchmarks/decode_gpu.py                                   # everything, most important first
     python benchmarks/decode_gpu.py --only attention,decode --seconds 60
+    python benchmarks/decode_gpu.py --only decode --theirs --contexts 1024,8192,32768,131072 --batches 1,0
     python benchmarks/decode_gpu.py --device cpu --tiny               # the same code at toy sizes, for a look at it
 
 Models of 110 to 130 M parameters in bf16 with random weights. A prompt of each context is prefilled once and shared
@@ -9,15 +10,18 @@ among the rows of a batch; then steps are timed with events on the device (media
 `eager` calls the model, where both states fit). `rounding` compares both with the same model in fp32: the graph must
 not be further from it than the model called as usual. The largest batch is the most rows, a power of two, whose
 states fit in 80 % of the memory that is free by their predicted bytes. `of_copy` is the bytes of weights and states
-that a step reads and writes over the rate of a large copy on the same device, measured at the start. Ends in one JSON
-line.
+that a step reads and writes over the rate of a large copy on the same device, measured at the start. With `--theirs`
+transformers decodes with the same weights after each model. Ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
+import pstats
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.commands.bench.own import byte_tokenizer
+from longspan.commands.bench.peers import peers_of
+from longspan.commands.bench.setting import Setting
+from longspan.engines.transformers import TransformersEngine
 from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel, ModelConfig
 from longspan.models.state import ModelState
@@ -48,19 +56,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "[AM]": {"pattern": "[AM]8", "mlp_width": 1536},
 }
 SHARE_OF_MEMORY = 0.8
+THEIR_STEPS, THEIR_LONGEST = 16, 8192
 SPARE = 256
 
 
 class Decoding(Parts):
     """The parts that measure decoding."""
 
-    def __init__(self, device: str, seconds: float, *, tiny: bool, contexts: list[int], batches: list[int]) -> None:
+    def __init__(
+        self, device: str, seconds: float, *, tiny: bool, contexts: list[int], batches: list[int], theirs: bool
+    ) -> None:
         super().__init__("decode_gpu", device, seconds)
-        self.contexts, self.batches = contexts, batches
+        self.contexts, self.batches, self.theirs = contexts, batches, theirs
+        self.largest: dict[tuple[str, int], int] = {}
         self.width = 64 if tiny else 768
         self.tiny = tiny
 
-    def model(self, letter: str) -> LanguageModel:
+    def config(self, letter: str) -> ModelConfig:
         settings = dict(SHAPES[letter])
         if self.tiny:
             settings |= {
@@ -68,8 +80,10 @@ class Decoding(Parts):
                 "mlp_width": 64,
                 "delta_head_dim": 48,
             }
-        config = ModelConfig(width=self.width, heads=self.width // 64, state=128, **settings)
-        return LanguageModel.drawn_on(self.device, BF16, config, VOCAB).eval()
+        return ModelConfig(width=self.width, heads=self.width // 64, state=128, **settings)
+
+    def model(self, letter: str) -> LanguageModel:
+        return LanguageModel.drawn_on(self.device, BF16, self.config(letter), VOCAB).eval()
 
     @torch.no_grad()
     def prefilled(self, model: LanguageModel, context: int) -> ModelState:
@@ -100,6 +114,7 @@ class Decoding(Parts):
             self.forget()
             row = sum(block.mixer.state_bytes(context + SPARE, 2) for block in model.blocks)
             largest = 2 ** max(0, int(self.free() * SHARE_OF_MEMORY / row).bit_length() - 1)
+            self.largest[letter, context] = min(largest, 4096)
             for batch in sorted({min(batch, largest) if batch else min(largest, 4096) for batch in self.batches}):
                 try:
                     self.steps(letter, model, state, context, batch, weights, compared=3.5 * batch * row < self.free())
@@ -107,6 +122,45 @@ class Decoding(Parts):
                     self.failed.append(f"decode {letter} {context} x{batch}: {str(error)[:100]}")
                 self.forget()
             del state
+            self.forget()
+        del model
+        self.forget()
+        if self.theirs:
+            self.decode_theirs(letter)
+
+    def decode_theirs(self, letter: str) -> None:
+        """The same weights in transformers with its own cache: one row, and our largest batch or half and half of it.
+
+        A recurrent model is asked at short contexts alone: its prefill in plain torch takes minutes at long ones, and
+        its state has one size.
+        """
+        setting = Setting((letter,), tuple(self.contexts), 0, VOCAB, 0, THEIR_STEPS, self.device, "bf16", 0.0)
+        peer = next((each for each in peers_of(self.config(letter), setting) if each.same_weights), None)
+        if peer is None:
+            self.add(f"transformers {letter}", note="no class of it computes this model")
+            return
+        model = peer.build(BF16).to(self.device).eval()
+        engine = TransformersEngine(model, byte_tokenizer(), markers=False, fingerprint=letter)
+        self.add(f"{peer.name} for {letter}", parameters_M=sum(p.numel() for p in model.parameters()) / 1e6)
+        longest = max(self.contexts) if letter == "A" else THEIR_LONGEST
+        for context in (each for each in self.contexts if each <= longest):
+            began = self.now()
+            seconds = engine.steps_after(context, THEIR_STEPS)
+            one = min(seconds(1) for _ in range(3))
+            self.add(f"transformers {letter} {context} x1", tok_s=1 / one, ms=1e3 * one, took=self.now() - began)
+            rows = self.largest[letter, context]
+            while rows > 1:
+                try:
+                    step = seconds(rows)
+                except torch.cuda.OutOfMemoryError:
+                    rows //= 2
+                    continue
+                finally:
+                    self.forget()
+                name = f"transformers {letter} {context} x{rows}"
+                self.add(name, tok_s=rows / step, ms=1e3 * step, took=self.now() - began)
+                break
+            del seconds
             self.forget()
 
     def steps(
@@ -322,60 +376,34 @@ class Decoding(Parts):
             graph_ms=1e3 * step, eager_ms=1e3 * eager, of_copy=moved / step / self.bytes_per_second,
         )  # fmt: skip
 
-    def peers(self) -> None:
-        """Llama and Mamba-2 of the same shapes in transformers, step by step with its own caches."""
-        import transformers
-
-        common = {"vocab_size": VOCAB, "hidden_size": self.width, "tie_word_embeddings": True}
-        llama = transformers.LlamaConfig(
-            **common,
-            num_hidden_layers=12,
-            intermediate_size=2048,
-            num_attention_heads=self.width // 64,
-            max_position_embeddings=140_000,
-        )
-        mamba = transformers.Mamba2Config(
-            **common,
-            num_hidden_layers=24,
-            state_size=128,
-            num_heads=self.width // 32,
-            head_dim=64,
-            n_groups=1,
-            expand=2,
-            chunk_size=64,
-        )
-        for name, config in (("Llama", llama), ("Mamba2", mamba)):
-            torch.set_default_dtype(BF16)
-            try:
-                with torch.device(self.device):
-                    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-            finally:
-                torch.set_default_dtype(torch.float32)
-            for context in self.contexts:
-                if name == "Mamba2" and context > 1024:
-                    # Without compiled kernels its prefill holds squares of chunks; its step is the same at any context.
-                    continue
-                self.peer(name, model, context)
-
     @torch.no_grad()
-    def peer(self, name: str, model: Any, context: int) -> None:
-        for batch in (1, 64):
-            if batch * context > 1 << 18:
-                continue
-            try:
-                tokens = torch.randint(0, VOCAB, (batch, context), device=self.device)
-                given: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-                out = model(tokens, **given)
-                cache = out.past_key_values if hasattr(out, "past_key_values") else None
-                named = {"past_key_values": cache} if cache is not None else {"cache_params": out.cache_params}
-                token = tokens[:, :1]
-                if name == "Mamba2":
-                    named["cache_position"] = torch.tensor([context], device=self.device)
-                step = self.median_seconds(partial(model, token, **named, **given), 10)
-                self.add(f"transformers {name} {context} x{batch}", tok_s=batch / step, ms=1e3 * step)
-            except Exception as error:
-                self.add(f"transformers {name} {context} x{batch}", error=f"{type(error).__name__}: {str(error)[:200]}")
-            self.forget()
+    def first_token(self) -> None:
+        """Prefill of Mamba-2 layers of width 4,096: what the host takes to start all kernels, and the device in all.
+
+        Where the host takes as long as the whole, the device waits for it, and fewer tokens are no faster.
+        """
+        layers = 2 if self.tiny else 22
+        config = ModelConfig(
+            pattern=f"(M){layers}", width=self.width if self.tiny else 4096, mlp="none", state=128, chunk=64
+        )
+        model = LanguageModel.drawn_on(self.device, BF16, config, VOCAB).eval()
+        for context in (64, 256, 1024, 2048, 4096):
+            tokens = torch.randint(0, VOCAB, (1, context), device=self.device)
+            times = []
+            for _ in range(6):
+                began = self.now()
+                model.next_logits(tokens, model.initial_state())
+                host = time.perf_counter() - began
+                times.append((host, self.now() - began))
+            host, whole = (sorted(each)[len(each) // 2] for each in zip(*times[1:], strict=True))
+            self.add(
+                f"first token (M){layers} {context}",
+                host_ms=1e3 * host, ms=1e3 * whole, host_us_a_layer=1e6 * host / layers,
+            )  # fmt: skip
+        tokens = torch.randint(0, VOCAB, (1, 1024), device=self.device)
+        with cProfile.Profile() as profile:
+            model.next_logits(tokens, model.initial_state())
+        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -404,13 +432,21 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--contexts", default="1024,32768,131072")
+    parser.add_argument("--theirs", action="store_true", help="after each model, the same one in transformers")
     parser.add_argument("--batches", default="1,64,0", help="rows; 0: the largest batch")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: see --device cpu --tiny", file=sys.stderr)
         return 2
     contexts, batches = ([int(n) for n in each.split(",")] for each in (arguments.contexts, arguments.batches))
-    run = Decoding(arguments.device, arguments.seconds, tiny=arguments.tiny, contexts=contexts, batches=batches)
+    run = Decoding(
+        arguments.device,
+        arguments.seconds,
+        tiny=arguments.tiny,
+        contexts=contexts,
+        batches=batches,
+        theirs=arguments.theirs,
+    )
     on_gpu = arguments.device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{name}; torch {torch.__version__}; {kernels.described(run.device)}", flush=True)
@@ -424,7 +460,7 @@ def main() -> int:
         parts["attention alone"] = run.attention_alone
         parts["prefill attention"] = run.prefill_attention
         parts["mamba2 alone"] = run.mamba2_alone
-    parts["transformers"] = run.peers
+    parts["first token"] = run.first_token
     parts |= {f"decode {letter}": partial(run.decode, letter) for letter in SHAPES if f"decode {letter}" not in parts}
     run.run(parts, arguments.only)
     return run.finish()

@@ -107,6 +107,13 @@ def documents(rows: int, time: int, mean: float) -> Tensor:
     return (torch.rand(rows, time, device=DEVICE) < 1.0 / mean).cumsum(1).int()
 
 
+def token_spreads(rows: int, time: int, vocab: int) -> dict[str, Tensor]:
+    """All tokens as likely, and as often as in text: in proportion to one over their rank."""
+    ranks = torch.arange(1, vocab + 1, device=DEVICE)
+    drawn = torch.multinomial(1.0 / ranks, rows * time, replacement=True)
+    return {"even": torch.randint(0, vocab, (rows, time), device=DEVICE), "as in text": drawn.view(rows, time)}
+
+
 def ssd_inputs(rows: int, time: int, heads: int, head_dim: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
     return [
         normal(rows, time, heads, head_dim, dtype=dtype),
@@ -151,3 +158,11 @@ def summed_and_normed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]
     """As plain ops."""
     total = x + branch
     return [total, (F.rms_norm(total, total.shape[-1:], eps=1e-5) * weight).to(branch.dtype)]
+
+
+def streamed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
+    """The norm of the sum, of a stream that begins with `x`."""
+    from longspan.ops.triton.residual import add_to_stream, begin_stream
+
+    near, rest, _ = begin_stream(x, weight, 1e-5, branch.dtype)
+    return [add_to_stream(near, rest, branch, weight, 1e-5)[2]]

@@ -121,20 +121,26 @@ def variants_conv(run: Run) -> None:
         forward_ms=run.floor_ms(2 * x.numel() * 2, 0),
         backward_ms=run.floor_ms(3 * x.numel() * 2, 0),
     )
-    usual = launched.FORWARD, launched.BACKWARD
+    usual, known = (launched.FORWARD, launched.BACKWARD), None
     for tile in (
-        (128, 256, 2, 2),
-        (128, 256, 2, 4),
-        (112, 256, 2, 4),
-        (148, 256, 2, 4),
-        (296, 256, 2, 4),
-        (256, 256, 4, 4),
+        (64, 256, 2, 3),
+        (64, 128, 1, 3),
+        (64, 256, 2, 4),
+        (32, 256, 2, 3),
+        (64, 256, 4, 3),
+        (96, 128, 1, 3),
     ):
         try:
             launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
+            found = [launched.run_forward(x, weight, bias, doc, True)]
+            found += [*launched.run_backward(dx, y, x, weight, bias, doc, True), dx.clone()]
+            known = known or found
+            apart = max(
+                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
+            )
             forward = device_ms(lambda: launched.run_forward(x, weight, bias, doc, True))
             backward = device_ms(lambda: launched.run_backward(dx, y, x, weight, bias, doc, True))
-            run.add("conv tile, 32,768 tokens", forward_ms=forward, backward_ms=backward, tile=str(tile))
+            run.add("conv tile", forward_ms=forward, backward_ms=backward, apart=apart, tile=str(tile))
         finally:
             launched.FORWARD, launched.BACKWARD = usual
 
@@ -146,33 +152,37 @@ def spread(rows: int, time: int) -> Tensor:
 
 def variants_norm(run: Run) -> None:
     """Warps of a row, programs and rows in flight of the backward, of the gated norm and of that of a sum."""
+    from longspan.ops.triton import residual
     from longspan.ops.triton import rms_norm as launched
 
-    usual = launched._warps, launched.PROGRAMS, launched.AHEAD
+    usual = launched.warps_of, launched.PROGRAMS, launched.AHEAD
     y, z, weight = normal(8, 4096, INNER), spread(8, 4096)[..., :INNER], normal(INNER, dtype=FP32)
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
-    x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    x, branch, scale = normal(8, 4096, WIDTH), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    out = torch.empty_like(x), torch.empty_like(x)
     for warps, programs, ahead in (
         (4, 528, 3),
         (4, 528, 4),
-        (4, 528, 2),
-        (4, 264, 4),
+        (2, 528, 3),
         (8, 528, 3),
+        (4, 264, 4),
     ):
-        launched._warps, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        launched.warps_of, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        residual.warps_of = launched.warps_of
         try:
             run.add(
                 "norms of 32,768 tokens",
                 gated_forward_ms=device_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16)),
                 gated_backward_ms=device_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz)),
-                sum_forward_ms=device_ms(lambda: launched._add_forward(x, branch, scale, 1e-5, BF16)),
-                sum_backward_ms=device_ms(lambda: launched._add_backward(x, branch, x, scale, 1e-5, FP32, BF16)),
+                stream_forward_ms=device_ms(lambda: residual.run_forward(x, branch, branch, scale, 1e-5, BF16)),
+                stream_backward_ms=device_ms(lambda: residual.run_backward(x, branch, x, branch, scale, 1e-5, out)),
                 warps=warps,
                 programs=programs,
                 ahead=ahead,
             )
         finally:
-            launched._warps, launched.PROGRAMS, launched.AHEAD = usual
+            launched.warps_of, launched.PROGRAMS, launched.AHEAD = usual
+            residual.warps_of = launched.warps_of
 
 
 def variants_sums(run: Run) -> None:
@@ -193,21 +203,21 @@ def variants_sums(run: Run) -> None:
 
 
 def variants_loss(run: Run) -> None:
-    """Words at a time and warps of a token, for vocabularies of 32,000 and 49,152."""
+    """Words at a time, warps of a token and parts in flight, for vocabularies of 32,000 and 49,152."""
     from longspan.ops.triton import cross_entropy as launched
 
-    usual = launched.BLOCK, launched.WARPS
+    usual = launched.CUTS
     for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
         logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
         counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-        for block, warps in (usual, (8192, 32), (4096, 16), (16384, 32), (4096, 8)):
-            launched.BLOCK, launched.WARPS = block, warps
+        for cut in ((4096, 8, 4), (8192, 8, 3), (8192, 8, 4), (8192, 16, 3), (4096, 16, 3), (2048, 8, 4), (4096, 4, 4)):
+            launched.CUTS = dict.fromkeys(usual, launched.Cut(*cut))
             try:
                 ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))
                 floor = run.floor_ms(2 * logits.numel() * 2, 0)
-                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block=block, warps=warps)
+                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block_warps_stages=str(cut))
             finally:
-                launched.BLOCK, launched.WARPS = usual
+                launched.CUTS = usual
 
 
 VARIANTS: dict[str, Callable[[Run], None]] = {

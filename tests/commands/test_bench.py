@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.commands.bench import run
+from longspan.commands.bench import limits as limiting
+from longspan.commands.bench import peers, run
+from longspan.commands.bench import plan as plans
 from longspan.commands.bench.ceilings import Ceilings
-from longspan.commands.bench.limits import Limits
-from longspan.commands.bench.measured import Measured, share_of_ceiling
+from longspan.commands.bench.limits import Cut, Limits
+from longspan.commands.bench.measured import PARTS, Measured, share_of_ceiling
 from longspan.commands.bench.own import Generated
-from longspan.commands.bench.plan import CUT_OFF, LEFT_OUT, STOPPED, Cell, expected_seconds, plan, to_go_on
+from longspan.commands.bench.plan import STOPPED, Cell, Task, expected_seconds, plan, to_go_on
 from longspan.commands.bench.run import bench, measure
 from longspan.commands.bench.setting import models_of, read_setting
+from longspan.commands.bench.show import show
 from longspan.foundation.errors import Stopped, UserError
 from longspan.models.budget import count_parameters, state_bytes
 
@@ -64,6 +67,22 @@ def test_what_cannot_be_measured_is_refused_by_name(changes: dict[str, Any], wor
     assert words in refused.value.given
 
 
+@pytest.mark.parametrize(("parameters", "dims"), [("130k", 16), ("700k", 32), ("3M", 64)])
+def test_gated_deltanet_is_measured_at_any_width(parameters: str, dims: int) -> None:
+    setting = tiny(patterns="AAAA,DDDD", parameters=parameters, vocab_size=300)
+    models = models_of(setting)
+    assert models["DDDD"].delta_head_dim == dims
+    sizes = [count_parameters(model, 300).total for model in models.values()]
+    assert abs(sizes[1] / sizes[0] - 1) <= 0.02
+
+
+def test_a_pattern_that_cannot_be_as_small_is_refused_in_words_of_the_command() -> None:
+    with pytest.raises(UserError) as refused:
+        models_of(tiny(patterns="A,MM", parameters="50000", vocab_size=300))
+    assert refused.value.given.startswith("--patterns: pattern MM cannot be matched")
+    assert "name MM first" in refused.value.fix
+
+
 def test_it_ends_in_one_json_line_with_every_part(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,15 +116,23 @@ def test_a_rate_at_the_ceiling_is_a_share_of_one() -> None:
         assert share_of_ceiling(part, [1.0, 1000.0 / one, 1e9], config, 32, setting, at_best) == pytest.approx(1.0)  # type: ignore[arg-type]
 
 
-def test_what_the_time_does_not_allow_is_named() -> None:
+def measured(task: Task) -> list[Measured]:
+    cell = task.cell
+    return [Measured(cell.pattern, cell.context, part, cell.who, 1, (1000.0, 3000.0)) for part in task.parts]
+
+
+def test_what_the_time_does_not_allow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = tiny(seconds=0.0)
     models = models_of(setting)
+    monkeypatch.setattr(run, "_measured", lambda task, *others: measured(task))
     found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
-    assert [each.failure for each in found] == [LEFT_OUT] * 6
+    # What comes first always is.
+    assert [each.rate for each in found] == [2000.0] * 3 + [None] * 3
+    assert all(each.late and "not measured: predicted to take" in each.failure for each in found[3:])
     command = "longspan bench --patterns AM,MM --contexts 32 --seconds 10 --device cpu --parameters 130000 "
     own = "--vocab-size 258 --batch-tokens 64 --new-tokens 3 --no-peers"
     assert to_go_on(setting, models, AT_BEST, found) == f"{command}{own}"
-    assert to_go_on(setting, models, AT_BEST, [replace(each, failure="") for each in found]) is None
+    assert to_go_on(setting, models, AT_BEST, [replace(each, late=False) for each in found]) is None
 
 
 def test_everything_is_measured_at_the_shortest_context_before_any_at_a_longer_one() -> None:
@@ -122,14 +149,42 @@ def test_everything_is_measured_at_the_shortest_context_before_any_at_a_longer_o
 def test_what_would_take_longer_than_is_left_gives_way_to_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = tiny(patterns="AM,MM,AA", seconds=30.0)
     models = models_of(setting)
-    monkeypatch.setattr(run, "expected_seconds", lambda cell, *others: 60.0 if cell.pattern != "AA" else 1.0)
-    monkeypatch.setattr(run, "_measure_one", lambda cell, *others: [measured(cell)])
+    monkeypatch.setattr(plans, "expected_seconds", lambda cell, *others: 60.0 if cell.pattern != "AA" else 1.0)
+    monkeypatch.setattr(run, "_measured", lambda task, *others: measured(task))
     found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
-    assert [each.failure or each.pattern for each in found] == ["AM", *[LEFT_OUT] * 3, "AA"]
+    assert [each.pattern for each in found if each.rates] == ["AM"] * 3 + ["AA"] * 3
+    assert [each.failure for each in found[3:6]] == ["not measured: predicted to take 1 min 00 s, 30 s left"] * 3
 
 
-def measured(cell: Cell) -> Measured:
-    return Measured(cell.pattern, cell.context, "train", cell.who, 1, (1000.0, 3000.0))
+def test_a_part_may_take_half_of_what_no_other_needs_and_at_least_twice_its_prediction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[float | None] = []
+
+    def noted(task: Task, *others: Any) -> list[Measured]:
+        limits.append(others[-1])
+        return measured(task)
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(run, "_measured", noted)
+    monkeypatch.setattr(plans, "expected_seconds", lambda *others: 2.0)
+    setting = tiny(patterns="AM,MM", contexts="32,64", seconds=20.0)
+    measure(setting, models_of(setting), AT_BEST, peers=False, say=lambda text: None)
+    # 20 s are left each time, since the clock stands: what follows at the same context needs 2 s a part.
+    assert limits == [None, None, *(2.0 + spare / 2 for spare in (16.0, 18.0, 12.0, 14.0, 16.0, 18.0))]
+    limits.clear()
+    tight = replace(setting, seconds=5.0)
+    measure(tight, models_of(tight), AT_BEST, peers=False, say=lambda text: None)
+    assert limits[4:] == [4.0] * 4
+
+
+def test_peers_with_models_of_their_own_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow: Any = SimpleNamespace(name="slow", same_weights=False)
+    monkeypatch.setattr(plans, "peers_of", lambda config, setting: [slow, PEER])
+    setting = tiny(patterns="AM,MM")
+    cells = [(cell.pattern, cell.who) for cell in plan(setting, models_of(setting), peers=True)]
+    own = [("AM", "longspan"), ("MM", "longspan")]
+    assert cells == [*own, ("AM", "a peer"), ("MM", "a peer"), ("AM", "slow"), ("MM", "slow")]
 
 
 def test_the_end_of_the_time_cuts_what_is_being_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,15 +199,18 @@ def test_the_end_of_the_time_cuts_what_is_being_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(run, "generated", lambda *arguments: Generated([10.0], [20.0], 1, None))
     monkeypatch.setattr(run, "native_engine", lambda *arguments: None)
     monkeypatch.setattr(run, "peer_trained", endless)
+    monkeypatch.setattr(run, "peer_generated", endless)
     monkeypatch.setattr(run, "plan", lambda *arguments, **more: [Cell(32, "AM", None), Cell(32, "AM", PEER)])
-    monkeypatch.setattr(run, "expected_seconds", lambda *arguments: 0.0)
+    monkeypatch.setattr(plans, "expected_seconds", lambda *arguments: 0.1)
     before, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
-    setting, told = tiny(patterns="AM", seconds=4.0), list[str]()
+    setting, told = tiny(patterns="AM", seconds=2.0), list[str]()
     found = measure(setting, models_of(setting), AT_BEST, peers=True, say=told.append)
     assert [each.rate for each in found] == [1000.0, 10.0, 20.0, None, None, None]
-    assert [each.failure for each in found[3:]] == [CUT_OFF] * 3
-    assert "  decode: 20 tok/s" in told[3]
-    assert told[-1] == f"  decode: {CUT_OFF}"
+    assert all(each.late for each in found[3:])
+    # Training that never ends leaves generation its time.
+    assert [each.failure.partition(" after ")[0] for each in found[3:]] == ["cut off"] * 3
+    assert found[3].failure.endswith("predicted to take 0.1 s")
+    assert any(line.startswith("  decode: 20 tok/s") for line in told)
     # Nothing of it is left behind.
     assert signal.getsignal(signal.SIGALRM) == before
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer > 0)
@@ -175,27 +233,28 @@ def test_whoever_stops_it_gets_what_was_measured(
         bench(tiny(seconds=60.0), peers=False, json_only=False)
     shown = capsys.readouterr().out
     assert "training step" in shown
-    assert f"note: {STOPPED}: AM at 32 (longspan), MM at 32 (longspan)" in shown
+    assert shown.count(STOPPED) > 5
     rows = json.loads(shown.splitlines()[-1])["measured"]
     assert [row["rate"] for row in rows] == [1000.0] + [None] * 5
     assert {row["failure"] for row in rows[1:]} == {STOPPED}
     assert signal.getsignal(number) == before
 
 
-def test_a_peer_that_is_expected_to_start_slowly_is_not_begun_late() -> None:
+def test_a_peer_that_tunes_its_kernels_is_not_begun_late() -> None:
     setting = replace(tiny(), device=torch.device("cuda"))
-    attention, other = (
-        expected_seconds(Cell(32, pattern, PEER), models_of(tiny(patterns=pattern))[pattern], setting, AT_BEST)
-        for pattern in ("AA", "AM")
+    tuning: Any = SimpleNamespace(name="slow", same_weights=False)
+    config = models_of(tiny(patterns="MM"))["MM"]
+    plain, slow = (
+        expected_seconds(Cell(32, "MM", peer), ("train",), config, setting, AT_BEST) for peer in (PEER, tuning)
     )
-    assert 10 < attention < other - 10
+    assert 5 < plain < slow - 30
 
 
 def test_longer_contexts_are_expected_to_take_longer() -> None:
     setting = tiny(patterns="AA", contexts="32,4096")
     models = models_of(setting)
     short, long = (
-        expected_seconds(cell, models["AA"], setting, AT_BEST) for cell in plan(setting, models, peers=False)
+        expected_seconds(cell, PARTS, models["AA"], setting, AT_BEST) for cell in plan(setting, models, peers=False)
     )
     assert 0 < short < long
 
@@ -218,12 +277,111 @@ def test_a_peer_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
     assert found[1].rate is not None
 
 
+def test_why_a_peer_has_no_rate_stands_in_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = tiny(patterns="AM")
+    reason = "AssertionError: rotary requires flash_attn to be installed, which is not so here"
+    broken = Measured("AM", 32, "train", "a peer", 1, failure=reason)
+    show(setting, models_of(setting), AT_BEST, [Measured("AM", 32, "train", "longspan", 1, (1.0, 2.0)), broken])
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if "a peer" in line and not line.startswith("note")]
+    assert row.rstrip().endswith("AssertionError: rotary requires flash_attn…")
+    assert f"note: a peer, AM, train at 32 tokens: {reason}" in shown
+    assert broken.to_json()["failure"] == reason
+
+
+def test_tables_have_no_column_without_a_value_and_name_classes_once(capsys: pytest.CaptureFixture[str]) -> None:
+    setting, name = tiny(patterns="AM"), "transformers LlamaForCausalLM"
+    late = Measured("AM", 32, "decode", name, 1, failure="not measured: predicted to take 3 min 20 s, 1 min 05 s left")
+    show(
+        setting,
+        models_of(setting),
+        AT_BEST,
+        [
+            Measured("AM", 32, "train", "longspan", 1, (3.0, 4.0), memory_bytes=2**20),
+            Measured("AM", 32, "train", name, 1, (1.0, 2.0), memory_bytes=2**20),
+            replace(late, who="longspan", failure="", rates=(1.0, 2.0), state_bytes=1024),
+            replace(late, late=True),
+        ],
+    )
+    shown = capsys.readouterr().out
+    training, decoding = shown[shown.index("training step") :].split("prefill, one prompt")
+    assert "transformers: AM LlamaForCausalLM" in shown
+    assert shown.count("LlamaForCausalLM") == 1
+    assert "peak memory" in training
+    assert "longspan is" in training
+    assert "state" not in training
+    assert "peak memory" not in decoding
+    assert "predicted to take 3 min 20 s, 1 min 05 s left" in decoding
+
+
+def test_a_peer_whose_batch_does_not_fit_trains_in_parts_of_it() -> None:
+    asked: list[int] = []
+
+    def loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        asked.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return model(tokens.float()).square().mean()
+
+    setting = tiny(batch_tokens=128)
+    peer: Any = SimpleNamespace(build=lambda dtype: torch.nn.Linear(32, 1), loss=loss)
+    run_of = peers.peer_trained(peer, 32, setting, 0.0)
+    assert (run_of.parts, run_of.parameters, len(run_of.rates)) == (4, 33, 2)
+    # 4 rows, then 2, then one by one: two steps that are not counted and two that are.
+    assert asked == [4, 2, *[1] * 16]
+    too_large: Any = SimpleNamespace(build=peer.build, loss=lambda *given: loss(given[0], torch.zeros(2, 32), given[2]))
+    with pytest.raises(torch.OutOfMemoryError):
+        peers.peer_trained(too_large, 32, setting, 0.0)
+
+
+def armed() -> bool:
+    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def test_whoever_stops_it_just_when_the_timer_is_armed_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, arm = armed(), signal.setitimer
+
+    def interrupted(which: int, seconds: float, *interval: float) -> tuple[float, float]:
+        others = arm(which, seconds, *interval)
+        if seconds == 50.0:
+            signal.raise_signal(signal.SIGINT)
+        return others
+
+    monkeypatch.setattr(limiting.signal, "setitimer", interrupted)
+    with Limits() as limits:
+        with pytest.raises(Cut), limits.measuring(50.0):
+            pytest.fail("it went on")
+        assert limits.stopped
+        assert armed() == before
+    assert armed() == before
+
+
+def test_whoever_stops_it_just_when_it_ends_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rest, asked = armed(), Limits._rest, list[int]()
+
+    def interrupted(limits: Limits) -> None:
+        if not asked:
+            asked.append(1)
+            signal.raise_signal(signal.SIGINT)
+        rest(limits)
+
+    monkeypatch.setattr(Limits, "_rest", interrupted)
+    with Limits() as limits:
+        with pytest.raises(Cut), limits.measuring(50.0):
+            pass
+        assert armed() == before
+        # Nothing is measured: nothing is cut.
+        signal.raise_signal(signal.SIGALRM)
+    assert armed() == before
+
+
 def test_transformers_computes_the_same_models_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    setting = tiny(patterns="AA,MS", seconds=1.5)
+    setting = tiny(patterns="AA,MS", seconds=6.0)
     # However busy the machine, the time is never over.
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(Limits, "measuring", lambda limits, seconds: nullcontext())
+    monkeypatch.setattr(run, "MOST_SECONDS", {"cpu": 0.1})
     found = measure(setting, models_of(setting), AT_BEST, peers=True, say=lambda text: None)
     theirs = [each for each in found if each.who == "transformers LlamaForCausalLM"]
     # No class of transformers computes MS.

@@ -9,6 +9,9 @@ import torch
 
 from longspan.foundation.errors import UserError
 from longspan.models.graphed_decoding import GraphedDecoding
+from longspan.models.mixers.base import state_tensors
+from longspan.models.segments import Segments, Step
+from longspan.models.state import ModelState
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PATTERNS = ["M", "m", "G", "L", "D", "C", "[Mm]", "A", "S", "[AM]", "ASMG"]
@@ -86,6 +89,30 @@ def test_rows_whose_open_documents_began_at_different_places(pattern, isolation,
     state = follow(graphed, model, batch, start, 6, 12, isolation)
     ends = [plain(model, batch[:, 12:], each, isolation)[0] for each in (graphed.state(), state)]
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("pattern", ["M", "m", "D", "C", "[Mm]"])
+@torch.no_grad()
+def test_large_recurrent_states_are_overwritten_where_they_lie(pattern, tiny, tokens):
+    """New ones would be copied to their place: with thousands of rows gigabytes a step."""
+    model = tiny(pattern).eval()
+    _, state = model.next_logits(tokens(2, 5), model.initial_state())
+    held = ModelState(
+        tuple(block.mixer.fixed_state(each, 8) for block, each in zip(model.blocks, state.layers, strict=True))
+    )
+    before = [tensor.clone() for layer in held.layers for tensor in state_tensors(layer)]
+    places = torch.full((2, 1), 5)
+    step = Segments.one_step(places, Step(places[0], torch.zeros(2, dtype=torch.int32)))
+    _, after = model.next_logits(tokens(2, 1), held, step)
+    pairs = zip(held.layers, after.layers, strict=True)
+    kept = [
+        (one, other)
+        for layer, new in pairs
+        for one, other in zip(state_tensors(layer), state_tensors(new), strict=True)
+    ]
+    assert len(kept) == len(before) > 0
+    assert all(one is other for one, other in kept)
+    assert not any(torch.equal(one, old) for (one, _), old in zip(kept, before, strict=True))
 
 
 @torch.no_grad()

@@ -15,10 +15,6 @@ VARIABLE = "LONGSPAN_GRAPHS"
 CHOICES = ("auto", "on", "off")
 FEWEST_STEPS = 8
 """Of `auto`: capturing costs as much as some steps without a graph."""
-MOST_COPIED = 3 * 10**9
-"""Of `auto`: bytes of new states that a step may copy to where the graph keeps them. On an H100 with 24 layers of `m`
-each 10^9 cost 0.7 ms, of about 15 ms for which the host starts kernels without a graph and the GPU works anyway with as
-large states (docs/LOG.md: 4,096 rows were 9.9 ms slower as a graph)."""
 SLOT_STEP = 1_024
 """Room for tokens, all rows together, is taken in steps of so many: prompts of almost one length share a graph."""
 
@@ -53,8 +49,6 @@ class Graphs:
         self._model = model
         self._kept: GraphedDecoding | None = None
         self._borrower: weakref.ref[object] | None = None
-        # As many rows as these copy too much.
-        self._too_many_rows: int | None = None
 
     def borrow(self, borrower: object, rows: int, prompt: int, new: int) -> GraphedDecoding | None:
         """Steps for so many rows, with room for the prompts and new tokens; None where each step is to run by itself:
@@ -70,23 +64,22 @@ class Graphs:
         setting = choice()
         wanted = setting == "on" or (setting == "auto" and device.type == "cuda")
         room = prompt + new
+        handover = self._model.handover
+        # Steps on fixed memory never round.
+        wanted = wanted and (handover is None or prompt >= handover.at)
         if not wanted or new < 2 or (self._borrower is not None and self._borrower() is not None):
             return None
         step = max(1, SLOT_STEP // rows)
         if self._kept is not None and self._kept.rows == rows and room <= self._kept.slots < room + 2 * step:
             self._borrower = weakref.ref(borrower)
             return self._kept
-        if setting == "auto" and (new < FEWEST_STEPS or rows >= (self._too_many_rows or rows + 1)):
+        if setting == "auto" and new < FEWEST_STEPS:
             return None
         # Nothing here may hold the steps of before, or both have their memory at once.
         self.drop()
         slots = -(-room // step) * step
         limit = self._model.config.max_positions if self._model.position_embedding is not None else None
-        made = GraphedDecoding(self._model, rows, slots if limit is None else min(slots, limit))
-        if setting == "auto" and made.copied_bytes > MOST_COPIED:
-            self._too_many_rows = rows
-            return None
-        self._kept = made
+        self._kept = GraphedDecoding(self._model, rows, slots if limit is None else min(slots, limit))
         self._borrower = weakref.ref(borrower)
         return self._kept
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from longspan.models.config import ModelConfig
 from longspan.models.mixers.base import MixerState, init_linear
-from longspan.models.norms import LayerNorm, RMSNorm
+from longspan.models.norms import LayerNorm, RMSNorm, Stream
 from longspan.models.segments import Segments
 from longspan.ops import kernels
+from longspan.ops.add_norm import add_norm
+from longspan.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -35,8 +37,7 @@ class MLP(nn.Module):
         """Same shape."""
         hidden = self.input_linear(x_BTD)
         if self.gated:
-            gate_BTF, up_BTF = hidden.chunk(2, dim=-1)
-            return self.output_linear(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+            return self.output_linear(swiglu(hidden))  # type: ignore[no-any-return]
         return self.output_linear(F.gelu(hidden))  # type: ignore[no-any-return]
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -104,38 +105,58 @@ class Block(nn.Module):
         return rest(self, x_BTD, mixed_BTD)
 
     def chains(self, device: torch.device) -> bool:
-        """Whether `train_chained` can train this layer: compiled, on kernels, with nothing between sum and norm."""
+        """Whether `train_chained`, or without gradients `read_chained`, can take this layer: on kernels, with nothing
+        between sum and norm."""
         # FSDP gives a layer another class; such a layer has its parameters only while it runs itself.
-        whole = type(self) is Block and isinstance(self.mixer_norm, RMSNorm)
-        return whole and self.compiled is not None and not self.dropout and kernels.wanted(device)
+        if type(self) is not Block or not isinstance(self.mixer_norm, RMSNorm) or not kernels.wanted(device):
+            return False
+        if torch.is_grad_enabled():
+            return self.compiled is not None and not self.dropout
+        return not (self.training and self.dropout) and not torch.is_autocast_enabled(device.type)
+
+    def read_chained(
+        self,
+        x_BTD: Tensor,
+        normed_BTD: Tensor,
+        segments: Segments,
+        state: MixerState | None,
+        following: RMSNorm,
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        """`forward` without gradients, from the normed stream to the stream, its norm for the layer that follows, and
+        the state: for one token two kernels less to start."""
+        mixed_BTD, state = self.mixer(normed_BTD, segments, state)
+        if self.mlp is not None and isinstance(self.mlp_norm, RMSNorm):
+            x_BTD, normed_BTD = add_norm(x_BTD, mixed_BTD, self.mlp_norm.weight, self.mlp_norm.eps)
+            mixed_BTD = self.mlp(normed_BTD)
+        return *add_norm(x_BTD, mixed_BTD, following.weight, following.eps), state
 
     def train_chained(
-        self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
+        self, stream: Stream, normed_BTD: Tensor, segments: Segments, following: RMSNorm
+    ) -> tuple[Stream, Tensor]:
         """`forward` in training from the normed stream to the stream and its norm for the layer that follows.
 
         A sum and the norm that reads it are one pass over memory that way, and so are their gradients.
         """
         assert self.compiled is not None
-        self.mixer.prepare(segments, x_BTD)
-        if self.mixer.traceable(x_BTD.device):
-            whole: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._chained, self.compiled)
-            return whole(self, x_BTD, normed_BTD, segments, following)
+        self.mixer.prepare(segments, normed_BTD)
+        if self.mixer.traceable(normed_BTD.device):
+            whole: Callable[..., tuple[Stream, Tensor]] = _compiled(Block._chained, self.compiled)
+            return whole(self, stream, normed_BTD, segments, following)
         mixed_BTD, _ = self.mixer(normed_BTD, segments, None)
-        rest: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._finish_chained, self.compiled)
-        return rest(self, x_BTD, mixed_BTD, following)
+        rest: Callable[..., tuple[Stream, Tensor]] = _compiled(Block._finish_chained, self.compiled)
+        return rest(self, stream, mixed_BTD, following)
 
     def _chained(
-        self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        return self._finish_chained(x_BTD, self.mixer(normed_BTD, segments, None)[0], following)
+        self, stream: Stream, normed_BTD: Tensor, segments: Segments, following: RMSNorm
+    ) -> tuple[Stream, Tensor]:
+        return self._finish_chained(stream, self.mixer(normed_BTD, segments, None)[0], following)
 
-    def _finish_chained(self, x_BTD: Tensor, mixed_BTD: Tensor, following: RMSNorm) -> tuple[Tensor, Tensor]:
+    def _finish_chained(self, stream: Stream, mixed_BTD: Tensor, following: RMSNorm) -> tuple[Stream, Tensor]:
         if self.mlp is None:
-            return following.of_sum(x_BTD, mixed_BTD)
+            return following.of_sum(stream, mixed_BTD)
         assert isinstance(self.mlp_norm, RMSNorm)
-        x_BTD, normed_BTD = self.mlp_norm.of_sum(x_BTD, mixed_BTD)
-        return following.of_sum(x_BTD, self.mlp(normed_BTD))
+        stream, normed_BTD = self.mlp_norm.of_sum(stream, mixed_BTD)
+        return following.of_sum(stream, self.mlp(normed_BTD))
 
     def _dropped(self, branch_BTD: Tensor) -> Tensor:
         # Without dropout even the call costs as much as a norm when one token is decoded.

@@ -33,7 +33,6 @@ class GraphedDecoding:
         rows: B.
         slots: tokens, those of the prompt included, that there is room for.
         logits_BV: of the token after the last step; the next step overwrites them.
-        copied_bytes: of states that the last step copied back to their place, since their mixers make new ones.
     """
 
     def __init__(self, model: LanguageModel, rows: int, slots: int) -> None:
@@ -61,7 +60,6 @@ class GraphedDecoding:
         self._first_B = torch.zeros(rows, dtype=torch.int32, device=device)
         self._loaded: ModelState | None = None
         self._steps = 0
-        self.copied_bytes = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
             self.logits_BV, state = model.next_logits(self._tokens_B1, model.initial_state())
@@ -91,13 +89,10 @@ class GraphedDecoding:
     def _advance(self) -> None:
         segments = Segments.one_step(self._positions_B1, Step(self._newest_1, self._first_B))
         self.logits_BV, after = self.model.next_logits(self._tokens_B1, ModelState(self._fixed), segments)
-        copied = 0
         for held, new in zip(self._fixed, after.layers, strict=True):
             for to, value in zip(state_tensors(held), state_tensors(new), strict=True):
                 if to is not value:
                     to.copy_(value)
-                    copied += value.nbytes
-        self.copied_bytes = copied
         self._newest_1.add_(1)
         self._positions_B1.add_(1)
 

@@ -67,7 +67,7 @@ def causal_conv(
     if time > 1 and tail_BKD is None and taps <= LARGEST_KERNEL_TAPS and kernels.serve(x_BTD):
         from longspan.ops.triton.causal_conv import causal_conv as kernel
 
-        y_BTD = kernel(x_BTD, weight_DK, bias_D, doc_BT, activation == "silu")
+        y_BTD = kernels.called(kernel)(x_BTD, weight_DK, bias_D, doc_BT, activation == "silu")
         if time >= taps:
             # Views: no more launches than the kernel itself.
             return y_BTD, x_BTD[:, time - taps + 1 :], None if doc_BT is None else doc_BT[:, time - taps + 1 :]

@@ -69,7 +69,7 @@ def gated_delta(
     if _has_kernel(q_BTHK, k_BTHK, v_BTHV):
         from longspan.ops.triton.gated_delta import gated_delta as kernel
 
-        o_BTHV, state_BHKV, *_ = kernel(*arguments)
+        o_BTHV, state_BHKV, *_ = kernels.called(kernel)(*arguments)
         return o_BTHV, state_BHKV
     return gated_delta_chunked(*arguments, chunk)
 

@@ -62,3 +62,32 @@ def between_projections(
     parameters = (conv_weight, conv_bias, dt_bias_H.float(), A_H, D_H.float(), norm_weight_E)
     y_ME, *_ = mamba2(projected_MK, *parameters, doc_BT, rows, state, eps)
     return y_ME
+
+
+def read_between_projections(
+    projected_BTK: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    *,
+    doc_BT: Tensor | None,
+    state: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`between_projections` without gradients, and the state (B, H, P, N) after the last token, fp32.
+
+    Its kernels are called past torch's dispatcher: a prompt of a thousand tokens would wait for the host otherwise.
+    """
+    from longspan.ops.triton import causal_conv, rms_norm, ssd
+
+    heads, inner = A_log_H.shape[0], norm_weight_E.shape[0]
+    z, xBC, dt = projected_BTK.split_with_sizes([inner, inner + 2 * state, heads], -1)
+    xBC = causal_conv.run_forward(xBC, conv_weight, conv_bias, doc_BT, True)
+    x, B, C = xBC.split_with_sizes([inner, state, state], -1)
+    x, B, C = x.view(*x.shape[:2], heads, -1), B.unsqueeze(2), C.unsqueeze(2)
+    A_H, D_H, dt_bias_H = -torch.exp(A_log_H.float()), D_H.float(), dt_bias_H.float()
+    y, final_BHPN, _ = ssd.run_forward(ssd.Inputs(x, dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
+    return rms_norm.run_forward(y.flatten(2), z, norm_weight_E, eps, y.dtype), final_BHPN

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import kernels
-from longspan.ops.causal_conv import causal_conv_step
+from longspan.ops.conv_step import conv_step
 from longspan.ops.ssd import ssd_step
 
 LARGEST_STATE = 1024
@@ -31,7 +31,7 @@ def mamba2_step(
 
     Args:
         xBC_BE: what enters the convolution.
-        dt_BH: step sizes before bias and softplus.
+        dt_BH: step sizes before bias and softplus, in the dtype of `xBC_BE`.
         conv_weight_EK, conv_bias_E: of the convolution.
         dt_bias_H, A_log_H, D_H: of the scan.
         tail_BKE: the K-1 inputs before it, contiguous; overwritten.
@@ -41,14 +41,14 @@ def mamba2_step(
         y (B, H, P) in the dtype of `xBC_BE`.
     """
     heads, head_dim, size = state_BHPN.shape[1:]
+    compute = state_BHPN.dtype
+    # Read by the scan alone, which computes in fp32.
+    convolved_BE = conv_step(xBC_BE, conv_weight_EK, conv_bias_E, tail_BKE, compute)
     if kernels.serve(xBC_BE) and not torch.compiler.is_compiling() and size <= LARGEST_STATE:
         from longspan.ops.triton.mamba2_step import run_step
 
-        return run_step(xBC_BE, dt_BH, conv_weight_EK, conv_bias_E, dt_bias_H, A_log_H, D_H, tail_BKE, state_BHPN)
-    compute = state_BHPN.dtype
-    weight, bias = conv_weight_EK.to(xBC_BE.dtype), conv_bias_E.to(xBC_BE.dtype)
-    convolved_BE, tail = causal_conv_step(xBC_BE, weight, bias, tail_BKE.to(xBC_BE.dtype))
-    x, B, C = F.silu(convolved_BE).to(compute).split_with_sizes([heads * head_dim, size, size], dim=-1)
+        return run_step(convolved_BE, dt_BH, dt_bias_H, A_log_H, D_H, state_BHPN)
+    x, B, C = convolved_BE.split_with_sizes([heads * head_dim, size, size], dim=-1)
     y_BHP, state = ssd_step(
         x.view(-1, heads, head_dim),
         F.softplus(dt_BH.to(compute) + dt_bias_H.to(compute)),
@@ -58,6 +58,5 @@ def mamba2_step(
         D_H.to(compute),
         state_BHPN,
     )
-    tail_BKE.copy_(tail)
     state_BHPN.copy_(state)
     return y_BHP.to(xBC_BE.dtype)

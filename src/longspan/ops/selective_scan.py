@@ -68,7 +68,9 @@ def selective_scan(
         from longspan.ops.triton.selective_scan import selective_scan as kernel
 
         starts_BT = document_starts(doc_BT, initial_doc_B)
-        y_BTE, state_BNE, _ = kernel(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT, initial_state_BNE)
+        y_BTE, state_BNE, _ = kernels.called(kernel)(
+            x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT, initial_state_BNE
+        )
         return y_BTE, state_BNE
     return selective_scan_chunked(*arguments, chunk)
 

@@ -30,10 +30,13 @@ def inputs(normal, rows: int, time: int, heads: int, head_dim: int, groups: int,
     ]
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("chance", [0.1, 1.0])
-def test_matches_fp64(chance, dtype, assert_same, device, documents, normal, served, size):
+@pytest.mark.parametrize(
+    ("dtype", "chance", "rows", "time"), [(FP32, 0.1, 2, 37), (BF16, 0.1, 1, 33), (BF16, 1.0, 1, 18)]
+)
+def test_matches_fp64(chance, dtype, rows, time, assert_same, device, documents, normal, served, size):
     """Boundaries on and off the edges of chunks, documents longer than a chunk and of one token."""
+    if device.type == "cpu":
+        size = (rows, time, *size[2:])
     rows, time, heads, head_dim, state = size
     doc = documents(rows, time, chance)
     doc[0, 16:] += 100
@@ -48,6 +51,8 @@ def test_matches_fp64(chance, dtype, assert_same, device, documents, normal, ser
 
 
 def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, documents, normal, served, size):
+    if device.type == "cpu":
+        size = (2, 18, *size[2:])
     rows, time, heads, head_dim, state = size
     doc = documents(rows, time, 0.05)
     before = torch.stack((doc[0, 0], doc[1, 0] + 9))
@@ -95,9 +100,9 @@ def test_groups_of_heads_and_whole_chunks(enough, groups, assert_same, monkeypat
 
 
 def test_nothing_of_one_document_reaches_another(device, documents, normal, served):
-    doc = documents(1, 40, 0.1).to(device)
+    doc = documents(1, 33, 0.1).to(device)
     other = doc == doc[:, 20:21]
-    tensors = [z.float().to(device) for z in inputs(normal, 1, 40, 2, 16, 1, 16)]
+    tensors = [z.float().to(device) for z in inputs(normal, 1, 33, 2, 16, 1, 16)]
     results = []
     for scale in (1.0, 1e3):
         x, dt, A, B, C, D = tensors
@@ -111,7 +116,7 @@ def test_nothing_of_one_document_reaches_another(device, documents, normal, serv
 def test_the_compiler_sees_through(device, documents, normal, served):
     from longspan.ops.triton.ssd import ssd as kernel
 
-    doc = documents(1, 20, 0.1).to(device)
-    tensors = [z.float().to(device).requires_grad_() for z in inputs(normal, 1, 20, 2, 16, 1, 16)]
+    doc = documents(1, 17, 0.1).to(device)
+    tensors = [z.float().to(device).requires_grad_() for z in inputs(normal, 1, 17, 1, 16, 1, 16)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(kernel, (*tensors, doc, None, None), test_utils=tests)

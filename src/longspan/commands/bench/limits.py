@@ -30,6 +30,8 @@ class Limits:
         self.stopped = False
         self._measuring = False
         self._previous: dict[int, Any] = {}
+        # The timer of before, while ours is armed.
+        self._others: tuple[float, float] | None = None
 
     def __enter__(self) -> Self:
         """Take the signals over."""
@@ -43,6 +45,7 @@ class Limits:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Give the signals back."""
+        self._rest()
         self._restore(*self._previous)
 
     @contextmanager
@@ -52,16 +55,28 @@ class Limits:
         Raises:
             Cut: it was.
         """
-        others = None
-        self._measuring = True
+        if seconds is not None and signal.SIGALRM in self._previous:
+            self._others = signal.getitimer(signal.ITIMER_REAL)
+            signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
         try:
-            if seconds is not None and signal.SIGALRM in self._previous:
-                others = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
-            yield
+            try:
+                self._measuring = True
+                # Whoever asked while nothing could be cut yet.
+                if self.stopped:
+                    raise Cut
+                yield
+            finally:
+                self._rest()
         finally:
-            self._measuring = False
-            if others is not None:
-                signal.setitimer(signal.ITIMER_REAL, *others)
+            # A signal may have cut the line above short.
+            self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is cut any more, and the timer is that of before."""
+        self._measuring = False
+        if self._others is not None:
+            signal.setitimer(signal.ITIMER_REAL, *self._others)
+            self._others = None
 
     def _cut(self, number: int, frame: FrameType | None) -> None:
         if self._measuring:

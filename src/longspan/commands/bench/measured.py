@@ -14,6 +14,8 @@ from longspan.models.config import ModelConfig
 
 Part = Literal["train", "prefill", "decode"]
 PARTS: tuple[Part, ...] = ("train", "prefill", "decode")
+TOGETHER: tuple[tuple[Part, ...], ...] = (("train",), ("prefill", "decode"))
+"""What is measured in one go."""
 OURS = "longspan"
 
 
@@ -30,6 +32,8 @@ class Measured:
         memory_bytes: peak of the device's allocator (CUDA) or of the process (CPU); None where it is not known.
         state_bytes: what one sequence keeps after the context.
         failure: why there is no rate.
+        late: whether only the time was short for it.
+        micro_batches: into how many a batch was cut in training to fit.
     """
 
     pattern: str
@@ -42,6 +46,8 @@ class Measured:
     memory_bytes: int | None = None
     state_bytes: int | None = None
     failure: str = ""
+    late: bool = False
+    micro_batches: int = 1
 
     @property
     def rate(self) -> float | None:

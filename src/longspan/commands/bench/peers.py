@@ -1,17 +1,16 @@
 """What a user would run instead: transformers, mamba-ssm and flash-linear-attention, as far as they are installed.
 
 Each peer trains in a plain loop (bf16 autocast on CUDA, gradients clipped, fused AdamW) on the same rows, eagerly, as
-its users have it. transformers computes exactly the same models, with the same weights; the other packages have
-models of their own, whose parameters are told.
+its users have it; where the memory does not hold a batch, in parts of it. transformers computes exactly the same
+models, with the same weights; the other packages have models of their own, whose parameters are told.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.commands.bench import packages
 from longspan.commands.bench.own import LEAST_REPEATS, Generated, RandomRows, byte_tokenizer, generated, rows_of
 from longspan.commands.bench.setting import Setting
 from longspan.engines.transformers import TransformersEngine
@@ -30,7 +30,7 @@ from longspan.models.language_model import LanguageModel
 from longspan.training.measurement import PeakMemory, synchronizer
 from longspan.training.precision import autocast_for
 
-WARM_UP = 2
+WARM_UP, MOST_STEPS = 2, 1000
 
 
 @dataclass(frozen=True)
@@ -54,32 +54,55 @@ class Peer:
 
 def peers_of(config: ModelConfig, setting: Setting) -> Iterator[Peer]:
     """The installed packages that have a model like this one."""
-    if importlib.util.find_spec("transformers") is not None:
+    if packages.has("transformers"):
         # Where no class of transformers computes this pattern (docs/export.md says which do), there is no such peer.
         with suppress(UserError):
             yield _transformers(config, setting)
     mixers = {config.mixer(layer)[0].name for layer in config.layers()}
     if setting.device.type != "cuda":
         return
-    if importlib.util.find_spec("mamba_ssm") is not None and "mamba2" in mixers <= {"mamba2", "attention"}:
+    if packages.has("mamba_ssm") and "mamba2" in mixers <= {"mamba2", "attention"}:
         yield Peer(
-            "mamba-ssm", False, lambda dtype: _mamba_ssm(config, setting).to(dtype), _their_logits, _step_by_step
+            packages.mamba_ssm_name(),
+            False,
+            lambda dtype: packages.mamba_ssm_model(config, setting).to(dtype),
+            packages.logits_loss,
+            packages.mamba_ssm_generated,
         )
-    if importlib.util.find_spec("fla") is not None and mixers in ({"mamba2"}, {"gated_deltanet"}):
-        yield Peer("flash-linear-attention", False, lambda dtype: _fla(config, setting).to(dtype), _labels, _as_engine)
+    if packages.has("fla") and mixers in ({"mamba2"}, {"gated_deltanet"}):
+        yield Peer(
+            packages.FLA,
+            False,
+            lambda dtype: packages.fla_model(config, setting).to(dtype),
+            packages.own_loss,
+            packages.fla_generated,
+        )
 
 
-def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> tuple[list[float], int, int]:
-    """Tokens/s of each step, the peak of memory in bytes, and the parameters."""
+@dataclass(frozen=True)
+class Trained:
+    """Tokens/s of each step, the peak of memory in bytes, the parameters, and into how many parts a batch was cut."""
+
+    rates: list[float]
+    memory_bytes: int
+    parameters: int
+    parts: int
+
+
+def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> Trained:
+    """Train for so many seconds and at least a few steps, in parts of a batch where the whole does not fit.
+
+    Raises:
+        torch.OutOfMemoryError: not even one row fits.
+    """
     model = peer.build(torch.float32).to(setting.device).train()
     memory, wait = PeakMemory(setting.device), synchronizer(setting.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    autocast = autocast_for(setting.dtype, setting.device)
-    rows = RandomRows(rows_of(setting, context), context, setting.vocab_size)
+    rows, parts = RandomRows(rows_of(setting, context), context, setting.vocab_size), 1
     rates: list[float] = []
-    started = time.perf_counter()
-    for step in range(WARM_UP + 1000):
-        if step == WARM_UP:
+    steps, started = 0, time.perf_counter()
+    while len(rates) < LEAST_REPEATS or (time.perf_counter() - started < seconds and len(rates) < MOST_STEPS):
+        if steps == WARM_UP:
             started = time.perf_counter()
         wait()
         began = time.perf_counter()
@@ -87,18 +110,36 @@ def peer_trained(peer: Peer, context: int, setting: Setting, seconds: float) -> 
         tokens, targets = (
             torch.from_numpy(array).to(setting.device, torch.int64) for array in (batch.tokens, batch.targets)
         )
-        with autocast():
-            loss = peer.loss(model, tokens, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if not _fits(peer, model, tokens.chunk(parts), targets.chunk(parts), setting):
+            optimizer.zero_grad(set_to_none=True)
+            parts, steps = min(2 * parts, rows.rows), 0
+            continue
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait()
-        if step >= WARM_UP:
+        steps += 1
+        if steps > WARM_UP:
             rates.append(tokens.numel() / (time.perf_counter() - began))
-        if len(rates) >= LEAST_REPEATS and time.perf_counter() - started > seconds:
-            break
-    return rates, memory.bytes(), count(model)
+    return Trained(rates, memory.bytes(), count(model), parts)
+
+
+def _fits(peer: Peer, model: nn.Module, tokens: Sequence[Tensor], targets: Sequence[Tensor], setting: Setting) -> bool:
+    """Forward and backward of parts of a batch; False where the memory does not hold them and rows can be parted."""
+    try:
+        for part, expected in zip(tokens, targets, strict=True):
+            with autocast_for(setting.dtype, setting.device)():
+                loss = peer.loss(model, part, expected) / len(tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        if max(len(part) for part in tokens) == 1:
+            raise
+    else:
+        return True
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
 
 
 def peer_generated(peer: Peer, context: int, setting: Setting, seconds: float) -> tuple[Generated, int]:
@@ -129,7 +170,9 @@ def _transformers(config: ModelConfig, setting: Setting) -> Peer:
             folder = Path(place) / "model"
             longest = max(setting.contexts) + setting.new_tokens
             write_folder(LanguageModel(config, setting.vocab_size), folder, context=longest, dtype=dtype)
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+            # Those of Mamba alone refuse to be told how they attend.
+            how = {"attn_implementation": "sdpa"} if "attention" in config.describe_mixers() else {}
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)
         return model
 
     def loss(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -143,102 +186,3 @@ def _transformers(config: ModelConfig, setting: Setting) -> Peer:
 def _as_engine(model: Any, context: int, setting: Setting, seconds: float) -> Generated:
     engine = TransformersEngine(model, byte_tokenizer(), markers=False, fingerprint="bench")
     return generated(engine, context, setting, seconds)
-
-
-# --- the packages with kernels of their own, on CUDA ------------------------------------------------------------------
-
-
-def _mamba_ssm(config: ModelConfig, setting: Setting) -> nn.Module:
-    models: Any = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
-    configs: Any = importlib.import_module("mamba_ssm.models.config_mamba")
-    names = [config.mixer(layer)[0].name for layer in config.layers()]
-    head_dim = config.width // (config.heads or 1)
-    attention = {
-        "causal": True,
-        "d_conv": 0,
-        "head_dim": head_dim,
-        "num_heads": config.heads,
-        "out_proj_bias": False,
-        "qkv_proj_bias": False,
-        "rotary_emb_dim": head_dim,
-    }
-    model: nn.Module = models.MambaLMHeadModel(
-        configs.MambaConfig(
-            d_model=config.width,
-            d_intermediate=config.hidden,
-            n_layer=len(names),
-            vocab_size=setting.vocab_size,
-            ssm_cfg={"layer": "Mamba2", "d_state": config.state, "headdim": config.mamba_head_dim},
-            attn_layer_idx=[number for number, name in enumerate(names) if name == "attention"],
-            attn_cfg=attention,
-            pad_vocab_size_multiple=1,
-        )
-    )
-    return model
-
-
-def _their_logits(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    logits = model(tokens).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-@torch.inference_mode()
-def _step_by_step(model: Any, context: int, setting: Setting, seconds: float) -> Generated:
-    parameters: Any = importlib.import_module("mamba_ssm.utils.generation").InferenceParams
-    wait = synchronizer(setting.device)
-    prefill: list[float] = []
-    decode: list[float] = []
-    torch.cuda.reset_peak_memory_stats(setting.device)
-    started = time.perf_counter()
-    while len(prefill) <= LEAST_REPEATS or time.perf_counter() - started < seconds:
-        tokens = torch.randint(0, setting.vocab_size, (1, context), device=setting.device)
-        cache = parameters(max_seqlen=context + setting.new_tokens, max_batch_size=1)
-        wait()
-        began = time.perf_counter()
-        logits = model(tokens, inference_params=cache, num_last_tokens=1).logits
-        cache.seqlen_offset = context
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        wait()
-        first = time.perf_counter()
-        for _ in range(setting.new_tokens - 1):
-            positions = torch.full_like(token, cache.seqlen_offset)
-            logits = model(token, position_ids=positions, inference_params=cache, num_last_tokens=1).logits
-            cache.seqlen_offset += 1
-            token = logits[:, -1].argmax(-1, keepdim=True)
-        wait()
-        prefill.append(context / (first - began))
-        decode.append((setting.new_tokens - 1) / (time.perf_counter() - first))
-    state = sum(_bytes_in(value) for value in cache.key_value_memory_dict.values())
-    return Generated(prefill[1:], decode[1:], state, torch.cuda.max_memory_allocated(setting.device))
-
-
-def _bytes_in(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes_in, value))
-
-
-def _fla(config: ModelConfig, setting: Setting) -> nn.Module:
-    models: Any = importlib.import_module("fla.models")
-    layers, width = len(config.layers()), config.width
-    shared = {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": setting.vocab_size}
-    shared |= {"tie_word_embeddings": True}
-    name = config.mixer(config.layers()[0])[0].name
-    if name == "mamba2":
-        inner = 2 * width
-        made = models.Mamba2Config(
-            **shared, head_dim=config.mamba_head_dim, num_heads=inner // config.mamba_head_dim, state_size=config.state
-        )
-        model: nn.Module = models.Mamba2ForCausalLM(made)
-        return model
-    head_dim = config.delta_head_dim
-    made = models.GatedDeltaNetConfig(
-        **shared, head_dim=head_dim, num_heads=math.ceil(width / head_dim), intermediate_size=config.hidden
-    )
-    return models.GatedDeltaNetForCausalLM(made)  # type: ignore[no-any-return]
-
-
-def _labels(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    del targets  # It shifts its labels itself.
-    found: Tensor = model(tokens, labels=tokens, use_cache=False).loss
-    return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from longspan.commands.bench.ceilings import Ceilings
-from longspan.commands.bench.measured import OURS, Measured
+from longspan.commands.bench.measured import OURS, PARTS, TOGETHER, Measured, Part
 from longspan.commands.bench.own import LEAST_REPEATS, LEAST_WINDOWS, rows_of
 from longspan.commands.bench.peers import Peer, peers_of
 from longspan.commands.bench.setting import Setting, default_setting
@@ -16,20 +16,17 @@ from longspan.models.budget import forward_flops_per_token, training_flops_per_t
 from longspan.models.config import ModelConfig
 from longspan.training.run import WARMUP_STEPS
 
-LEFT_OUT = "no time was left (raise --seconds)"
-CUT_OFF = "not done when the time was over (raise --seconds)"
 STOPPED = "stopped before it was measured"
-LATE = (LEFT_OUT, CUT_OFF, STOPPED)
-"""Why something has no rate that may have one another time."""
 OWN_SHARE, PEER_SHARE = 0.3, 0.1
-"""Of the matmul rate, for what a cell is expected to take: below what was measured of most."""
+"""Of the matmul rate, for what training and prefill are expected to take: below what was measured of most."""
 FEWEST_STEPS, FEWEST_PROMPTS = WARMUP_STEPS + 2 * LEAST_WINDOWS, LEAST_REPEATS + 1
 TOKEN_SECONDS = 3e-4
 """Of one layer for one token, where the host starts every kernel."""
-START_SECONDS = {"cuda": 15.0, "cpu": 0.0}
-"""Compiling of a pattern's layers."""
-PEER_START_SECONDS = {"cuda": (15.0, 40.0), "cpu": (1.0, 1.0)}
-"""Of a peer of attention alone, and of one with other mixers, whose first step may be plain torch over whole rows."""
+START_SECONDS = {"cuda": (15.0, 5.0), "cpu": (0.5, 0.2)}
+"""Before the first step, and before the first prompt: compiling of a pattern's layers, and of kernels."""
+PEER_START_SECONDS = {"cuda": (10.0, 10.0), "cpu": (3.0, 1.0)}
+TUNING_SECONDS = (60.0, 20.0)
+"""The same of packages that try out many cuts of each of their kernels at its first call."""
 
 
 @dataclass(frozen=True)
@@ -46,44 +43,70 @@ class Cell:
         return OURS if self.peer is None else self.peer.name
 
 
+@dataclass(frozen=True)
+class Task:
+    """Parts of a cell that are measured in one go, and the seconds that they are predicted to take at least."""
+
+    cell: Cell
+    parts: tuple[Part, ...]
+    seconds: float
+
+
 def plan(setting: Setting, models: dict[str, ModelConfig], *, peers: bool) -> list[Cell]:
     """What is measured, in order: everything at the shortest context, Longspan before its peers, then at longer ones.
 
-    So a run that ends early has compared all patterns with each other and with the peers at one context at least.
+    So a run that ends early has compared all patterns with each other and with the peers at one context at least. Peers
+    that compute the same models come before those that have others, which also take longer to start.
     """
     cells = []
     for context in sorted(setting.contexts):
         cells += [Cell(context, pattern, None) for pattern in models]
         if peers:
-            cells += [Cell(context, p, peer) for p in models for peer in peers_of(models[p], setting)]
+            theirs = [Cell(context, p, peer) for p in models for peer in peers_of(models[p], setting)]
+            cells += sorted(theirs, key=lambda cell: cell.peer is not None and not cell.peer.same_weights)
     return cells
 
 
-def expected_seconds(cell: Cell, config: ModelConfig, setting: Setting, ceilings: Ceilings) -> float:
-    """The least that a cell takes, roughly: its fewest steps and prompts at a share of the matmul rate."""
+def expected_seconds(
+    cell: Cell, parts: Sequence[Part], config: ModelConfig, setting: Setting, ceilings: Ceilings
+) -> float:
+    """The least that parts of a cell take, roughly: their fewest steps and prompts at a share of the matmul rate."""
     vocab, rate = setting.vocab_size, ceilings.matmul * (OWN_SHARE if cell.peer is None else PEER_SHARE)
-    step = rows_of(setting, cell.context) * cell.context * training_flops_per_token(config, vocab, cell.context)
-    prompt = cell.context * forward_flops_per_token(config, vocab, cell.context)
-    decode = setting.new_tokens * len(config.layers()) * TOKEN_SECONDS
-    start = START_SECONDS[setting.device.type]
-    if cell.peer is not None:
-        attention_alone = {config.mixer(layer)[0].name for layer in config.layers()} == {"attention"}
-        start = PEER_START_SECONDS[setting.device.type][0 if attention_alone else 1]
-    return start + (FEWEST_STEPS * step + FEWEST_PROMPTS * prompt) / rate + FEWEST_PROMPTS * decode
+    starts = (START_SECONDS if cell.peer is None else PEER_START_SECONDS)[setting.device.type]
+    if cell.peer is not None and not cell.peer.same_weights:
+        starts = TUNING_SECONDS
+    seconds = 0.0
+    if "train" in parts:
+        step = rows_of(setting, cell.context) * cell.context * training_flops_per_token(config, vocab, cell.context)
+        seconds += starts[0] + FEWEST_STEPS * step / rate
+    if "decode" in parts:
+        prompt = cell.context * forward_flops_per_token(config, vocab, cell.context)
+        decode = setting.new_tokens * len(config.layers()) * TOKEN_SECONDS
+        seconds += starts[1] + FEWEST_PROMPTS * (prompt / rate + decode)
+    return seconds
+
+
+def tasks_of(cells: Sequence[Cell], models: dict[str, ModelConfig], setting: Setting, ceilings: Ceilings) -> list[Task]:
+    """What each cell is made of, with predictions."""
+    return [
+        Task(cell, parts, expected_seconds(cell, parts, models[cell.pattern], setting, ceilings))
+        for cell in cells
+        for parts in TOGETHER
+    ]
 
 
 def to_go_on(
     setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, found: Sequence[Measured]
 ) -> str | None:
     """The command that measures what was left out, and what else is of the same contexts; None where nothing was."""
-    late = {(each.context, each.pattern, each.who) for each in found if each.failure in LATE}
+    late = {(each.context, each.pattern, each.who) for each in found if each.late}
     if not late:
         return None
     contexts = sorted({context for context, _, _ in late})
     peers = any(each.who != OURS for each in found)
     # Peers may be many times slower than expected.
     needed = sum(
-        2 * expected_seconds(cell, models[cell.pattern], setting, ceilings)
+        2 * expected_seconds(cell, PARTS, models[cell.pattern], setting, ceilings)
         for cell in plan(replace(setting, contexts=tuple(contexts)), models, peers=peers)
     )
     basis = default_setting(setting.device)

@@ -1,4 +1,4 @@
-"""All measurements, one after the other within the time, and how they are shown."""
+"""All measurements, one after the other within the time."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ import torch
 
 from longspan.commands.bench.ceilings import Ceilings, measure_ceilings
 from longspan.commands.bench.limits import Cut, Limits
-from longspan.commands.bench.measured import OURS, PARTS, Measured, Part, share_of_ceiling
+from longspan.commands.bench.measured import Measured, Part, share_of_ceiling
 from longspan.commands.bench.own import Generated, generated, native_engine, trained
 from longspan.commands.bench.peers import peer_generated, peer_trained
-from longspan.commands.bench.plan import CUT_OFF, LATE, LEFT_OUT, STOPPED, Cell, expected_seconds, plan, to_go_on
+from longspan.commands.bench.plan import STOPPED, Task, plan, tasks_of, to_go_on
 from longspan.commands.bench.setting import Setting, models_of
+from longspan.commands.bench.show import in_a_line, show
 from longspan.foundation.errors import LongspanError, Stopped
 from longspan.models.budget import count_parameters
 from longspan.models.config import ModelConfig
 from longspan.ops import kernels
-from longspan.report.numbers import byte_size, duration, scaled, significant
-from longspan.terminal import print_table
+from longspan.report.numbers import duration
 from longspan.training.compilation import resolve_compile
 
-BAR = 28
-"""Characters of the longest bar."""
-TITLES = {"train": "training step", "prefill": "prefill, one prompt", "decode": "decoding, one sequence"}
+MOST_SECONDS = {"cuda": 6.0, "cpu": 20.0}
+"""Of measuring a part beyond its fewest repeats."""
 Say = Callable[[str], None]
 
 
@@ -85,8 +84,9 @@ def measure(
 ) -> list[Measured]:
     """The whole `plan`, each rate told as soon as it is known.
 
-    What comes first is always measured. What is expected to take longer than is left is not begun, and what is not
-    done when the time is over, or when somebody stops it, is cut; both say so.
+    What comes first is always measured. Of the rest, what is predicted to take longer than is left is not begun; what
+    is begun may take twice as long as predicted, or longer by half of what nothing that follows at its context needs;
+    then it is cut. Either says so.
 
     Args:
         setting, models, ceilings, peers: what.
@@ -95,184 +95,94 @@ def measure(
     """
     cells = plan(setting, models, peers=peers)
     deadline = (time.monotonic() if since is None else since) + setting.seconds
+    tasks = tasks_of(cells, models, setting, ceilings)
     found: list[Measured] = []
     with Limits() as limits:
-        for number, cell in enumerate(cells):
-            config = models[cell.pattern]
+        for place, task in enumerate(tasks):
             left = deadline - time.monotonic()
-            expected = expected_seconds(cell, config, setting, ceilings)
-            if limits.stopped or left <= 0 or (number and expected > left):
-                found += _missing(cell, config, setting, PARTS, STOPPED if limits.stopped else LEFT_OUT)
+            always = task.cell is cells[0]
+            if limits.stopped:
+                found += _missing(task, models, setting, STOPPED, late=True)
                 continue
+            if not always and task.seconds > left:
+                reason = f"not measured: predicted to take {duration(task.seconds)}, {duration(max(0.0, left))} left"
+                found += _missing(task, models, setting, reason, late=True)
+                continue
+            here = [each.seconds for each in tasks[place:] if each.cell.context == task.cell.context]
+            spare = max(0.0, left - sum(here))
             say(
-                f"{number + 1} of {len(cells)}: {cell.pattern} at {cell.context:,} tokens, {cell.who} "
-                f"({duration(left)} left)"
+                f"{place + 1} of {len(tasks)}: {task.cell.pattern} at {task.cell.context:,} tokens, {task.cell.who}, "
+                f"{' and '.join(task.parts)} ({duration(left)} left)"
             )
-            # Half for training, half for generating; what a part's first call costs comes on top.
-            seconds = left / (len(cells) - number) / 3
-            for each in _measure_one(cell, config, setting, ceilings, seconds, limits, deadline if number else None):
+            limit = None if always else min(left, task.seconds + max(task.seconds, spare / 2))
+            seconds = min(MOST_SECONDS[setting.device.type], spare / len(here))
+            for each in _measured(task, models, setting, ceilings, seconds, limits, limit):
                 say(f"  {in_a_line(each)}")
                 found.append(each)
     return found
 
 
 def _missing(
-    cell: Cell, config: ModelConfig, setting: Setting, parts: Sequence[Part], reason: str
+    task: Task, models: dict[str, ModelConfig], setting: Setting, reason: str, *, late: bool
 ) -> Iterator[Measured]:
-    parameters = count_parameters(config, setting.vocab_size).total
-    for part in parts:
-        yield Measured(cell.pattern, cell.context, part, cell.who, parameters, failure=reason)
+    cell = task.cell
+    parameters = count_parameters(models[cell.pattern], setting.vocab_size).total
+    for part in task.parts:
+        yield Measured(cell.pattern, cell.context, part, cell.who, parameters, failure=reason, late=late)
 
 
-def _measure_one(
-    cell: Cell,
-    config: ModelConfig,
+def _measured(
+    task: Task,
+    models: dict[str, ModelConfig],
     setting: Setting,
     ceilings: Ceilings,
     seconds: float,
     limits: Limits,
-    deadline: float | None,
+    limit: float | None,
 ) -> Iterator[Measured]:
-    peer, context = cell.peer, cell.context
-    own = count_parameters(config, setting.vocab_size).total
+    began = time.monotonic()
+    try:
+        with limits.measuring(limit):
+            rows = list(_rows(task, models[task.cell.pattern], setting, ceilings, seconds))
+        yield from rows
+    except Cut:
+        after = f"cut off after {duration(time.monotonic() - began)}: predicted to take {duration(task.seconds)}"
+        yield from _missing(task, models, setting, STOPPED if limits.stopped else after, late=True)
+    except LongspanError:
+        raise
+    except Exception as error:
+        # A peer that does not run here, or a context too long for the memory, must not end the whole.
+        words = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {words[0] if words else 'no word'}"
+        yield from _missing(task, models, setting, reason[:160], late=False)
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
 
-    def row(part: Part, parameters: int, rates: Sequence[float], **more: Any) -> Measured:
+
+def _rows(task: Task, config: ModelConfig, setting: Setting, ceilings: Ceilings, seconds: float) -> Iterator[Measured]:
+    cell, peer, context = task.cell, task.cell.peer, task.cell.context
+    parameters = count_parameters(config, setting.vocab_size).total
+
+    def row(part: Part, rates: Sequence[float], **more: Any) -> Measured:
         comparable = peer is None or peer.same_weights
         share = share_of_ceiling(part, rates, config, context, setting, ceilings) if comparable else None
         return Measured(cell.pattern, context, part, cell.who, parameters, tuple(rates), share, **more)
 
-    def training() -> list[Measured]:
+    if "train" in task.parts:
         if peer is None:
             rates, memory = trained(config, context, setting, seconds)
-            return [row("train", own, rates, memory_bytes=memory)]
-        rates, memory, parameters = peer_trained(peer, context, setting, seconds)
-        return [row("train", parameters, rates, memory_bytes=memory)]
-
-    def generating() -> list[Measured]:
-        parameters, made = own, None
+            yield row("train", rates, memory_bytes=memory)
+        else:
+            run = peer_trained(peer, context, setting, seconds)
+            parameters = run.parameters
+            yield row("train", run.rates, memory_bytes=run.memory_bytes, micro_batches=run.parts)
+    if "decode" in task.parts:
         if peer is None:
-            made = generated(native_engine(config, setting), context, setting, seconds)
+            made: Generated = generated(native_engine(config, setting), context, setting, seconds)
         else:
             made, parameters = peer_generated(peer, context, setting, seconds)
-        return _of_generation(made, lambda part, rates, **more: row(part, parameters, rates, **more))
-
-    for parts, work in ((PARTS[:1], training), (PARTS[1:], generating)):
-        left = None if deadline is None else deadline - time.monotonic()
-        failure = ""
-        if limits.stopped or (left is not None and left <= 0):
-            yield from _missing(cell, config, setting, parts, STOPPED if limits.stopped else CUT_OFF)
-            continue
-        try:
-            with limits.measuring(left):
-                rows = work()
-            yield from rows
-        except Cut:
-            failure = STOPPED if limits.stopped else CUT_OFF
-        except LongspanError:
-            raise
-        except Exception as error:
-            # A peer that does not run here, or a context too long for the memory, must not end the whole.
-            reason = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no word'}"
-            )
-            failure = reason[:160]
-        if failure:
-            yield from _missing(cell, config, setting, parts, failure)
-        gc.collect()
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _of_generation(made: Generated, row: Callable[..., Measured]) -> list[Measured]:
-    # An engine that does not know what its model keeps says 0.
-    memory = {"memory_bytes": made.memory_bytes, "state_bytes": made.state_bytes or None}
-    return [row("prefill", made.prefill, **memory), row("decode", made.decode, **memory)]
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
-def show(setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, found: Sequence[Measured]) -> None:
-    """The device, the models, and a table with bars for each part."""
-    print(
-        f"{ceilings.device}: matrix product {scaled(ceilings.matmul, 'FLOP/s')} in {setting.dtype}, "
-        f"copy {scaled(ceilings.copy, 'B/s')}; {kernels.described(setting.device)}, layers "
-        f"{'compiled' if resolve_compile('auto', setting.device) else 'not compiled'} in training"
-    )
-    rows = [
-        (
-            pattern,
-            config.describe_mixers(),
-            str(config.width),
-            str(config.hidden),
-            scaled(count_parameters(config, setting.vocab_size).total),
-        )
-        for pattern, config in models.items()
-    ]
-    print_table(("<pattern", "<mixers", "width", "MLP", "parameters"), rows)
-    for part in PARTS:
-        _show_part(part, [each for each in found if each.part == part and each.rates])
-    for each in found:
-        if each.failure and each.failure not in LATE:
-            print(f"note: {each.who}, {each.pattern}, {each.part} at {each.context:,} tokens: {each.failure}")
-    for reason in LATE:
-        late = dict.fromkeys(f"{e.pattern} at {e.context:,} ({e.who})" for e in found if e.failure == reason)
-        if late:
-            print(f"note: {reason}: {', '.join(late)}")
-    if command := to_go_on(setting, models, ceilings, found):
-        print(f"go on with: {command}")
-
-
-def in_a_line(each: Measured) -> str:
-    """One rate as it is told when it has just been measured."""
-    if each.rate is None:
-        return f"{each.part}: {each.failure or 'no rate'}"
-    words = [f"{each.part}: {scaled(each.rate, 'tok/s')}"]
-    if each.ceiling is not None:
-        words.append(f"{each.ceiling:.1%} {_bound(each.part)}")
-    if each.memory_bytes is not None:
-        words.append(f"peak {byte_size(each.memory_bytes)}")
-    return ", ".join(words)
-
-
-def _bound(part: Part) -> str:
-    return "of copy rate" if part == "decode" else "of matmul rate"
-
-
-def _show_part(part: Part, found: Sequence[Measured]) -> None:
-    longest = max((each.rate or 0.0 for each in found), default=0.0)
-    order = list(dict.fromkeys((each.context, each.pattern) for each in found))
-    found = sorted(found, key=lambda each: order.index((each.context, each.pattern)))
-    ours = {(each.context, each.pattern): each.rate for each in found if each.who == OURS}
-    rows = []
-    for each in found:
-        rate = each.rate
-        mine = ours.get((each.context, each.pattern))
-        rows.append(
-            (
-                f"{each.context:,}",
-                each.pattern,
-                each.who,
-                "–" if rate is None else scaled(rate, "tok/s"),
-                "–" if len(each.rates) < 2 else f"{scaled(min(each.rates))}…{scaled(max(each.rates))}",
-                "–" if each.ceiling is None else f"{each.ceiling:.1%}",
-                "–" if each.who == OURS or not rate or not mine else f"{significant(mine / rate)}×",
-                byte_size(each.memory_bytes),
-                byte_size(each.state_bytes),
-                "█" * max(1, round(BAR * rate / longest)) if rate and longest else "",
-            )
-        )
-    print(TITLES[part])
-    columns = (
-        "context",
-        "<pattern",
-        "<who",
-        "median",
-        "lowest…highest",
-        _bound(part),
-        "longspan is",
-        "peak memory",
-        "state",
-        "<",
-    )
-    print_table(columns, rows)
+        # An engine that does not know what its model keeps says 0.
+        more = {"memory_bytes": made.memory_bytes, "state_bytes": made.state_bytes or None}
+        yield row("prefill", made.prefill, **more)
+        yield row("decode", made.decode, **more)

@@ -24,6 +24,7 @@ from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import LayerNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops import kernels
+from longspan.ops.conv_step import conv_step
 from longspan.ops.decay_mixture import decay_mixture
 
 DELTA_MIN, DELTA_MAX = 1e-6, 10.0
@@ -78,6 +79,7 @@ class GatedShortConvolution(Mixer):
     Settings = GatedShortConvolutionSettings
     no_decay = frozenset({"A", "D"})
     fp32 = frozenset({"A", "D"})
+    carried = 0
 
     def __init__(self, width: int, settings: GatedShortConvolutionSettings) -> None:
         super().__init__()
@@ -121,7 +123,11 @@ class GatedShortConvolution(Mixer):
         assert state is None or isinstance(state, GatedShortConvolutionState)
         before = state or GatedShortConvolutionState()
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
-        x_BTI, tail, tail_doc = short_conv(x_BTI, self.conv_weight, None, segments, before.tail, before.tail_doc)
+        if segments.step is not None and before.tail is not None:
+            tail, tail_doc = before.tail, None
+            x_BTI = conv_step(x_BTI[:, 0], self.conv_weight, None, tail).unsqueeze(1)
+        else:
+            x_BTI, tail, tail_doc = short_conv(x_BTI, self.conv_weight, None, segments, before.tail, before.tail_doc)
         x_BTI = self.norm(x_BTI)
         features = self.settings.feature_state
         delta, B, C = self.x_proj(x_BTI).split_with_sizes([1, features, features], dim=-1)

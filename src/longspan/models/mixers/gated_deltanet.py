@@ -22,12 +22,15 @@ from longspan.models.norms import RMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv_step
+from longspan.ops.delta_step import delta_step
 from longspan.ops.gated_delta import LARGEST_KERNEL_KEY, gated_delta, gated_delta_step
 
 A_MIN, A_MAX = 0.01, 16.0
 WHOLE_COLUMNS = 8
 """16 bytes of bf16: products whose rows are no multiple of it run 2.5 times as long on Hopper (docs/LOG.md), and two
 gates of an odd number of heads make such rows."""
+MANY_ROWS = 256
+"""Of one token: where the product costs more than the zeros put beside its weight."""
 
 
 class GatedDeltaNetSettings(Config):
@@ -140,8 +143,10 @@ class GatedDeltaNet(Mixer):
         """See `Mixer.forward`."""
         assert state is None or isinstance(state, GatedDeltaNetState)
         before = state or GatedDeltaNetState()
+        if segments.step is not None:
+            return self._fixed_step(x_BTD, before), before
         if x_BTD.shape[1] == 1 and segments.state_doc is None and before.memory is not None:
-            return self._step(x_BTD, before, overwrite=segments.step is not None)
+            return self._step(x_BTD, before)
         qkv, z, b, a = self._projected(x_BTD, WHOLE_COLUMNS if x_BTD.is_cuda else 1)
         qkv, tail, tail_doc = short_conv(qkv, self.conv_weight, None, segments, before.tail, before.tail_doc)
         q, k, v = (part.view(*part.shape[:2], self.heads, -1) for part in self._split(qkv))
@@ -160,15 +165,15 @@ class GatedDeltaNet(Mixer):
         y_BTD = self.out_proj(self.norm(o_BTHV).flatten(2) * F.silu(z))
         return y_BTD, None if state is None else GatedDeltaNetState(tail, tail_doc, memory)
 
-    def _projected(self, x_BTD: Tensor, whole: int) -> tuple[Tensor, ...]:
+    def _projected(self, x_D: Tensor, whole: int) -> tuple[Tensor, ...]:
         """q k v, z, b and a as columns of one product, which has zeros after them up to a multiple of `whole`."""
         padding = -sum(self._rows) % whole
         if not padding:
-            return self.in_proj(x_BTD).split_with_sizes(self._rows, dim=-1)  # type: ignore[no-any-return]
+            return self.in_proj(x_D).split_with_sizes(self._rows, dim=-1)  # type: ignore[no-any-return]
         weight = F.pad(self.in_proj.weight, (0, 0, 0, padding))
-        return F.linear(x_BTD, weight).split_with_sizes([*self._rows, padding], dim=-1)[:-1]
+        return F.linear(x_D, weight).split_with_sizes([*self._rows, padding], dim=-1)[:-1]
 
-    def _step(self, x_B1D: Tensor, before: GatedDeltaNetState, *, overwrite: bool) -> tuple[Tensor, GatedDeltaNetState]:
+    def _step(self, x_B1D: Tensor, before: GatedDeltaNetState) -> tuple[Tensor, GatedDeltaNetState]:
         """One more token of the open document: decoding, where every call into torch counts."""
         assert before.tail is not None
         assert before.memory is not None
@@ -176,9 +181,32 @@ class GatedDeltaNet(Mixer):
         qkv, tail = causal_conv_step(qkv, self.conv_weight.to(qkv.dtype), None, before.tail.to(qkv.dtype))
         q, k, v = (part.view(part.shape[0], self.heads, -1) for part in self._split(F.silu(qkv).float()))
         with without_autocast(x_B1D.device):
-            o_BHV, memory = gated_delta_step(q, k, v, *self._gates(b, a), before.memory, overwrite=overwrite)
+            o_BHV, memory = gated_delta_step(q, k, v, *self._gates(b, a), before.memory)
         y_BD = self.out_proj(self.norm(o_BHV.to(z.dtype)).flatten(1) * F.silu(z))
         return y_BD.unsqueeze(1), GatedDeltaNetState(tail, None, memory)
+
+    def _fixed_step(self, x_B1D: Tensor, state: GatedDeltaNetState) -> Tensor:
+        """One more token, on a state that it overwrites."""
+        assert state.tail is not None
+        assert state.memory is not None
+        many = x_B1D.is_cuda and x_B1D.shape[0] >= MANY_ROWS
+        qkv, z, b, a = self._projected(x_B1D[:, 0], WHOLE_COLUMNS if many else 1)
+        with without_autocast(x_B1D.device):
+            y_BHV = delta_step(
+                qkv,
+                z.view(z.shape[0], self.heads, -1),
+                b,
+                a,
+                self.conv_weight,
+                self.dt_bias,
+                self.A_log,
+                self.norm.weight,
+                state.tail,
+                state.memory,
+                eps=self.settings.norm_eps,
+                negative_eigenvalues=self.settings.negative_eigenvalues,
+            )
+        return self.out_proj(y_BHV.flatten(1)).unsqueeze(1)  # type: ignore[no-any-return]
 
     @property
     def _rows(self) -> list[int]:

@@ -19,6 +19,8 @@ from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
 from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv_step
+from longspan.ops.conv_step import conv_step
+from longspan.ops.mamba1_step import mamba1_step
 from longspan.ops.selective_scan import selective_scan, selective_scan_step
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -102,6 +104,8 @@ class Mamba1(Mixer):
         """See `Mixer.forward`."""
         assert state is None or isinstance(state, Mamba1State)
         before = state or Mamba1State()
+        if segments.step is not None:
+            return self._fixed_step(x_BTD, before), before
         if x_BTD.shape[1] == 1 and segments.state_doc is None and before.scan is not None:
             return self._step(x_BTD, before)
         x, z = self.in_proj(x_BTD).chunk(2, dim=-1)
@@ -150,6 +154,18 @@ class Mamba1(Mixer):
             )
         y_BD = self.out_proj(y_BE.to(z.dtype) * F.silu(z))
         return y_BD.unsqueeze(1), Mamba1State(tail, None, scan)
+
+    def _fixed_step(self, x_B1D: Tensor, state: Mamba1State) -> Tensor:
+        """One more token, on a state that it overwrites."""
+        assert state.tail is not None
+        assert state.scan is not None
+        x, z = self.in_proj(x_B1D[:, 0]).chunk(2, dim=-1)
+        x = conv_step(x, self.conv_weight, self.conv_bias, state.tail)
+        low_rank, BC = self.x_proj(x).tensor_split([self.rank], dim=-1)
+        dt = self.dt_proj(low_rank)
+        with without_autocast(x_B1D.device):
+            y_BE = mamba1_step(x, dt, BC, z, self.dt_bias, self.A_log, self.D, state.scan)
+        return self.out_proj(y_BE).unsqueeze(1)  # type: ignore[no-any-return]
 
     def flops(self, context: int) -> float:
         """Projections, convolution, and per channel 7N + 3 for the scan.

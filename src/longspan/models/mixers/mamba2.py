@@ -35,6 +35,9 @@ class Mamba2Settings(Config):
         expand: inner width / model width, an integer (the exported formats allow no other).
         mamba_head_dim: P; must divide expand * width.
         conv: taps of the convolution before the scan.
+        decay_init: A starts uniform between these two, as `A_init_range` in the authors' code; near 0 a fresh state
+            forgets next to nothing.
+        dt_init: dt starts log-uniform between these two, as `dt_min` and `dt_max` there.
         chunk: tokens per chunk of the matmul form; changes speed, not results.
         norm_eps: of the gated norm.
     """
@@ -43,6 +46,8 @@ class Mamba2Settings(Config):
     expand: int = Field(2, ge=1)
     mamba_head_dim: int = Field(64, ge=1)
     conv: int = Field(4, ge=2, le=LONGEST_CONVOLUTION)
+    decay_init: tuple[float, float] = (1.0, 16.0)
+    dt_init: tuple[float, float] = (DT_MIN, DT_MAX)
     chunk: int = Field(64, ge=1)
     norm_eps: float = Field(1e-5, gt=0)
 
@@ -68,8 +73,15 @@ class Mamba2(Mixer):
 
     @classmethod
     def check(cls, width: int, settings: Config) -> None:
-        """Refuse a head dimension that does not divide the inner width."""
+        """Refuse a head dimension that does not divide the inner width, and ranges that are none."""
         assert isinstance(settings, Mamba2Settings)
+        for name in ("decay_init", "dt_init"):
+            low, high = getattr(settings, name)
+            if not 0 < low <= high:
+                allowed = "two positive numbers, the smaller one first"
+                raise UserError(
+                    f"{name} = [{low:g}, {high:g}]", allowed, "one value alone is a range too: write it twice"
+                )
         inner, head_dim = settings.expand * width, settings.mamba_head_dim
         if inner % head_dim:
             near = sorted((d for d in range(1, inner + 1) if inner % d == 0), key=lambda d: abs(d - head_dim))[:4]
@@ -100,13 +112,14 @@ class Mamba2(Mixer):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """As the authors' code: A ~ U[1, 16], dt log-uniform in [1e-3, 1e-1], D = 1, convolution as `nn.Conv1d`."""
+        """As the authors' code: A uniform, dt log-uniform, D = 1, convolution as `nn.Conv1d`."""
         init_linear(self.in_proj, generator)
         bound = 1.0 / math.sqrt(self.settings.conv)
         self.conv_weight.uniform_(-bound, bound, generator=generator)
         self.conv_bias.uniform_(-bound, bound, generator=generator)
-        self.A_log.uniform_(1.0, 16.0, generator=generator).log_()
-        dt = self.dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp().clamp(min=DT_FLOOR)
+        self.A_log.uniform_(*self.settings.decay_init, generator=generator).log_()
+        low, high = map(math.log, self.settings.dt_init)
+        dt = self.dt_bias.uniform_(low, high, generator=generator).exp().clamp(min=DT_FLOOR)
         # softplus(dt_bias) = dt
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.D.fill_(1.0)
@@ -136,6 +149,9 @@ class Mamba2(Mixer):
             # Tokens in one dimension: for a compiler every view of a product is a reason to copy it.
             between_ME = self._between_projections(self.in_proj(x_BTD.flatten(0, 1)), doc_BT, rows)
             return self.out_proj(between_ME).unflatten(0, (rows, num_tokens)), None
+        begins = state is not None and before.scan is None and num_tokens >= settings.conv
+        if begins and not torch.is_grad_enabled() and mamba2.serves(x_BTD, *sizes):
+            return self._read(x_BTD, doc_BT)
         z, xBC, dt = self.in_proj(x_BTD).split_with_sizes([self.inner, self.conv_width, self.heads], dim=-1)
         xBC, tail, tail_doc = short_conv(xBC, self.conv_weight, self.conv_bias, segments, before.tail, before.tail_doc)
         x, B, C = xBC.split_with_sizes([self.inner, settings.state, settings.state], dim=-1)
@@ -173,6 +189,19 @@ class Mamba2(Mixer):
                 state=settings.state,
                 eps=settings.norm_eps,
             )
+
+    def _read(self, x_BTD: Tensor, doc_BT: Tensor | None) -> tuple[Tensor, Mamba2State]:
+        """The beginning of a prompt, without gradients."""
+        settings, last = self.settings, x_BTD.shape[1] - self.settings.conv + 1
+        projected_BTK = self.in_proj(x_BTD)
+        parameters = (self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
+        y_BTE, scan = mamba2.read_between_projections(
+            projected_BTK, *parameters, doc_BT=doc_BT, state=settings.state, eps=settings.norm_eps
+        )
+        # Copies: a view would keep what the whole prompt was projected to alive.
+        tail = projected_BTK[:, last:, self.inner : self.inner + self.conv_width].clone()
+        tail_doc = None if doc_BT is None else doc_BT[:, last:].clone()
+        return self.out_proj(y_BTE), Mamba2State(tail, tail_doc, scan)
 
     def _step(self, x_B1D: Tensor, before: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One more token of the open document: decoding, where every call into torch counts."""
