@@ -42,12 +42,11 @@ def variants_ssd(run: Run) -> None:
         run.add(f"ssd {shape[0]}x{shape[1]}", forward_ms=device_ms(forward), backward_ms=device_ms(backward))
     changes: list[dict[str, Any]] = [
         {},
-        {"PIECES": 4},
         {"PIECES": 1},
-        {"segment_tile": (64, 64), "SEGMENT_PROGRAMS": 384},
-        {"SEGMENT_PROGRAMS": 192},
         {"SEGMENT_PROGRAMS": 528},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 264},
         {"part_heads": 24},
+        {"output_heads": 12},
     ]
     calls = {shape: _ssd_calls(*shape) for shape in ((1, 32_768), (8, 4096))}
     expected: dict[tuple[int, int], list[Tensor]] = {}

@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ from longspan.ops.triton.tiles import block, has_fast_exp2
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
 # Below so many programs that carry states, two for each multiprocessor of an H100, rows are cut into segments, so that
-# there are at least the second number.
-STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 264
+# there are at least the second number: most of the four that a multiprocessor holds.
+STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
 # A segment of fewer chunks is not worth its beginning. What it ends in is added up by so many programs.
 LEAST_CHUNKS, PIECES = 16, 2
 KEEP_STATES = True
@@ -50,13 +49,11 @@ class Launch(NamedTuple):
 class Cut(NamedTuple):
     """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
 
-    `states` and the tiles are for the kernel that carries states, the second tile where rows are cut into segments;
-    `squares` is for those that sum log decays over the tokens of a chunk.
+    `state*` is for the kernel that carries states, `squares` for those that sum log decays over the tokens of a chunk.
     """
 
     chunk: int
     state_tile: tuple[int, int]
-    segment_tile: tuple[int, int]
     states: Launch
     output_heads: int
     outputs: Launch
@@ -69,12 +66,8 @@ class Cut(NamedTuple):
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(
-        64, (64, 64), (64, 128), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 12, 64, Launch(4, 1, 128), "ieee"
-    ),
-    torch.float32: Cut(
-        16, (64, 32), (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 12, 64, Launch(4, 1), "tf32x3"
-    ),
+    torch.bfloat16: Cut(64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 12, 64, Launch(4, 1, 128), "ieee"),
+    torch.float32: Cut(16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 12, 64, Launch(4, 1), "tf32x3"),
 }
 
 
@@ -134,31 +127,13 @@ class Plan(NamedTuple):
         whole = time % self.cut.chunk == 0 and self.shared["P"] % block_p == 0 and self.shared["N"] % block_n == 0
         return {**self.shared, "BLOCK_P": block_p, "BLOCK_N": block_n, "WHOLE": whole}
 
-    def segments(self, rows: int) -> Segments:
-        """Rows are cut for the kernel that carries states where there are too few programs without."""
-
-        def programs(tile: tuple[int, int]) -> int:
-            blocks = (min(a, b) for a, b in zip(self.blocks, tile, strict=True))
-            sizes = self.shared["P"], self.shared["N"]
-            tiles = math.prod(triton.cdiv(a, b) for a, b in zip(sizes, blocks, strict=True))
-            return int(rows * self.shared["H"] * tiles)
-
-        tile, number, most = self.cut.state_tile, 1, max(1, self.chunks // LEAST_CHUNKS)
-        if programs(tile) < STATE_PROGRAMS:
-            number = triton.cdiv(SEGMENT_PROGRAMS, programs(self.cut.segment_tile))
-            if number <= most:
-                tile = self.cut.segment_tile
-            else:
-                number = min(most, triton.cdiv(SEGMENT_PROGRAMS, programs(tile)))
+    def segments(self, rows: int, tiles: int) -> int:
+        """Into how many a row is cut for the kernel that carries states: 1 where there are programs enough without."""
+        programs = rows * self.shared["H"] * tiles
+        number = 1 if programs >= STATE_PROGRAMS else triton.cdiv(SEGMENT_PROGRAMS, programs)
+        number = max(1, min(number, self.chunks // LEAST_CHUNKS))
         # A segment without a chunk would read past the end.
-        return Segments(tile, triton.cdiv(self.chunks, triton.cdiv(self.chunks, number)))
-
-
-class Segments(NamedTuple):
-    """Of a row, for the kernel that carries states: the tile of a state of each program, and how many."""
-
-    tile: tuple[int, int]
-    number: int
+        return int(triton.cdiv(self.chunks, triton.cdiv(self.chunks, number)))
 
 
 class Walk(NamedTuple):
@@ -173,29 +148,35 @@ class Walk(NamedTuple):
 
     def run(self, plan: Plan, decays: Decays, states: Tensor) -> None:
         """Fills `states` and `end`."""
-        rows, segments = self.a.shape[0], plan.segments(self.a.shape[0])
+        rows, tiled = self.a.shape[0], plan.tiled(self.a.shape[1], plan.cut.state_tile)
+        tiles = triton.cdiv(tiled["P"], tiled["BLOCK_P"]) * triton.cdiv(tiled["N"], tiled["BLOCK_N"])
+        segments = plan.segments(rows, tiles)
         alone, kept = self.a, self.a
-        if segments.number > 1:
-            sizes = rows, segments.number * PIECES, plan.shared["H"]
-            alone = self.a.new_empty(*sizes, plan.shared["P"], plan.shared["N"], dtype=torch.float32)
+        if segments > 1:
+            sizes = rows, segments * PIECES, tiled["H"]
+            alone = self.a.new_empty(*sizes, tiled["P"], tiled["N"], dtype=torch.float32)
             kept = self.a.new_empty(*sizes, dtype=torch.float32)
-            self._launch(plan, decays, segments, (self.a, alone, kept), True)
-        self._launch(plan, decays, segments, (states, alone, kept), False)
+            self._launch(plan, decays, tiles, segments, tiled, (self.a, alone, kept), True)
+        self._launch(plan, decays, tiles, segments, tiled, (states, alone, kept), False)
 
     def _launch(
-        self, plan: Plan, decays: Decays, segments: Segments, results: tuple[Tensor, Tensor, Tensor], only_alone: bool
+        self,
+        plan: Plan,
+        decays: Decays,
+        tiles: int,
+        segments: int,
+        tiled: dict[str, Any],
+        results: tuple[Tensor, Tensor, Tensor],
+        only_alone: bool,
     ) -> None:
         a, b, (rows, time) = self.a, self.b, self.a.shape[:2]
         states, alone, kept = results
-        tiled = plan.tiled(time, segments.tile)
-        tiles = triton.cdiv(tiled["P"], tiled["BLOCK_P"]) * triton.cdiv(tiled["N"], tiled["BLOCK_N"])
-        length = triton.cdiv(plan.chunks, segments.number)
-        ssd_kernels.states[(tiles, tiled["H"], rows * segments.number * (PIECES if only_alone else 1))](
+        reach = triton.next_power_of_2(triton.cdiv(plan.chunks, segments))
+        ssd_kernels.states[(tiles, tiled["H"], rows * segments * (PIECES if only_alone else 1))](
             a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
             time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
             BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone,
-            SEGMENTS=segments.number, PIECES=PIECES, REACH=triton.next_power_of_2(length), FAST=plan.fast, **tiled,
-            **plan.cut.states.options(),
+            SEGMENTS=segments, PIECES=PIECES, REACH=reach, FAST=plan.fast, **tiled, **plan.cut.states.options(),
         )  # fmt: skip
 
 
