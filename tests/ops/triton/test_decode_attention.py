@@ -111,15 +111,8 @@ def test_mamba2_overwrites_its_states(heads, size, state, taps, dtype, device, n
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("heads", "keys", "values", "taps", "twice"), [(3, 24, 40, 4, False), (2, 16, 16, 2, True)])
-def test_gated_deltanet_overwrites_its_states(
-    heads, keys, values, taps, twice, many, dtype, device, normal, served, monkeypatch
-):
-    if many:
-        from longspan.ops.triton import delta_step as launched
-
-        monkeypatch.setattr(launched, "MANY_ROWS", 1)
+def test_gated_deltanet_overwrites_its_states(heads, keys, values, taps, twice, dtype, device, normal, served):
     rows, channels = 3, heads * (2 * keys + values)
     wide = normal(rows, channels + heads * values + 2 * heads).to(device, dtype)
     qkv, z, b, a = wide.split([channels, heads * values, heads, heads], dim=1)
