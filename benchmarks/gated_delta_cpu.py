@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taking_turns import Subject, count, measure, rows_of, show
+from taking_turns import Subject, measure, rows_of, show, training
 
 WIDTH, LAYERS, VOCAB, HEADS, KEY_DIM = 256, 4, 8192, 3, 64
 PEER, MAMBA = "Qwen3-Next's layer, transformers", "longspan MMMM, state 128"
@@ -78,14 +78,11 @@ def main() -> None:
     def subject(name: str, model: Any, doc_id: Tensor | None, *against: str) -> Subject:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step() -> int:
+        def loss() -> Tensor:
             nll, num = model.loss(inputs, targets, doc_id)
-            (nll / num).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return inputs.numel()
+            return nll / num
 
-        return Subject(name, step, against, count(model))
+        return training(name, model, optimizer, loss, inputs.numel(), against)
 
     def own(letter: str) -> Any:
         config = ModelConfig(pattern=letter * LAYERS, width=WIDTH, heads=4, state=128, mlp="none")

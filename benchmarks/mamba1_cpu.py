@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taking_turns import Subject, count, measure, rows_of, show
+from taking_turns import Subject, measure, rows_of, show, training
 
 WIDTH, LAYERS, VOCAB, STATE = 256, 4, 8192, 16
 SEQUENTIAL, PSCAN, MAMBAPY = "transformers, sequential", "transformers, use_mambapy", "mambapy"
@@ -131,14 +131,8 @@ def subjects_of(inputs: Tensor, targets: Tensor, sequential: bool, pscan: bool) 
     def subject(name: str, model: nn.Module, loss: Loss) -> Subject:
         groups = ours.parameter_groups(0.1) if model is ours else model.parameters()
         optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1, fused=True)
-
-        def step() -> int:
-            loss(inputs, targets).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return inputs.numel()
-
-        return Subject(name, step, others if name == "longspan" else (), count(model))
+        against = others if name == "longspan" else ()
+        return training(name, model, optimizer, lambda: loss(inputs, targets), inputs.numel(), against)
 
     return [subject(name, *pair) for name, pair in losses.items()]
 

@@ -13,7 +13,7 @@ is asked 1 to L/4 pairs, 256 rows each. Two numbers of every training:
 
 Trainings start in the order of their seeds, as many at a time as there are processes; none is started that would not
 end in time. What a size holds is the best of its row lengths, in the median over seeds. Prints one line a training and
-a table, and writes JSON (`--out`) after each.
+a table, and writes JSON (`--out`) after each, those that failed among it with their errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -122,24 +122,26 @@ def run(case: Case, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_turn(todo: list[Case], steps: int, processes: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Results as they come."""
+def in_turn(
+    todo: list[Case], steps: int, processes: int, seconds: float
+) -> Iterator[tuple[Case, dict[str, Any] | BaseException]]:
+    """Results as they come; of a training that failed, why: it says nothing about the others."""
     began, longest = time.perf_counter(), 0.0
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        running: set[Future[dict[str, Any]]] = set()
+        running: dict[Future[dict[str, Any]], Case] = {}
         while todo or running:
             while todo and len(running) < processes and time.perf_counter() - began + longest < seconds:
-                running.add(pool.submit(run, todo.pop(0), steps))
+                case = todo.pop(0)
+                running[pool.submit(run, case, steps)] = case
             if not running:
                 break
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                case = running.pop(future)
                 if error := future.exception():
-                    # A training that diverges says nothing about the others.
-                    print(f"failed: {error}", flush=True)
+                    yield case, error
                     continue
                 longest = max(longest, future.result()["seconds"])
-                yield future.result()
+                yield case, future.result()
 
 
 def numbers(state: int) -> int:
@@ -206,11 +208,16 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
-    for result in in_turn(cases(options.seeds), options.steps, options.processes, options.seconds):
-        found.append(result)
-        say(result)
+    failed: list[dict[str, Any]] = []
+    for case, result in in_turn(cases(options.seeds), options.steps, options.processes, options.seconds):
+        if isinstance(result, BaseException):
+            failed.append({**asdict(case), "error": str(result) or type(result).__name__})
+            print(f"failed: {failed[-1]}", flush=True)
+        else:
+            found.append(result)
+            say(result)
         options.out.write_text(json.dumps({"benchmark": "recall_capacity", "steps": options.steps, "cases": found,
-                                           "summary": summary(found)}))  # fmt: skip
+                                           "failed": failed, "summary": summary(found)}))  # fmt: skip
     show(summary(found))
 
 

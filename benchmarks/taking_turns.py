@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 @dataclass
@@ -23,6 +24,25 @@ class Subject:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     tokens: int = 0
+
+
+def training(
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    tokens: int,
+    against: tuple[str, ...] = (),
+) -> Subject:
+    """A step of training on so many tokens."""
+
+    def step() -> int:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return tokens
+
+    return Subject(name, step, against, count(model))
 
 
 def measure(subjects: list[Subject], rounds: int) -> None:

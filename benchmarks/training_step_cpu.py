@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from longspan.foundation.machine import ALLOCATOR
-from taking_turns import Subject, count, measure, rows_of, show
+from taking_turns import Subject, measure, rows_of, show, training
 
 WIDTH, LAYERS, VOCAB, HEADS, STATE = 256, 4, 8192, 4, 128
 
@@ -87,27 +87,21 @@ def training_subjects(rows: int, context: int) -> list[Subject]:
         model = own(pattern)
         optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True)
 
-        def step() -> int:
+        def loss() -> torch.Tensor:
             nll, num = model.loss(inputs, targets, doc_id)
-            (nll / num).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return inputs.numel()
+            return nll / num
 
-        return Subject(name, step, against, count(model))
+        return training(name, model, optimizer, loss, inputs.numel(), against)
 
     def theirs(name: str, model: Any) -> Subject:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
         model.train()
 
-        def step() -> int:
+        def loss() -> torch.Tensor:
             # `shift_labels` are used as they are: one target per position, as on our side.
-            model(inputs, labels=inputs, shift_labels=targets, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return inputs.numel()
+            return model(inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
 
-        return Subject(name, step, (), count(model))
+        return training(name, model, optimizer, loss, inputs.numel())
 
     mambas = ("Mamba2 chunk 256 (default)", "Mamba2 chunk 64")
     return [

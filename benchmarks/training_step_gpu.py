@@ -8,22 +8,22 @@ A step is forward, backward, clipping to norm 1 and fused AdamW under bf16 autoc
 109.5 M Llama shape (768 x 12, SwiGLU 2048, tied vocabulary of 32,000), `M` Mamba-2 of 768 x 24 without MLP, `AM` six
 pairs of both with a narrower MLP, `D` 12 Gated DeltaNets with such a one; `small` are the shapes of the study
 hybrid-patterns (384 x 8, vocabulary 49,152, rows of 512). Ours keep documents of about 700 tokens apart (400 in rows of
-512); theirs see whole rows, which is less to do in every layer but attention. `compiled` is each side's
-`torch.compile`: ours as `train` does it, theirs of the whole model; `graph` is forward and backward as one CUDA graph,
-as in `train`. transformers' Mamba2 runs without the compiled extras it asks for, on its own fallback. First the rate of
-an 8192-cubed bf16 product is measured; `share` is a step's FLOPs (docs/numbers.md) over its time and that rate. Times
-are medians of CUDA events over steps in a row; `first` is what the first step took, compiling included (shorter where
-the compiler's cache knows the shape); `peak` is the allocator's. `train` is the real loop with its feed, metrics and
-checkpoints. A part that fails says so and the next one runs; parts that would start after `--seconds` are named. The
-last line is one JSON object, which also goes to $OUT/training_step_gpu.json where OUT is set.
+512), the same ones in 1 row of 32,768 tokens as in 8 of 4,096; theirs see whole rows, which is less to do in every
+layer but attention. `compiled` is each side's `torch.compile`: ours as `train` does it, theirs of the whole model;
+`graph` is forward and backward as one CUDA graph, as in `train`. transformers' Mamba2 runs without the compiled extras
+it asks for, on its own fallback. First the rate of an 8192-cubed bf16 product is measured; `share` is a step's FLOPs
+(docs/numbers.md) over its time and that rate. Times are medians of CUDA events over steps in a row; `first` is what the
+first step took, compiling included (shorter where the compiler's cache knows the shape); `peak` is the allocator's.
+`train` is the real loop with its feed, metrics and checkpoints. A profile says what a step spends on each kernel; where
+a shape has two, the kernels that differ follow in the end; `in turn` takes two lengths by turns. A part that fails says
+so and the next one runs; parts that would start after `--seconds` are named. The last line is one JSON object, which
+also goes to $OUT/training_step_gpu.json where OUT is set.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -50,6 +50,8 @@ from longspan.training.metrics import read_metrics
 from longspan.training.micro_steps import PLAIN_STEPS, CudaRecorder, GraphedMicroSteps, PlainMicroSteps
 from longspan.training.optimizer import clip_gradients
 from longspan.training.precision import autocast_for
+from parts import Parts
+from training_peers import llama, mamba2
 
 SHAPES = {
     "A": ModelConfig(pattern="A" * 12, width=768, heads=12, mlp_width=2048),
@@ -69,33 +71,26 @@ TINY = {
     )
     for name, config in SHAPES.items()
 }
-STEPS, LOOP_STEPS = 8, 60
+STEPS, LOOP_STEPS, ROUNDS = 8, 60, 15
+PIECE = 4096
 
 
-class Run:
-    """What is measured and printed on the way."""
+class Run(Parts):
+    """What is measured and printed on the way.
 
-    def __init__(self, device: torch.device, shapes: dict[str, ModelConfig]) -> None:
-        self.started = time.perf_counter()
-        self.device, self.shapes = device, shapes
-        self.rows: list[dict[str, Any]] = []
-        self.failed: list[str] = []
-        self.skipped: list[str] = []
+    Attributes:
+        profiles: of each shape, by the name of the step: milliseconds and launches by kernel.
+    """
+
+    def __init__(self, device: str, seconds: float) -> None:
+        super().__init__("training_step_gpu", device, seconds)
+        self.shapes = SHAPES if self.cuda else TINY
+        self.profiles: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
         self.flops_per_second = float("nan")
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
-
-    def add(self, part: str, **values: Any) -> None:
-        """One row, shown at once."""
-        self.rows.append({"part": part, **values})
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        print(f"{time.perf_counter() - self.started:6.1f} s  {part:44s} {shown}", flush=True)
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
 
     def vocab(self, name: str) -> int:
         return 100 if not self.cuda else 49_152 if name.startswith("small") else 32_000
@@ -104,7 +99,7 @@ class Run:
 def milliseconds(run: Run, step: Callable[[], object], steps: int = STEPS) -> tuple[float, float]:
     """Median of a step's time on the device, and the shortest that the host took for one (far ahead, it waits)."""
     step()
-    run.wait()
+    run.now()
     if not run.cuda:
         started = time.perf_counter()
         step()
@@ -117,22 +112,28 @@ def milliseconds(run: Run, step: Callable[[], object], steps: int = STEPS) -> tu
         step()
         mark.record()
         hosts.append((time.perf_counter() - started) * 1e3)
-    run.wait()
+    run.now()
     times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
     return statistics.median(times), min(hosts)
 
 
 def documents(rows: int, length: int, seed: int) -> Tensor:
-    """(rows, length) ids on the CPU: documents of about 700 tokens, or 400 where rows are short."""
+    """(rows, length) ids on the CPU: documents of about 700 tokens, or 400 where rows are short.
+
+    A document ends at each multiple of `PIECE` tokens, as where rows of that length end: as many tokens hold the same
+    documents however long their rows are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(rows, length, generator=generator) < 1 / (700 if length > 1000 else 400)).cumsum(1).int()
+    starts = torch.rand(rows * length, generator=generator) < 1 / (700 if length > 1000 else 400)
+    starts[:: min(length, PIECE)] = True
+    return starts.view(rows, length).cumsum(1).int()
 
 
 def measure(run: Run, name: str, shape: str, rows: int, length: int, step: Callable[[], object]) -> None:
     """Adds a row for a step, whose FLOPs are those of our model of that shape."""
     started = time.perf_counter()
     step()
-    run.wait()
+    run.now()
     first = time.perf_counter() - started
     step()
     if run.cuda:
@@ -145,29 +146,45 @@ def measure(run: Run, name: str, shape: str, rows: int, length: int, step: Calla
     run.add(name, tok_s=round(rate), ms=ms, host_ms=host, share=share, first_s=first, peak_GiB=peak)
 
 
-def profile(run: Run, name: str, step: Callable[[], object], top: int = 24) -> None:
+def profile(run: Run, shape: str, name: str, step: Callable[[], object], top: int = 24) -> None:
     """Prints what a step spends on each kernel."""
     if not run.cuda:
         return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         step()
-        run.wait()
-    spent = sorted(
-        ((e.self_device_time_total / 2e3, e.count // 2, e.key[:100]) for e in profiler.key_averages()), reverse=True
-    )
-    run.add(f"profile of {name}", busy_ms=sum(ms for ms, _, _ in spent))
-    for ms, count, kernel in spent[:top]:
-        print(f"          {ms:7.2f} ms {count:4d} x  {kernel}", flush=True)
-    run.rows[-1]["kernels"] = spent[:40]
+        run.now()
+    spent: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        ms, count = spent.get(event.key[:100], (0.0, 0))
+        spent[event.key[:100]] = (ms + event.self_device_time_total / 2e3, count + event.count // 2)
+    longest = sorted(((ms, count, kernel) for kernel, (ms, count) in spent.items()), reverse=True)
+    run.add(f"profile of {name}", busy_ms=sum(ms for ms, _, _ in longest), kernels=sum(n for _, n, _ in longest))
+    for ms, count, kernel in longest[:top]:
+        print(f"          {ms:7.3f} ms {count:4d} x  {kernel}", flush=True)
+    run.rows[-1]["longest"] = longest[:60]
+    run.profiles.setdefault(shape, {})[name] = spent
+
+
+def compare_profiles(run: Run, top: int = 16) -> None:
+    """Of shapes profiled more than once: which kernels take another time than in the first profile, most first."""
+    for first, *others in (list(each.items()) for each in run.profiles.values()):
+        for name, spent in others:
+            print(f"{name}, against {first[0]}: ms and launches of a step", flush=True)
+            both = [(*spent.get(k, (0.0, 0)), *first[1].get(k, (0.0, 0)), k) for k in {**spent, **first[1]}]
+            for ms, count, before, times, kernel in sorted(both, key=lambda row: -abs(row[0] - row[2]))[:top]:
+                print(
+                    f"  {ms - before:+7.3f}  {ms:7.3f} {count:4d} x  {before:7.3f} {times:4d} x  {kernel}", flush=True
+                )
 
 
 # Subjects
 
 
-def own(
-    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
-) -> None:
+def own_step(
+    run: Run, shape: str, rows: int, length: int, compiled: bool = True, graphed: bool = True
+) -> Callable[[], None]:
+    """A step of a new model of that shape."""
     vocab = run.vocab(shape)
     model = LanguageModel(run.shapes[shape], vocab, seed=0, device=run.device)
     model.train()
@@ -196,16 +213,36 @@ def own(
     def step() -> None:
         nonlocal turns
         micro.run(place if turns <= PLAIN_STEPS else ready[turns % 4], tokens.numel(), first=True)
-        clip_gradients(parameters, 1.0)
+        clip_gradients(optimizer, parameters, 1.0)
         optimizer.step()
         micro.clear(optimizer)
         turns += 1
 
+    return step
+
+
+def own(
+    run: Run, shape: str, rows: int, length: int, compiled: bool, profiled: bool = False, graphed: bool = True
+) -> None:
+    step = own_step(run, shape, rows, length, compiled, graphed)
     kind = f"{'compiled' if compiled else 'eager'}{', graph' if graphed else ''}"
     name = f"{shape} {rows}x{length} ours {kind}"
     measure(run, name, shape, rows, length, step)
     if profiled:
-        profile(run, name, step)
+        profile(run, shape, name, step)
+
+
+def in_turn(run: Run, shape: str, short: tuple[int, int], long: tuple[int, int]) -> None:
+    """How much longer a step over long rows takes, each round of both at one temperature of the card."""
+    steps = [own_step(run, shape, *size) for size in (short, long)]
+    for step in steps * (PLAIN_STEPS + 2):
+        step()
+    times = [[milliseconds(run, step, 3)[0] for step in steps] for _ in range(ROUNDS if run.cuda else 1)]
+    more = [after / before - 1 for before, after in times]
+    (rows, length), (ms, long_ms) = long, (statistics.median(each) for each in zip(*times, strict=True))
+    run.add(f"{shape} {rows}x{length} in turn", ms=long_ms, short_ms=ms, more=statistics.median(more))
+    run.rows[-1]["rounds"] = more
+    print(f"          rounds from {min(more):+.2%} to {max(more):+.2%}", flush=True)
 
 
 def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None:
@@ -229,40 +266,6 @@ def theirs(run: Run, shape: str, rows: int, length: int, compiled: bool) -> None
     kind = type(model).__name__.removesuffix("ForCausalLM")
     name = f"{shape} {rows}x{length} transformers {kind} {'compiled' if compiled else 'eager'}"
     measure(run, name, shape, rows, length, step)
-
-
-def llama(config: ModelConfig, vocab: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.width,
-            num_hidden_layers=len(config.layers()),
-            num_attention_heads=config.heads,
-            intermediate_size=config.hidden,
-            vocab_size=vocab,
-            tie_word_embeddings=True,
-            max_position_embeddings=131_072,
-            attn_implementation="sdpa",
-        )
-    )
-
-
-def mamba2(config: ModelConfig, vocab: int) -> Any:
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    return Mamba2ForCausalLM(
-        Mamba2Config(
-            hidden_size=config.width,
-            num_hidden_layers=len(config.layers()),
-            num_heads=2 * config.width // config.mamba_head_dim,
-            head_dim=config.mamba_head_dim,
-            state_size=config.state,
-            n_groups=1,
-            vocab_size=vocab,
-            tie_word_embeddings=True,
-        )
-    )
 
 
 # The loop
@@ -330,79 +333,61 @@ def loop(run: Run, shape: str, rows: int, length: int) -> None:
 # The order
 
 
-def parts(run: Run) -> list[tuple[str, Callable[[], None], float]]:
-    """(name, what to do, seconds it may well take), most important first."""
+def parts(run: Run) -> dict[str, Callable[[], None]]:
+    """By name, most important first."""
     short, long, small = ((8, 4096), (1, 32_768), (128, 512)) if run.cuda else ((2, 160), (1, 320), (4, 64))
 
-    def without(shape: str, size: tuple[int, int], where: str) -> tuple[str, Callable[[], None], float]:
-        return (f"{shape} {where} ours no graph", lambda: own(run, shape, *size, True, graphed=False), 15)
+    def without(shape: str, size: tuple[int, int]) -> Callable[[], None]:
+        return lambda: own(run, shape, *size, True, graphed=False)
 
-    return [
-        ("A 8x4096 ours graph", lambda: own(run, "A", *short, True), 30),
-        ("A 8x4096 theirs compiled", lambda: theirs(run, "A", *short, True), 35),
-        ("M 8x4096 ours graph", lambda: own(run, "M", *short, True, True), 20),
-        ("AM 8x4096 ours graph", lambda: own(run, "AM", *short, True), 15),
-        ("A 1x32768 ours graph", lambda: own(run, "A", *long, True), 10),
-        ("M 1x32768 ours graph", lambda: own(run, "M", *long, True, True), 10),
-        ("A 1x32768 theirs eager", lambda: theirs(run, "A", *long, False), 10),
-        *((f"small {p} ours graph", lambda p=p: own(run, f"small {p}", *small, True), 15) for p in ("M", "A", "AM")),
-        ("D 8x4096 ours graph", lambda: own(run, "D", *short, True, True), 25),
-        without("D", short, "8x4096"),
-        ("A 8x4096 theirs eager", lambda: theirs(run, "A", *short, False), 10),
-        ("AM 1x32768 ours graph", lambda: own(run, "AM", *long, True), 10),
-        ("M 8x4096 train", lambda: loop(run, "M", *short), 20),
-        ("A 8x4096 train", lambda: loop(run, "A", *short), 15),
-        without("A", short, "8x4096"),
-        without("M", short, "8x4096"),
-        without("small M", small, "128x512"),
-        ("A 1x32768 theirs compiled", lambda: theirs(run, "A", *long, True), 40),
-        ("small A theirs compiled", lambda: theirs(run, "small A", *small, True), 25),
-        without("small A", small, "128x512"),
-        ("M 8x4096 theirs eager", lambda: theirs(run, "M", *short, False), 15),
-        ("A 8x4096 ours eager", lambda: own(run, "A", *short, False, graphed=False), 20),
-        ("A 1x32768 ours eager", lambda: own(run, "A", *long, False, graphed=False), 20),
-        ("small M train", lambda: loop(run, "small M", *small), 15),
-    ]
+    return {
+        "A 8x4096 ours graph": lambda: own(run, "A", *short, True),
+        "A 8x4096 theirs compiled": lambda: theirs(run, "A", *short, True),
+        "M 8x4096 ours graph": lambda: own(run, "M", *short, True, True),
+        "AM 8x4096 ours graph": lambda: own(run, "AM", *short, True, True),
+        "A 1x32768 ours graph": lambda: own(run, "A", *long, True),
+        "M 1x32768 ours graph": lambda: own(run, "M", *long, True, True),
+        "A 1x32768 theirs eager": lambda: theirs(run, "A", *long, False),
+        **{f"small {p} ours graph": lambda p=p: own(run, f"small {p}", *small, True) for p in ("M", "A", "AM")},
+        "D 8x4096 ours graph": lambda: own(run, "D", *short, True, True),
+        "D 8x4096 ours no graph": without("D", short),
+        "A 8x4096 theirs eager": lambda: theirs(run, "A", *short, False),
+        "AM 1x32768 ours graph": lambda: own(run, "AM", *long, True, True),
+        **{f"{p} lengths in turn": lambda p=p: in_turn(run, p, short, long) for p in ("M", "AM")},
+        "M 8x4096 train": lambda: loop(run, "M", *short),
+        "A 8x4096 train": lambda: loop(run, "A", *short),
+        "A 8x4096 ours no graph": without("A", short),
+        "M 8x4096 ours no graph": without("M", short),
+        "small M 128x512 ours no graph": without("small M", small),
+        "A 1x32768 theirs compiled": lambda: theirs(run, "A", *long, True),
+        "small A theirs compiled": lambda: theirs(run, "small A", *small, True),
+        "small A 128x512 ours no graph": without("small A", small),
+        "M 8x4096 theirs eager": lambda: theirs(run, "M", *short, False),
+        "A 8x4096 ours eager": lambda: own(run, "A", *short, False, graphed=False),
+        "A 1x32768 ours eager": lambda: own(run, "A", *long, False, graphed=False),
+        "small M train": lambda: loop(run, "small M", *small),
+    }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts whose name contains one of these, with commas between")
-    parser.add_argument("--seconds", type=float, default=420)
+    parser.add_argument("--seconds", type=float, default=420, help="no part starts after this long")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options = parser.parse_args()
-    device = torch.device(options.device)
-    run = Run(device, SHAPES if device.type == "cuda" else TINY)
-    print(f"{kernels.described(device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores", flush=True)
+    run = Run(options.device, options.seconds)
+    print(f"{kernels.described(run.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores", flush=True)
     for shape, config in run.shapes.items():
         print(f"  {shape}: {config.pattern}, {count_parameters(config, run.vocab(shape)).total / 1e6:.1f} M parameters")
     if run.cuda:
-        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+        a, b = (torch.randn(8192, 8192, device=run.device, dtype=torch.bfloat16) for _ in range(2))
         run.flops_per_second = 2 * 8192**3 / milliseconds(run, lambda: a @ b, 20)[0] * 1e3
         run.add("matrix product 8192", TFLOP_s=run.flops_per_second / 1e12, card=torch.cuda.get_device_name())
         del a, b
-    wanted = [name for name in options.only.split(",") if name]
-    for name, part, seconds in parts(run):
-        if wanted and not any(w in name for w in wanted):
-            continue
-        if time.perf_counter() - run.started + seconds > options.seconds:
-            run.skipped.append(name)
-            continue
-        try:
-            part()
-        except Exception as error:
-            run.failed.append(name)
-            run.add(f"FAILED {name}", error=f"{type(error).__name__}: {str(error)[:300]}")
-        gc.collect()
-        if run.cuda:
-            torch.cuda.empty_cache()
-    if run.skipped:
-        print("left out for time: " + ", ".join(run.skipped))
-    line = json.dumps({"rows": run.rows, "failed": run.failed, "skipped": run.skipped})
-    if os.environ.get("OUT"):
-        (Path(os.environ["OUT"]) / "training_step_gpu.json").write_text(line + "\n")
-    print(line)
+    run.run(parts(run), options.only)
+    compare_profiles(run)
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -29,11 +29,14 @@ from kernels_on_gpu.measuring import (
     normal,
     scan_inputs,
     ssd_inputs,
+    streamed,
     summed_and_normed,
+    token_spreads,
 )
 from longspan.ops import kernels
 from longspan.ops.attention import attention
 from longspan.ops.causal_conv import causal_conv
+from longspan.ops.embedding import embedding
 from longspan.ops.flex_attention import flex_block_mask
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
@@ -95,6 +98,13 @@ def check_conv(run: Run) -> None:
             lambda *z, doc=doc: [causal_conv(*z, doc_BT=doc)[0]],
             leaves,
         )
+
+
+def check_embedding(run: Run) -> None:
+    """Every token seldom, and a few of them in most places."""
+    for kind, tokens in token_spreads(8, 512, 1000).items():
+        embed = lambda weight, tokens=tokens: [embedding(tokens, weight)]  # noqa: E731
+        compare(run, f"embedding {kind}", embed, embed, [normal(1000, WIDTH, dtype=FP32)])
 
 
 def check_ssd(
@@ -197,10 +207,8 @@ def check_norm(run: Run) -> None:
         leaves = [normal(2, 500, width, dtype=dtype), normal(2, 500, width, dtype=dtype), normal(width, dtype=FP32)]
         compare(run, f"gated norm {dtype}", lambda *z: apply(GatedRMSNorm, *z), plain, leaves)
         compare(run, f"norm {dtype}", lambda *z: apply(RMSNorm, *z), plain, [leaves[0], leaves[2]])
-    from longspan.ops.triton.rms_norm import add_rms_norm
-
     leaves = [normal(2, 500, WIDTH, dtype=FP32), normal(2, 500, WIDTH), normal(WIDTH, dtype=FP32)]
-    compare(run, "norm of a sum", lambda *z: add_rms_norm(*z, 1e-5, BF16), summed_and_normed, leaves)
+    compare(run, "norms of a stream", streamed, lambda *z: [summed_and_normed(*z)[1]], leaves)
 
 
 def check_layer(run: Run) -> None:
@@ -246,6 +254,7 @@ def check_layer(run: Run) -> None:
 CHECKS: dict[str, Callable[[Run], None]] = {
     "check conv": check_conv,
     "check norm": check_norm,
+    "check embedding": check_embedding,
     "check ssd": check_ssd(BF16, 2, 1024, HEADS, HEAD_DIM, STATE, 100.0),
     "check ssd one-token documents": check_ssd(BF16, 2, 331, 4, HEAD_DIM, STATE, 1.0),
     "check ssd fp32": check_ssd(FP32, 2, 200, 4, HEAD_DIM, STATE, 30.0, True),

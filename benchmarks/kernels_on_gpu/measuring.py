@@ -65,19 +65,26 @@ def time_both(
     return both
 
 
-def profile(run: Run, name: str, function: Callable[[], object]) -> None:
-    """Which kernel takes how long, of one call after a warm one."""
+def kernel_times(function: Callable[[], object], calls: int = 3) -> dict[str, float]:
+    """Which kernel takes how many ms of one call, longest first; after a warm one."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
     function()
     torch.cuda.synchronize()
     with recording(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(3):
+        for _ in range(calls):
             function()
         torch.cuda.synchronize()
-    times = {e.key: e.self_device_time_total / 3e3 for e in trace.key_averages() if e.self_device_time_total > 0}
-    for key, ms in sorted(times.items(), key=lambda item: -item[1])[:16]:
+    times = {
+        e.key: e.self_device_time_total / 1e3 / calls for e in trace.key_averages() if e.self_device_time_total > 0
+    }
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def profile(run: Run, name: str, function: Callable[[], object]) -> None:
+    """Which kernel takes how long, of one call after a warm one."""
+    for key, ms in list(kernel_times(function).items())[:16]:
         run.add(f"profile {name}", ms=ms, kernel=key[:70])
 
 
@@ -98,6 +105,13 @@ def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def documents(rows: int, time: int, mean: float) -> Tensor:
     return (torch.rand(rows, time, device=DEVICE) < 1.0 / mean).cumsum(1).int()
+
+
+def token_spreads(rows: int, time: int, vocab: int) -> dict[str, Tensor]:
+    """All tokens as likely, and as often as in text: in proportion to one over their rank."""
+    ranks = torch.arange(1, vocab + 1, device=DEVICE)
+    drawn = torch.multinomial(1.0 / ranks, rows * time, replacement=True)
+    return {"even": torch.randint(0, vocab, (rows, time), device=DEVICE), "as in text": drawn.view(rows, time)}
 
 
 def ssd_inputs(rows: int, time: int, heads: int, head_dim: int, state: int, dtype: torch.dtype = BF16) -> list[Tensor]:
@@ -144,3 +158,11 @@ def summed_and_normed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]
     """As plain ops."""
     total = x + branch
     return [total, (F.rms_norm(total, total.shape[-1:], eps=1e-5) * weight).to(branch.dtype)]
+
+
+def streamed(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
+    """The norm of the sum, of a stream that begins with `x`."""
+    from longspan.ops.triton.residual import add_to_stream, begin_stream
+
+    near, rest, _ = begin_stream(x, weight, 1e-5, branch.dtype)
+    return [add_to_stream(near, rest, branch, weight, 1e-5)[2]]

@@ -24,6 +24,7 @@ from kernels_on_gpu.measuring import (
     WIDTH,
     Run,
     delta_inputs,
+    device_ms,
     documents,
     mamba2_layer,
     median_ms,
@@ -33,6 +34,7 @@ from kernels_on_gpu.measuring import (
     ssd_inputs,
     summed_and_normed,
     time_both,
+    token_spreads,
 )
 from longspan.ops import kernels
 from longspan.ops.attention import attention
@@ -99,19 +101,36 @@ def bench_norm(run: Run) -> None:
     time_both(run, "gated norm", lambda *t: [norm(*t)], [y, z], floor)
 
 
-def bench_add_norm(run: Run) -> None:
-    """The residual stream with a branch added, and its norm: one op, and as a compiler fuses plain ops."""
-    from longspan.ops.triton.rms_norm import add_rms_norm
+def bench_stream(run: Run) -> None:
+    """The residual stream with a branch added, and its norm: one op, and as a compiler fuses plain ops in fp32."""
+    from longspan.ops.triton import residual
 
-    # Forward x, branch, sum, norm; backward sum, both gradients that come, both that go.
-    floor = run.floor_ms(32_768 * WIDTH * (4 + 2 + 4 + 2 + 4 + 4 + 2 + 4 + 2), 0)
-    leaves = [normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)]
-    time_both(run, "sum and norm, 32,768 tokens", lambda *z: add_rms_norm(*z, 1e-5, BF16), leaves, floor)
+    near, rest, branch, slope = (normal(8, 4096, WIDTH) for _ in range(4))
+    weight, out = normal(WIDTH, dtype=FP32), (torch.empty_like(near), torch.empty_like(near))
+    run.add(
+        "stream and norm, 32,768 tokens",
+        forward_ms=device_ms(lambda: residual.run_forward(near, rest, branch, weight, 1e-5, BF16)),
+        backward_ms=device_ms(lambda: residual.run_backward(near, rest, branch, slope, weight, 1e-5, out)),
+        forward_floor_ms=run.floor_ms(6 * near.numel() * 2, 0),
+        backward_floor_ms=run.floor_ms(6 * near.numel() * 2, 0),
+    )
     compiled = torch.compile(summed_and_normed, dynamic=False)
-    time_both(run, "sum and norm, compiled", compiled, leaves, floor)
-    leaves, slopes = [z.requires_grad_() for z in leaves], [torch.randn_like(z) for z in leaves[:2]]
-    profile(run, "sum and norm", lambda: torch.autograd.grad(add_rms_norm(*leaves, 1e-5, BF16), leaves, slopes))
+    leaves = [near.float().requires_grad_(), branch.requires_grad_(), weight.requires_grad_()]
+    slopes = [torch.randn_like(z) for z in leaves[:2]]
     profile(run, "sum and norm, compiled", lambda: torch.autograd.grad(compiled(*leaves), leaves, slopes))
+
+
+def bench_embedding(run: Run) -> None:
+    """The gradient alone, by torch's kernels and by ours."""
+    from longspan.ops.triton.embedding import embedding_backward
+
+    dy, vocab = normal(8, 4096, WIDTH, dtype=FP32), 32_000
+    # What comes is read once, what goes is filled with zeros and then written where there is something.
+    floor = run.floor_ms((dy.numel() + 2 * vocab * WIDTH) * 4, 0)
+    for kind, tokens in token_spreads(8, 4096, vocab).items():
+        torchs = device_ms(lambda t=tokens: torch.ops.aten.embedding_dense_backward(dy, t, vocab, -1, False))
+        ours = device_ms(lambda t=tokens: embedding_backward(dy, t, vocab))
+        run.add(f"gradient of an embedding, {kind}", ms=ours, torch_ms=torchs, floor_ms=floor)
 
 
 def bench_layer(run: Run) -> None:
@@ -265,7 +284,8 @@ TIMES: dict[str, Callable[[Run], None]] = {
     "ssd": bench_ssd,
     "profile ssd": profile_ssd,
     "norm": bench_norm,
-    "add norm": bench_add_norm,
+    "stream": bench_stream,
+    "embedding": bench_embedding,
     "layer": bench_layer,
     "scan": bench_scan,
     "delta": bench_delta,

@@ -23,6 +23,7 @@ from kernels_on_gpu.measuring import (
     Run,
     device_ms,
     documents,
+    kernel_times,
     median_ms,
     normal,
     scan_inputs,
@@ -32,49 +33,62 @@ from longspan.ops.selective_scan import selective_scan
 
 
 def variants_ssd(run: Run) -> None:
+    """The scan at four shapes, then how its rows and states are cut, kernel by kernel."""
     from longspan.ops.triton import ssd as launched
 
     usual = launched.CUTS[BF16]
+    for shape in ((32, 2048), (4, 16_384), (8, 4096), (1, 32_768)):
+        forward, backward = _ssd_calls(*shape)
+        run.add(f"ssd {shape[0]}x{shape[1]}", forward_ms=device_ms(forward), backward_ms=device_ms(backward))
     changes: list[dict[str, Any]] = [
         {},
-        {"state_warps": (4, 4)},
-        {"state_warps": (4, 5)},
-        {"STATE_PROGRAMS": 132},
-        {"STATE_PROGRAMS": 528},
+        {"PIECES": 1},
+        {"SEGMENT_PROGRAMS": 528},
+        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 264},
+        {"part_heads": 24},
         {"output_heads": 12},
-        {"output_warps": (8, 3)},
-        {"token_warps": (4, 4)},
-        {"STATE_PROGRAMS": 0},
     ]
-    shapes = ((8, 4096), (1, 32_768), (4, 16_384))
-    inputs = {shape: (*ssd_inputs(*shape, HEADS, HEAD_DIM, STATE), None, documents(*shape, 700.0)) for shape in shapes}
-    slopes = {shape: normal(*shape, HEADS, HEAD_DIM) for shape in shapes}
+    calls = {shape: _ssd_calls(*shape) for shape in ((1, 32_768), (8, 4096))}
     expected: dict[tuple[int, int], list[Tensor]] = {}
-    few = launched.STATE_PROGRAMS
     for change in changes:
-        launched.STATE_PROGRAMS = change.get("STATE_PROGRAMS", few)
         launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
+        before = {key: getattr(launched, key) for key in change if key not in usual._fields}
+        for key in before:
+            setattr(launched, key, change[key])
         try:
-            for shape, leaves in inputs.items():
-                given = launched.Inputs(*leaves, None, None)
-                y, _, states = launched.run_forward(given)
-                into, ddt, dy = launched.Gradients.like(given), torch.empty_like(leaves[1]), slopes[shape]
-                dA, dD, *_ = launched.run_backward(given, states, dy, None, into, ddt)
-                found = [z.clone() for z in (y, *into, ddt, dA, dD)]
+            for shape, (forward, backward) in calls.items():
+                found = [z.clone() for z in (forward()[0], *backward())]
                 known = expected.setdefault(shape, found)
                 apart = max(
                     float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
                 )
-                forward = device_ms(lambda given=given: launched.run_forward(given))
-                backward = device_ms(
-                    lambda g=given, s=states, y=dy, i=into, d=ddt: launched.run_backward(g, s, y, None, i, d)
-                )
+                times = kernel_times(lambda f=forward, b=backward: (f(), b()))
+                each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if "::" not in key)
                 name = f"ssd cut {shape[0]}x{shape[1]}"
-                run.add(name, forward_ms=forward, backward_ms=backward, apart=apart, change=str(change))
+                run.add(name, all_ms=sum(times.values()), apart=apart, each=each, change=str(change))
         except Exception as error:
             run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
         finally:
-            launched.CUTS[BF16], launched.STATE_PROGRAMS = usual, few
+            launched.CUTS[BF16] = usual
+            for key, value in before.items():
+                setattr(launched, key, value)
+
+
+def _ssd_calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
+    """Forward and backward with documents, without autograd."""
+    from longspan.ops.triton import ssd as launched
+
+    leaves = ssd_inputs(rows, time, HEADS, HEAD_DIM, STATE)
+    inputs = launched.Inputs(*leaves, None, documents(rows, time, 700.0), None, None)
+    dy = normal(rows, time, HEADS, HEAD_DIM)
+    into, ddt = launched.Gradients.like(inputs), torch.empty_like(inputs.dt)
+    kept = launched.run_forward(inputs)[2]
+
+    def backward() -> list[Tensor]:
+        of_heads, _ = launched.run_backward(inputs, kept, dy, None, into, ddt)
+        return [*into, ddt, of_heads]
+
+    return lambda: launched.run_forward(inputs), backward
 
 
 def variants_scan(run: Run) -> None:
@@ -107,20 +121,26 @@ def variants_conv(run: Run) -> None:
         forward_ms=run.floor_ms(2 * x.numel() * 2, 0),
         backward_ms=run.floor_ms(3 * x.numel() * 2, 0),
     )
-    usual = launched.FORWARD, launched.BACKWARD
+    usual, known = (launched.FORWARD, launched.BACKWARD), None
     for tile in (
-        (128, 256, 2, 2),
-        (128, 256, 2, 4),
-        (112, 256, 2, 4),
-        (148, 256, 2, 4),
-        (296, 256, 2, 4),
-        (256, 256, 4, 4),
+        (64, 256, 2, 3),
+        (64, 128, 1, 3),
+        (64, 256, 2, 4),
+        (32, 256, 2, 3),
+        (64, 256, 4, 3),
+        (96, 128, 1, 3),
     ):
         try:
             launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
+            found = [launched.run_forward(x, weight, bias, doc, True)]
+            found += [*launched.run_backward(dx, y, x, weight, bias, doc, True), dx.clone()]
+            known = known or found
+            apart = max(
+                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
+            )
             forward = device_ms(lambda: launched.run_forward(x, weight, bias, doc, True))
             backward = device_ms(lambda: launched.run_backward(dx, y, x, weight, bias, doc, True))
-            run.add("conv tile, 32,768 tokens", forward_ms=forward, backward_ms=backward, tile=str(tile))
+            run.add("conv tile", forward_ms=forward, backward_ms=backward, apart=apart, tile=str(tile))
         finally:
             launched.FORWARD, launched.BACKWARD = usual
 
@@ -132,33 +152,37 @@ def spread(rows: int, time: int) -> Tensor:
 
 def variants_norm(run: Run) -> None:
     """Warps of a row, programs and rows in flight of the backward, of the gated norm and of that of a sum."""
+    from longspan.ops.triton import residual
     from longspan.ops.triton import rms_norm as launched
 
-    usual = launched._warps, launched.PROGRAMS, launched.AHEAD
+    usual = launched.warps_of, launched.PROGRAMS, launched.AHEAD
     y, z, weight = normal(8, 4096, INNER), spread(8, 4096)[..., :INNER], normal(INNER, dtype=FP32)
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
-    x, branch, scale = normal(8, 4096, WIDTH, dtype=FP32), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    x, branch, scale = normal(8, 4096, WIDTH), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
+    out = torch.empty_like(x), torch.empty_like(x)
     for warps, programs, ahead in (
         (4, 528, 3),
         (4, 528, 4),
-        (4, 528, 2),
-        (4, 264, 4),
+        (2, 528, 3),
         (8, 528, 3),
+        (4, 264, 4),
     ):
-        launched._warps, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        launched.warps_of, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
+        residual.warps_of = launched.warps_of
         try:
             run.add(
                 "norms of 32,768 tokens",
                 gated_forward_ms=device_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16)),
                 gated_backward_ms=device_ms(lambda: launched.run_backward(y, y, z, weight, 1e-5, dy, dz)),
-                sum_forward_ms=device_ms(lambda: launched._add_forward(x, branch, scale, 1e-5, BF16)),
-                sum_backward_ms=device_ms(lambda: launched._add_backward(x, branch, x, scale, 1e-5, FP32, BF16)),
+                stream_forward_ms=device_ms(lambda: residual.run_forward(x, branch, branch, scale, 1e-5, BF16)),
+                stream_backward_ms=device_ms(lambda: residual.run_backward(x, branch, x, branch, scale, 1e-5, out)),
                 warps=warps,
                 programs=programs,
                 ahead=ahead,
             )
         finally:
-            launched._warps, launched.PROGRAMS, launched.AHEAD = usual
+            launched.warps_of, launched.PROGRAMS, launched.AHEAD = usual
+            residual.warps_of = launched.warps_of
 
 
 def variants_sums(run: Run) -> None:
@@ -179,21 +203,21 @@ def variants_sums(run: Run) -> None:
 
 
 def variants_loss(run: Run) -> None:
-    """Words at a time and warps of a token, for vocabularies of 32,000 and 49,152."""
+    """Words at a time, warps of a token and parts in flight, for vocabularies of 32,000 and 49,152."""
     from longspan.ops.triton import cross_entropy as launched
 
-    usual = launched.BLOCK, launched.WARPS
+    usual = launched.CUTS
     for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
         logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
         counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-        for block, warps in (usual, (8192, 32), (4096, 16), (16384, 32), (4096, 8)):
-            launched.BLOCK, launched.WARPS = block, warps
+        for cut in ((4096, 8, 4), (8192, 8, 3), (8192, 8, 4), (8192, 16, 3), (4096, 16, 3), (2048, 8, 4), (4096, 4, 4)):
+            launched.CUTS = dict.fromkeys(usual, launched.Cut(*cut))
             try:
                 ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))
                 floor = run.floor_ms(2 * logits.numel() * 2, 0)
-                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block=block, warps=warps)
+                run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block_warps_stages=str(cut))
             finally:
-                launched.BLOCK, launched.WARPS = usual
+                launched.CUTS = usual
 
 
 VARIANTS: dict[str, Callable[[Run], None]] = {

@@ -10,7 +10,6 @@ import typer
 
 from longspan.commands.ending import run_to_its_end
 from longspan.commands.options import (
-    DEFAULT_RUNS,
     Debug,
     Duplicates,
     Jobs,
@@ -23,6 +22,7 @@ from longspan.commands.options import (
     StudyName,
     Subject,
 )
+from longspan.foundation.files import DEFAULT_RUNS
 from longspan.foundation.machine import follows, tune_allocator
 
 if TYPE_CHECKING:

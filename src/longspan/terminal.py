@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from longspan.foundation.errors import Stopped
 from longspan.foundation.progress import Progress
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines of one job on a pipe."""
+FOLDED = 30
+"""Characters that a column of longer texts keeps on a narrow terminal."""
 
 
 @dataclass
@@ -209,11 +211,13 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, file: Any = None, console: Any = None
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, keys: int = 1, file: Any = None, console: Any = None
 ) -> None:
     """A table for people: with rules on a terminal, aligned plain text on a pipe.
 
-    Columns whose heading starts with `<` hold text and are aligned left; the others hold numbers.
+    Columns whose heading starts with `<` hold text and are aligned left; the others hold numbers. On a terminal too
+    narrow for all columns long texts are folded at words; where that is not enough the columns come in several tables,
+    each with the first `keys` columns, which name the rows.
     """
     from rich import box
     from rich.console import Console
@@ -224,16 +228,38 @@ def print_table(
     if not console.is_terminal:
         # A pipe has no width; never fold a row there.
         console = Console(file=file or sys.stdout, highlight=False, width=240)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(
-            column.removeprefix("<"), justify="left" if column.startswith("<") else "right", overflow="fold"
-        )
     cells = [[str(cell) for cell in row] for row in rows]
-    for row in cells:
-        # As text: square brackets in a cell are not markup.
-        table.add_row(*map(Text, row))
-    console.print(table)
+    widths = [
+        max(len(column.removeprefix("<")), *(Text(row[at]).cell_len for row in cells), 0)
+        for at, column in enumerate(columns)
+    ]
+    least = [
+        min(width, FOLDED) if column.startswith("<") else width for column, width in zip(columns, widths, strict=True)
+    ]
+    for part in _parts(least, keys, console.width) if console.is_terminal else [range(len(columns))]:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for at in part:
+            side: Literal["left", "right"] = "left" if columns[at].startswith("<") else "right"
+            table.add_column(columns[at].removeprefix("<"), justify=side, overflow="fold")
+        for row in cells:
+            # As text: square brackets in a cell are not markup.
+            table.add_row(*(Text(row[at]) for at in part))
+        console.print(table)
+
+
+def _parts(widths: Sequence[int], keys: int, room: int) -> Sequence[Sequence[int]]:
+    """Which columns stand together in so much room: the first `keys` in every part, the others in order."""
+    first, between, edges = list(range(keys)), 3, 2
+
+    def width(part: list[int]) -> int:
+        return sum(widths[at] + between for at in part) - between + edges
+
+    parts = [first]
+    for at in range(keys, len(widths)):
+        if parts[-1] != first and width([*parts[-1], at]) > room:
+            parts.append(first)
+        parts[-1] = [*parts[-1], at]
+    return parts
 
 
 def print_summary(outcome: Outcome) -> None:

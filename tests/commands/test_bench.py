@@ -67,6 +67,22 @@ def test_what_cannot_be_measured_is_refused_by_name(changes: dict[str, Any], wor
     assert words in refused.value.given
 
 
+@pytest.mark.parametrize(("parameters", "dims"), [("130k", 16), ("700k", 32), ("3M", 64)])
+def test_gated_deltanet_is_measured_at_any_width(parameters: str, dims: int) -> None:
+    setting = tiny(patterns="AAAA,DDDD", parameters=parameters, vocab_size=300)
+    models = models_of(setting)
+    assert models["DDDD"].delta_head_dim == dims
+    sizes = [count_parameters(model, 300).total for model in models.values()]
+    assert abs(sizes[1] / sizes[0] - 1) <= 0.02
+
+
+def test_a_pattern_that_cannot_be_as_small_is_refused_in_words_of_the_command() -> None:
+    with pytest.raises(UserError) as refused:
+        models_of(tiny(patterns="A,MM", parameters="50000", vocab_size=300))
+    assert refused.value.given.startswith("--patterns: pattern MM cannot be matched")
+    assert "name MM first" in refused.value.fix
+
+
 def test_it_ends_in_one_json_line_with_every_part(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +287,31 @@ def test_why_a_peer_has_no_rate_stands_in_the_tables(capsys: pytest.CaptureFixtu
     assert row.rstrip().endswith("AssertionError: rotary requires flash_attn…")
     assert f"note: a peer, AM, train at 32 tokens: {reason}" in shown
     assert broken.to_json()["failure"] == reason
+
+
+def test_tables_have_no_column_without_a_value_and_name_classes_once(capsys: pytest.CaptureFixture[str]) -> None:
+    setting, name = tiny(patterns="AM"), "transformers LlamaForCausalLM"
+    late = Measured("AM", 32, "decode", name, 1, failure="not measured: predicted to take 3 min 20 s, 1 min 05 s left")
+    show(
+        setting,
+        models_of(setting),
+        AT_BEST,
+        [
+            Measured("AM", 32, "train", "longspan", 1, (3.0, 4.0), memory_bytes=2**20),
+            Measured("AM", 32, "train", name, 1, (1.0, 2.0), memory_bytes=2**20),
+            replace(late, who="longspan", failure="", rates=(1.0, 2.0), state_bytes=1024),
+            replace(late, late=True),
+        ],
+    )
+    shown = capsys.readouterr().out
+    training, decoding = shown[shown.index("training step") :].split("prefill, one prompt")
+    assert "transformers: AM LlamaForCausalLM" in shown
+    assert shown.count("LlamaForCausalLM") == 1
+    assert "peak memory" in training
+    assert "longspan is" in training
+    assert "state" not in training
+    assert "peak memory" not in decoding
+    assert "predicted to take 3 min 20 s, 1 min 05 s left" in decoding
 
 
 def test_a_peer_whose_batch_does_not_fit_trains_in_parts_of_it() -> None:

@@ -60,6 +60,20 @@ def test_every_row_is_what_it_is_alone(
             assert found.state_bytes == expected.state_bytes
 
 
+@pytest.mark.parametrize("kind", ["different", "shared"])
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_state_is_handed_over_after_as_many_tokens_of_every_row(
+    kind: str, graphs: str, tiny_model: MakeModel, tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts end before, at and behind it; padding in front would move it, and steps on fixed memory never round."""
+    model = tiny_model("AM", embedding_multiplier=16.0, state_bits=2, handover=31)
+    monkeypatch.setenv(VARIABLE, "off")
+    expected = [alone(tiny_engine(model), prompt, GREEDY, i).tokens.tolist() for i, prompt in enumerate(PROMPTS[kind])]
+    monkeypatch.setenv(VARIABLE, graphs)
+    found = tiny_engine(model, batch_tokens=50).generate(PROMPTS[kind], GREEDY)
+    assert [each.tokens.tolist() for each in found] == expected
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -13,9 +13,10 @@ import torch
 from longspan.corpus.tokenizer import Tokenizer
 from longspan.engines import graphs, oracle, precision
 from longspan.engines.base import Sampling
+from longspan.engines.causal_model import CausalModel
 from longspan.engines.native import NativeEngine
 from longspan.engines.oracle import Check, check_equivalence
-from longspan.engines.precision import fits_in_fp32, in_fp32
+from longspan.engines.precision import in_fp32, no_room_for_fp32
 from longspan.engines.transformers import TransformersEngine
 from longspan.models.graphed_decoding import GraphedDecoding
 from longspan.models.language_model import LanguageModel
@@ -170,20 +171,37 @@ def test_without_memory_for_fp32_the_bound_is_fixed_and_said(
     deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = deep()
-    assert fits_in_fp32(engine.module)
-    monkeypatch.setattr(oracle, "fits_in_fp32", lambda module: False)
+    assert no_room_for_fp32(engine.module) is None
+    monkeypatch.setattr(oracle, "no_room_for_fp32", lambda module: "9 GiB more are needed, 1 are free")
     found = checks(engine)
     assert {check.allowed for check in found.values()} == {oracle.ROUNDED}
-    assert all("not asked in fp32" in check.note for check in found.values())
+    assert all("not asked in fp32 (9 GiB more are needed, 1 are free)" in check.note for check in found.values())
 
 
-@pytest.mark.parametrize("free", [None, 0])
+@pytest.mark.parametrize(("free", "said"), [(None, "how much is free is not known"), (0, "0 are free")])
 def test_fp32_is_not_tried_where_no_room_is_known(
-    free: int | None, deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+    free: int | None, said: str, deep: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "free_memory", lambda: free)
-    assert not fits_in_fp32(deep().module)
-    assert fits_in_fp32(deep().module.float())
+    reason = no_room_for_fp32(deep().module)
+    assert reason is not None
+    assert reason.endswith(f" GiB more are needed, {said}")
+    assert no_room_for_fp32(deep().module.float()) is None
+
+
+def test_a_subject_whose_ways_are_not_tried_in_fp32_says_so_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    assert not CausalModel(model).notes
+    monkeypatch.setattr(precision, "free_memory", lambda: 0)
+    (note,) = CausalModel(model).notes
+    assert "tried with the rounding of bfloat16" in note
+    assert "not in fp32" in note
+    assert note.endswith("GiB more are needed, 0 are free")
+    assert not CausalModel(model.float()).notes
 
 
 def test_kernels_that_fail_in_fp32_leave_the_fixed_bound(

@@ -46,6 +46,16 @@ def test_dt_lies_in_its_range_after_the_whole_model_is_built(init):
     assert a.max() <= 16 * (1 + 1e-6)
 
 
+def test_a_fresh_state_forgets_as_little_as_it_is_told_to():
+    model = build("M", width=256, mamba_head_dim=8, mixers={"M": {"decay_init": [0.01, 0.02], "dt_init": [0.05, 0.05]}})
+    mixer = model.blocks[0].mixer
+    torch.testing.assert_close(F.softplus(mixer.dt_bias), torch.full_like(mixer.dt_bias, 0.05))
+    assert 0.01 * (1 - 1e-5) <= mixer.A_log.exp().min() < mixer.A_log.exp().max() <= 0.02 * (1 + 1e-5)
+    for given in ({"decay_init": [0, 1]}, {"dt_init": [0.2, 0.1]}):
+        with pytest.raises(UserError, match="two positive numbers, the smaller one first"):
+            build("M", mixers={"M": given})
+
+
 @pytest.mark.parametrize("letter", ["M", "m"])
 def test_every_step_size_of_an_ssm_follows_its_input_and_learns(letter):
     """An earlier code clamped them at their upper end from the start: constant, and without a gradient."""

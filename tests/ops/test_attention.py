@@ -119,6 +119,17 @@ def test_going_on_from_kept_keys_needs_no_mask_on_a_cpu(dtype, monkeypatch):
     )
 
 
+def test_the_kernel_of_torch_that_tells_what_scores_sum_to_is_as_it_was():
+    """It is private, so torch may change it without a word; checked with torch 2.11 and 2.13."""
+    found = str(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default._schema)
+    known = (
+        "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, "
+        "float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) "
+        "-> (Tensor output, Tensor logsumexp)"
+    )
+    assert found == known, f"torch {torch.__version__} changed it: look at `_after_kept_keys` in ops/attention.py"
+
+
 def test_going_on_from_kept_keys_has_the_gradients_of_the_reference():
     tensors = leaves(2, 7, keys=40, groups=2)
     assert_same(with_gradients(*tensors, q_offset=33), with_gradients(*tensors, q_offset=33, backend="reference"))

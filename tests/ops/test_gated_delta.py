@@ -4,71 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.functional import softplus
 
 from longspan.foundation.errors import UserError
 from longspan.ops import gated_delta_chunked, ssd_tiles
 from longspan.ops.gated_delta import gated_delta
 
-INPUTS = ("q", "k", "v", "g", "beta")
-NAMES = (*INPUTS, "state")
+from .scans import GATED_DELTA, assert_same
 
-
-def inputs(batch, time, heads=3, key_dim=4, value_dim=5, seed=0, dtype=torch.float64, largest_beta=1.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    values = (
-        normal(batch, time, heads, key_dim),
-        normal(batch, time, heads, key_dim),
-        normal(batch, time, heads, value_dim),
-        -softplus(normal(batch, time, heads) - 1.0),
-        torch.rand(batch, time, heads, generator=generator, dtype=torch.float64) * largest_beta,
-        normal(batch, heads, key_dim, value_dim),
-    )
-    return {name: value.to(dtype) for name, value in zip(NAMES, values, strict=True)}
-
-
-def run(given_inputs, doc=None, initial_doc=None, chunk=8, backend="chunked", with_state=True):
-    """Outputs and gradients of a random but fixed linear loss on both outputs."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in given_inputs.items()}
-    arguments = [leaves[name] for name in INPUTS]
-    state = leaves["state"] if with_state else None
-    o, final = gated_delta(
-        *arguments, doc_BT=doc, initial_state_BHKV=state, initial_doc_B=initial_doc, chunk=chunk, backend=backend
-    )
-    generator = torch.Generator().manual_seed(99)
-    weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype) for z in (o, final)]
-    wanted = [value for name, value in leaves.items() if with_state or name != "state"]
-    gradients = torch.autograd.grad((o * weights[0]).sum() + (final * weights[1]).sum(), wanted, allow_unused=True)
-    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
-    return o, final, *gradients
-
-
-def assert_same(got, expected, tolerance=1e-11):
-    for name, one, other in zip(("o", "final", *NAMES), got, expected, strict=False):
-        scale = other.abs().max().clamp_min(1.0)
-        assert (one.double() - other.double()).abs().max() <= tolerance * scale, name
-
-
-@pytest.mark.parametrize("largest_beta", [1.0, 2.0])
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("chance", [None, 0.05, 0.4, 1.0])
-@pytest.mark.parametrize("time", [1, 2, 7, 8, 9, 24, 37])
-def test_chunked_equals_the_recurrence_in_values_and_gradients(time, chance, with_state, largest_beta, documents):
-    given_inputs = inputs(3, time, largest_beta=largest_beta)
-    doc = initial_doc = None
-    if chance is not None:
-        doc = documents(3, time, chance, time)
-        initial_doc = doc[:, 0].clone()
-        initial_doc[0] = 77
-    reference = run(given_inputs, doc, initial_doc, backend="reference", with_state=with_state)
-    assert_same(run(given_inputs, doc, initial_doc, with_state=with_state), reference)
+INPUTS = GATED_DELTA.names[:-1]
+inputs, run = GATED_DELTA.inputs, GATED_DELTA.run
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -82,19 +26,6 @@ def test_tiles_of_any_shape_change_nothing(chance, on_gpu, documents, monkeypatc
     given_inputs = inputs(3, 61)
     doc = None if chance is None else documents(3, 61, chance, 5)
     assert_same(run(given_inputs, doc), run(given_inputs, doc, backend="reference"))
-
-
-@pytest.mark.parametrize("boundary", [7, 8, 9, 15, 16, 17])
-def test_boundaries_on_and_off_chunk_edges(boundary):
-    doc = (torch.arange(24) >= boundary).int().expand(2, -1)
-    given_inputs = inputs(2, 24)
-    assert_same(run(given_inputs, doc), run(given_inputs, doc, backend="reference"))
-
-
-def test_a_document_is_a_run_of_equal_ids():
-    doc = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 2, 0, 0]])
-    given_inputs = inputs(1, 10)
-    assert_same(run(given_inputs, doc, chunk=4), run(given_inputs, doc, chunk=4, backend="reference"))
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -157,8 +88,8 @@ def test_nothing_reads_memory_that_was_never_written(documents):
 def test_changing_one_document_leaves_every_other_bitwise_untouched(changed, key_dim, value_dim, chunk):
     """Documents that begin and end inside chunks: the triangular systems hold several of them."""
     doc = torch.tensor([[0] * 13 + [1] * 50 + [2] * 1 + [3] * 70])
-    before = inputs(1, 134, 2, key_dim, value_dim, dtype=torch.float32)
-    other = inputs(1, 134, 2, key_dim, value_dim, seed=1, dtype=torch.float32)
+    sizes = {"heads": 2, "key_dim": key_dim, "value_dim": value_dim}
+    before, other = (inputs(1, 134, seed=seed, dtype=torch.float32, **sizes) for seed in (0, 1))
     inside = doc[0] == changed
     after = dict(before)
     for name in INPUTS:
@@ -170,46 +101,6 @@ def test_changing_one_document_leaves_every_other_bitwise_untouched(changed, key
     for name in ("o", *INPUTS):
         assert torch.equal(results[0][name][:, ~inside], results[1][name][:, ~inside]), name
     assert torch.equal(results[0]["final"], results[1]["final"]) == (changed != 3)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    time=st.integers(2, 40),
-    cut=st.floats(0.0, 1.0),
-    chunk=st.integers(1, 12),
-    boundaries=st.none() | st.sets(st.integers(1, 39)),
-)
-def test_two_calls_at_any_split_equal_one(time, cut, chunk, boundaries):
-    given_inputs = inputs(2, time, seed=time)
-    split = 1 + int(cut * (time - 2))
-    doc = None
-    if boundaries is not None:
-        doc = torch.tensor([[sum(b <= t for b in boundaries) for t in range(time)]] * 2)
-    whole, final = gated_delta(*[given_inputs[n] for n in INPUTS], doc_BT=doc, chunk=chunk)
-    state = last_doc = None
-    pieces = []
-    for span in (slice(0, split), slice(split, time)):
-        part = [given_inputs[n][:, span] for n in INPUTS]
-        doc_part = None if doc is None else doc[:, span]
-        o, state = gated_delta(*part, doc_BT=doc_part, initial_state_BHKV=state, initial_doc_B=last_doc, chunk=chunk)
-        last_doc = None if doc_part is None else doc_part[:, -1]
-        pieces.append(o)
-    assert_same((torch.cat(pieces, 1), state), (whole, final))
-
-
-def test_decoding_token_by_token_equals_one_pass(documents):
-    given_inputs = inputs(2, 21)
-    doc = documents(2, 21, 0.2, 6)
-    whole, final = gated_delta(*[given_inputs[n] for n in INPUTS], doc_BT=doc, chunk=8)
-    state = last_doc = None
-    for t in range(21):
-        part = [given_inputs[n][:, t : t + 1] for n in INPUTS]
-        kept, copy = state, None if state is None else state.clone()
-        o, state = gated_delta(*part, doc_BT=doc[:, t : t + 1], initial_state_BHKV=state, initial_doc_B=last_doc)
-        assert kept is None or torch.equal(kept, copy)
-        last_doc = doc[:, t]
-        assert_same((o,), (whole[:, t : t + 1],))
-    assert_same((state,), (final,))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def as_it_was() -> Iterator[None]:
 @pytest.fixture
 def triton_is_there(monkeypatch):
     monkeypatch.setattr(kernels._Setting, "triton", True)
+    monkeypatch.setattr(kernels._Setting, "interpreted", True)
     monkeypatch.setattr(kernels.importlib.metadata, "version", lambda name: "3.6.0")
 
 
@@ -58,6 +59,7 @@ def test_the_environment_gives_the_first_setting(given, said):
 def test_an_unknown_setting_is_refused():
     with pytest.raises(UserError, match="auto, triton, plain"):
         kernels.choose("fast")
+    assert kernels.choice() == "auto"
 
 
 def test_a_missing_triton_stops_and_names_the_way_out(monkeypatch):
@@ -65,6 +67,14 @@ def test_a_missing_triton_stops_and_names_the_way_out(monkeypatch):
     kernels.choose("triton")
     with pytest.raises(UserError, match=f"{kernels.VARIABLE}=plain"):
         kernels.serve(torch.zeros(2))
+
+
+def test_kernels_on_a_cpu_that_nothing_interprets_are_refused(triton_is_there, monkeypatch):
+    monkeypatch.setattr(kernels._Setting, "interpreted", False)
+    kernels.choose("triton")
+    with pytest.raises(UserError, match=r"on a CPU\n.*\n.*auto or plain, or TRITON_INTERPRET=1"):
+        kernels.described(CPU)
+    assert kernels.described(CUDA) == "Triton 3.6.0 kernels (triton)"
 
 
 def test_the_page_shows_what_works(triton_is_there, capsys):

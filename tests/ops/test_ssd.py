@@ -4,71 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.functional import softplus
 
 from longspan.foundation.errors import UserError
 from longspan.ops import ssd_tiles
 from longspan.ops.ssd import ssd
 
-NAMES = ("x", "dt", "A", "B", "C", "D", "state")
+from .scans import SSD, assert_same
 
-
-def inputs(batch, time, heads=4, head_dim=3, groups=1, state=5, seed=0, dtype=torch.float64) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    values = (
-        normal(batch, time, heads, head_dim),
-        softplus(normal(batch, time, heads) - 1.0),
-        -torch.rand(heads, generator=generator, dtype=torch.float64) * 8.0 - 0.1,
-        normal(batch, time, groups, state),
-        normal(batch, time, groups, state),
-        normal(heads),
-        normal(batch, heads, head_dim, state),
-    )
-    return {name: value.to(dtype) for name, value in zip(NAMES, values, strict=True)}
-
-
-def run(given_inputs, doc=None, initial_doc=None, chunk=8, backend="chunked", with_state=True):
-    """Outputs and gradients of a random but fixed linear loss on both outputs."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in given_inputs.items()}
-    arguments = [leaves[name] for name in NAMES[:6]]
-    state = leaves["state"] if with_state else None
-    y, final = ssd(
-        *arguments, doc_BT=doc, initial_state_BHPN=state, initial_doc_B=initial_doc, chunk=chunk, backend=backend
-    )
-    generator = torch.Generator().manual_seed(99)
-    weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype) for z in (y, final)]
-    wanted = [value for name, value in leaves.items() if with_state or name != "state"]
-    gradients = torch.autograd.grad((y * weights[0]).sum() + (final * weights[1]).sum(), wanted, allow_unused=True)
-    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
-    return y, final, *gradients
-
-
-def assert_same(got, expected, tolerance=1e-11):
-    for name, one, other in zip(("y", "final", *NAMES), got, expected, strict=False):
-        scale = other.abs().max().clamp_min(1.0)
-        assert (one.double() - other.double()).abs().max() <= tolerance * scale, name
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("chance", [None, 0.05, 0.4, 1.0])
-@pytest.mark.parametrize("time", [1, 2, 7, 8, 9, 24, 37])
-def test_chunked_equals_the_recurrence_in_values_and_gradients(time, chance, with_state, groups, documents):
-    given_inputs = inputs(3, time, groups=groups)
-    doc = initial_doc = None
-    if chance is not None:
-        doc = documents(3, time, chance, time)
-        initial_doc = doc[:, 0].clone()
-        initial_doc[0] = 77
-    reference = run(given_inputs, doc, initial_doc, backend="reference", with_state=with_state)
-    assert_same(run(given_inputs, doc, initial_doc, with_state=with_state), reference)
+NAMES = SSD.names
+inputs, run = SSD.inputs, SSD.run
 
 
 @pytest.mark.parametrize("chance", [None, 0.1])
@@ -78,19 +22,6 @@ def test_tiles_smaller_than_a_row_change_nothing(chance, documents, monkeypatch)
     given_inputs = inputs(3, 61, groups=2)
     doc = None if chance is None else documents(3, 61, chance, 5)
     assert_same(run(given_inputs, doc), run(given_inputs, doc, backend="reference"))
-
-
-@pytest.mark.parametrize("boundary", [7, 8, 9, 15, 16, 17])
-def test_boundaries_on_and_off_chunk_edges(boundary):
-    doc = (torch.arange(24) >= boundary).int().expand(2, -1)
-    given_inputs = inputs(2, 24)
-    assert_same(run(given_inputs, doc), run(given_inputs, doc, backend="reference"))
-
-
-def test_a_document_is_a_run_of_equal_ids():
-    doc = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 2, 0, 0]])
-    given_inputs = inputs(1, 10)
-    assert_same(run(given_inputs, doc, chunk=4), run(given_inputs, doc, chunk=4, backend="reference"))
 
 
 def test_gradients_pass_gradcheck(documents):
@@ -144,44 +75,6 @@ def test_changing_one_document_leaves_every_other_bitwise_untouched():
     for name in ("y", "x", "dt", "B", "C"):
         assert torch.equal(results[0][name][:, ~inside], results[1][name][:, ~inside]), name
     assert torch.equal(results[0]["final"], results[1]["final"])
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    time=st.integers(2, 40),
-    cut=st.floats(0.0, 1.0),
-    chunk=st.integers(1, 12),
-    boundaries=st.none() | st.sets(st.integers(1, 39)),
-)
-def test_two_calls_at_any_split_equal_one(time, cut, chunk, boundaries):
-    given_inputs = inputs(2, time, seed=time)
-    split = 1 + int(cut * (time - 2))
-    doc = None
-    if boundaries is not None:
-        doc = torch.tensor([[sum(b <= t for b in boundaries) for t in range(time)]] * 2)
-    whole, final = ssd(*[given_inputs[n] for n in NAMES[:6]], doc_BT=doc, chunk=chunk)
-    state = last_doc = None
-    pieces = []
-    for span in (slice(0, split), slice(split, time)):
-        part = [given_inputs[n] if n in "AD" else given_inputs[n][:, span] for n in NAMES[:6]]
-        doc_part = None if doc is None else doc[:, span]
-        y, state = ssd(*part, doc_BT=doc_part, initial_state_BHPN=state, initial_doc_B=last_doc, chunk=chunk)
-        last_doc = None if doc_part is None else doc_part[:, -1]
-        pieces.append(y)
-    assert_same((torch.cat(pieces, 1), state), (whole, final))
-
-
-def test_decoding_token_by_token_equals_one_pass(documents):
-    given_inputs = inputs(2, 21)
-    doc = documents(2, 21, 0.2, 6)
-    whole, final = ssd(*[given_inputs[n] for n in NAMES[:6]], doc_BT=doc, chunk=8)
-    state = last_doc = None
-    for t in range(21):
-        part = [given_inputs[n] if n in "AD" else given_inputs[n][:, t : t + 1] for n in NAMES[:6]]
-        y, state = ssd(*part, doc_BT=doc[:, t : t + 1], initial_state_BHPN=state, initial_doc_B=last_doc)
-        last_doc = doc[:, t]
-        assert_same((y,), (whole[:, t : t + 1],))
-    assert_same((state,), (final,))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from longspan.corpus.packing import IGNORE, PackingConfig
 from longspan.corpus.tasks import Task, TaskBatches, make_task
 from longspan.corpus.tasks.corpus import TaskCorpus, prepare_task
-from longspan.engines.base import Engine, Generation, Sampling
+from longspan.engines.base import Engine, Generation, HandedOver, Sampling
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import LanguageModel, ModelConfig
@@ -36,9 +36,9 @@ def data_of(settings: dict[str, Any], folder: Path) -> ProbeData:
     return ProbeData(prepared.shards["test"], prepared.tokenizer, 32, task=prepared.task)
 
 
-def half_taught(task: Task, pattern: str, steps: int = 30) -> NativeEngine:
+def half_taught(task: Task, pattern: str, steps: int = 30, **more: Any) -> NativeEngine:
     """A subject that gets some strings right and some wrong."""
-    config = ModelConfig(pattern=pattern, width=24, heads=2, state=8, mamba_head_dim=8, chunk=16, mlp_width=32)
+    config = ModelConfig(pattern=pattern, width=24, heads=2, state=8, mamba_head_dim=8, chunk=16, mlp_width=32, **more)
     tokenizer = task.tokenizer()
     model = LanguageModel(config, tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -78,6 +78,53 @@ def test_both_ways_agree_on_every_string(name: str, pattern: str, tmp_path: Path
         if name in ("mqar", "selective_copy"):
             # Answers are not read back in, so nothing can differ.
             assert free == forced
+
+
+BORDERED = {"task": "mqar", "vocab_size": 10, "length": 16, "pairs": [1, 2, 4], "border": 8, "distinct": False}
+
+
+@pytest.mark.parametrize(("pattern", "graphs"), [("M", "auto"), ("A", "auto"), ("[AM]", "on")])
+def test_both_ways_agree_where_the_state_is_handed_over_in_few_bits(
+    pattern: str, graphs: str, tmp_path: Path, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGSPAN_GRAPHS", graphs)
+    data = data_of(BORDERED, tmp_path)
+    assert data.task is not None
+    engine = half_taught(data.task, pattern, 60, state_bits=2, handover=8)
+    assert engine.handed_over is not None
+    records = ask(make_probe("mqar", {"strings": 24}), engine, data)
+    right = [share for record in records for share in record.answer["forced"]]
+    assert 0 < sum(right) < len(right)
+    for record in records:
+        assert record.answer["free"] == record.answer["forced"]
+        assert record.answer["state_bits"] == engine.handed_over.bits < 8 * engine.state_bytes(16)
+
+
+def test_answers_are_held_against_the_most_that_the_bits_allow(tmp_path: Path, ask: Any) -> None:
+    data = data_of(BORDERED, tmp_path)
+    assert data.task is not None
+    engine = half_taught(data.task, "M", 1, state_bits=1, handover=8)
+    engine.handed_over = HandedOver(8, 5)
+    probe = make_probe("mqar", {"strings": 4, "free_running": False})
+    records = ask(probe, engine, data)
+    seen = [each for record in records for each in probe.observe(record)]
+    # One answer of 2.3 bits can be right, four of 9.3 bits cannot all be.
+    most = {each.x: each.numerator for each in seen if each.metric == "ceiling"}
+    assert list(most) == pytest.approx([100 * n * np.log2(5) / 5 for n in (1, 2, 4)], rel=0.01)
+    assert list(most.values()) == [1.0, 1.0, pytest.approx(data.task.most_right(4, 5))]
+    assert 0.5 < most[max(most)] < 0.9
+    assert {each.x for each in seen if each.metric == "load"} == set(most)
+
+
+@pytest.mark.parametrize(("border", "where"), [(None, "at no fixed place"), (10, "at 10")])
+def test_questions_that_begin_elsewhere_than_the_state_is_handed_over_are_refused(
+    border: int | None, where: str, tmp_path: Path, ask: Any
+) -> None:
+    data = data_of(BORDERED, tmp_path)
+    assert data.task is not None
+    engine = half_taught(data.task, "M", 1, state_bits=1, handover=8)
+    with pytest.raises(UserError, match=f"begin {where}, of a subject whose state is handed over at 8"):
+        ask(make_probe("mqar", {"strings": 2, "sizes": [1], "settings": {"border": border}}), engine, data)
 
 
 class Parrot(Engine):

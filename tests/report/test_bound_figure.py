@@ -54,6 +54,31 @@ def test_subjects_that_hold_in_proportion_lie_on_one_line_of_equal_share(quickst
         assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
 
 
+def test_the_most_that_the_bits_allow_is_a_line_above_all(quickstart_report: ReportInput) -> None:
+    subject = quickstart_report.subjects[0].label
+    (metric,) = (each for each in make_probe("mqar").metrics if each.ceiling)
+
+    def at(name: str, x: float, value: float) -> Measurement:
+        return Measurement(name, subject, x, value, value, value, 100, 3, 100)
+
+    found = (
+        *(at("load", x, y) for x, y in ((50.0, 0.9), (200.0, 0.5), (400.0, 0.3))),
+        *(at("ceiling", x, y) for x, y in ((50.0, 1.0), (200.0, 0.7), (400.0, 0.49))),
+    )
+    section = ProbeSection("recall", "MQAR", "", make_probe("mqar").metrics, Summary(found, (), ()))
+    figures = {
+        figure.name: figure for figure in quality_figures(quickstart_report, section, arrange(quickstart_report))
+    }
+    drawn = figures["recall-load"]
+    limit = [(row["x"], row["y"]) for row in drawn.spec["data"]["values"] if row["kind"] == "limit"]
+    # It turns where every bit is in use, whoever was asked there.
+    assert limit == [(50.0, 1.0), (metric.mark, 1.0), (200.0, 0.7), (400.0, 0.49)]
+    assert "Nobody can be above the long dashes" in drawn.caption
+    assert "recall-ceiling" not in figures
+    spec = json.dumps(static_spec(drawn, arrange(quickstart_report), "light"))
+    assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=page.VEGA_LITE)
+
+
 def test_a_name_stands_on_the_side_where_it_runs_over_no_other_subject(quickstart_report: ReportInput) -> None:
     first, second, third = (subject.label for subject in quickstart_report.subjects)
     found = (

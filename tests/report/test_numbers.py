@@ -17,6 +17,8 @@ from longspan.report import numbers
         (numbers.scaled(None), "–"),
         (numbers.byte_size(3 * 2**20), "3.00 MiB"),
         (numbers.duration(200), "3 min 20 s"),
+        (numbers.duration(0.094), "94 ms"),
+        (numbers.duration(0.096), "0.1 s"),
         (numbers.estimate(3.4821, 3.471, 3.493), "3.482 ± 0.011"),
         (numbers.estimate(3.482, 3.461, 3.531), "3.48 [3.46, 3.53]"),
         (numbers.estimate(123.4, 120, 127), "123 ± 4"),

@@ -150,7 +150,8 @@ def test_items_stay_those_of_the_commit_a_study_began_with_and_its_report_names_
     (data_set / "refs" / "main").write_text(SECOND)
     outcome = run_study(str(name), (), runs, until="report", terminal=Terminal(quiet=True))
     report = load(Path(outcome.data["report"]).with_name("report.json"))
-    assert [row.item for row in report.items] == [f"{FIRST}@400"]
+    assert [(row.item, row.x) for row in report.items] == [(f"{FIRST}@400", 400.0)]
+    assert not report.items[0].answers[0].text.startswith("at 400")
     (entry,) = (entry for entry in report.ledger if entry.topic == "longbench_v2")
     assert entry.text == f"The items are those of THUDM/LongBench-v2 at commit {FIRST}."
     # Neither the hub nor its cache is asked again.

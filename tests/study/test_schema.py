@@ -94,6 +94,9 @@ def test_variants_overlay_and_can_be_stacked(study_file: Path) -> None:
 def test_a_variant_can_be_what_varies(study_file: Path) -> None:
     subjects = expand(load_study(str(study_file), ["vary.variant=['', wide]", "pattern=AA", "seed=0"])).subjects
     assert [subject.config.model.width for subject in subjects] == [32, 64]
+    # One alone is no layer of several mixers.
+    subjects = expand(load_study(str(study_file), ["vary.variant=[wide]", "pattern=AA", "seed=0"])).subjects
+    assert [subject.config.model.width for subject in subjects] == [64]
 
 
 def test_the_chosen_variant_lies_over_the_varied_one_and_the_command_line_over_both(study_file: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_whole_study_runs_as_with_one_process(
     (tmp_path / "mini.yaml").write_text(STUDY)
     result = command(tmp_path, launcher, "run", "mini.yaml", *arguments)
     assert result.returncode == 0, result.stderr
+    assert f"not compiled, 2 processes ({'fsdp' if 'parallel=fsdp' in arguments else 'ddp'})" in result.stderr
     found = trained(tmp_path)
     assert found["training"]["device"].startswith("2 × cpu")
     assert found["packing"] == alone["packing"]

@@ -38,8 +38,10 @@ def few(*probes: str) -> list[str]:
     return [f"probes.{name}={FEW[name]}" for name in probes]
 
 
-@pytest.mark.parametrize("name", ["copying", "recall"])
-@pytest.mark.parametrize("variant", ["", "cpu"])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("copying", ""), ("copying", "cpu"), ("recall", ""), ("recall", "cpu"), ("recall-bits", "")],
+)
 def test_a_study_of_a_task_asks_what_its_task_can_draw(name: str, variant: str, tmp_path: Path) -> None:
     """As it is shipped, without a training."""
     overrides = [f"variant={variant}"] if variant else []

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from longspan.records.measures import Measurement
+from longspan.records.statistics import wilson
 from longspan.records.store import RecordStore
 from longspan.report.data import ReportInput, load
 from longspan.study.run import run_study
 from longspan.terminal import Terminal
+
+LIGHT = 0.06
+"""A load under which a state of few bits still answers nine questions of ten, of all bits."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -90,3 +94,32 @@ def test_recall_falls_with_the_state_of_an_ssm_and_not_with_attention(tmp_path: 
     large, small = right("Mamba-2, state 8", 16), right("Mamba-2, state 2", 16)
     assert statistics.median(large) >= statistics.median(small) + 0.5
     assert min(large) > max(small)
+
+
+@pytest.mark.usefixtures("no_page", "two_at_a_time")
+def test_recall_falls_where_the_answers_ask_for_the_bits_of_the_state_and_not_with_attention(tmp_path: Path) -> None:
+    """A state of 256 bits and 1 to 64 answers of 6.02 bits: loads of 2 to 151 %."""
+    fixed = ["Mamba-2 256 x 1 bit", "DeltaNet 256 x 1 bit"]
+    run("recall-bits", [f"vary.variant=[attention x 2 bits, {', '.join(fixed)}]"], tmp_path)
+    cells: dict[tuple[str, int, float], list[int]] = defaultdict(list)
+    most: dict[float, float] = {}
+    for path in tmp_path.glob("jobs/probe-*/records.jsonl"):
+        for record in RecordStore(path):
+            answer = record.answer
+            assert answer["free"] == answer["forced"]
+            load = answer["bits"] / answer["state_bits"]
+            cells[record.subject, record.seed, load] += answer["forced"]
+            most[load] = answer["ceiling"]
+    assert {(subject, seed) for subject, seed, _ in cells} == {
+        (subject, seed) for subject in ("attention x 2 bits", *fixed) for seed in (0, 1, 2)
+    }
+    for (subject, seed, load), answers in cells.items():
+        right = statistics.mean(answers)
+        assert wilson(sum(answers), len(answers)).low <= most[load], (subject, seed, load)
+        if subject not in fixed:
+            assert right >= 0.99, (subject, seed, load)
+        elif load <= LIGHT:
+            assert right >= 0.9, (subject, seed, load)
+        elif load > 1:
+            assert right < 0.5, (subject, seed, load)
+            assert right < most[load] - 0.2, (subject, seed, load)

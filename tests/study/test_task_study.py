@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from longspan.study.budget_table import budget_table
 from longspan.study.environment import devices
 from longspan.study.expand import expand
 from longspan.study.jobs import Job
-from longspan.study.plan import make_plan, validation_share
+from longspan.study.plan import make_plan
+from longspan.study.predicted_time import ASSUMED_EFFICIENCY
 from longspan.study.run import is_timed, report_only, run_study
 from longspan.study.schema import load_study
 from longspan.terminal import Terminal
@@ -64,6 +66,61 @@ def test_a_study_on_a_task_ends_in_a_report(study: str, tmp_path: Path) -> None:
     assert all(line["string_accuracy"] is not None for curve in facts.training for line in curve.validation)
     assert any("Strings of a task" in entry.text for entry in facts.ledger)
     assert facts.items[0].expected.endswith(".")
+    # Sizes of strings are no contexts.
+    assert facts.items[0].x is None
+
+
+RECALL = """
+question: Who recalls?
+corpus: {source: task, task: mqar, vocab_size: 10, length: 16, pairs: [2, 4], border: 8, distinct: false}
+packing: {method: one_per_row}
+model: {pattern: M, width: 8, heads: 2, state: 4, mamba_head_dim: 8, mlp: none, state_bits: 2}
+training: {context: 16, batch_tokens: 64, steps: 4, peak_lr: 6.0e-3, warmup: 2, evaluate_every: 4}
+vary:
+  pattern: {attention: A, Mamba-2: M}
+primary: recall.overall
+probes:
+  - recall: {kind: mqar, strings: 8}
+"""
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_state_of_few_bits_is_held_against_its_ceiling_in_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "recall.yaml"
+    path.write_text(RECALL)
+    outcome = run_study(str(path), [], tmp_path / "runs", until="report", terminal=Terminal(quiet=True))
+    (section,) = facts_of(outcome.data["report"]).probes
+    found = {(m.metric, m.subject, m.x): m for m in section.summary.measurements}
+    # 16 x 4 numbers of two bits; keys and values of 8 positions.
+    assert found["state_bits", "Mamba-2", None].value == 2 * 16 * 4
+    assert found["state_bits", "attention", None].value == 2 * 2 * 8 * 8
+    for n in (2, 4):
+        load = float(f"{100 * n * math.log2(5) / 128:.3g}")
+        assert found["ceiling", "Mamba-2", load].value == 1.0
+        assert ("load", "Mamba-2", load) in found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (", border: 8", "", r"state_bits = 2 with the task mqar as it is set\n.*begin at the same place"),
+        (
+            RECALL[RECALL.index("corpus:") : RECALL.index("packing:")],
+            "corpus: {source: task, task: copy}\n",
+            "state_bits = 2 with the task copy as it is set",
+        ),
+        ("state_bits: 2", "state_bits: 2, handover: 6", "model.handover = 6 of rows whose questions begin at 8"),
+        ("state_bits: 2", "state_bits: 0", "model.state_bits = 0"),
+        ("method: one_per_row", "method: concat", "state_bits = 2 with packing.method = concat"),
+        ("attention: A,", "convolution: C,", "state_bits = 2 with the pattern C"),
+    ],
+)
+def test_a_state_that_cannot_be_handed_over_is_refused(old: str, new: str, words: str, tmp_path: Path) -> None:
+    assert old in RECALL
+    path = tmp_path / "recall.yaml"
+    path.write_text(RECALL.replace(old, new))
+    with pytest.raises(UserError, match=words):
+        make_plan(load_study(str(path)), tmp_path / "runs")
 
 
 @pytest.mark.parametrize("until", ["train", "probe"])
@@ -108,12 +165,22 @@ def test_a_subject_is_asked_before_the_next_is_trained_and_seconds_are_measured_
 def test_the_predicted_time_counts_validation(study: str, tmp_path: Path) -> None:
     plan = make_plan(load_study(study, ["pattern=Mamba-2"]), tmp_path)
     # 1,024 strings of 5, 7 or 9 positions, three times; 12 steps of 192 positions, each counted three times.
-    assert validation_share(plan.subjects[0], tmp_path) == pytest.approx(3 * 1024 * 7 / (3 * 12 * 192))
+    assert plan.subjects[0].validation_share(tmp_path) == pytest.approx(3 * 1024 * 7 / (3 * 12 * 192))
     (note,) = [note for note in plan.notes if note.startswith("training")]
     assert note.startswith("training and validation need")
     assert note.endswith("; probes come on top")
     often = make_plan(load_study(study, ["pattern=Mamba-2", "evaluate_every=1"]), tmp_path)
-    assert validation_share(often.subjects[0], tmp_path) == pytest.approx(12 * 1024 * 7 / (3 * 12 * 192))
+    assert often.subjects[0].validation_share(tmp_path) == pytest.approx(12 * 1024 * 7 / (3 * 12 * 192))
+
+
+def test_the_budget_counts_validation(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspan.study.budget_table.matmul_rate", lambda: 1e9)
+    overrides = ["vary.evaluate_every=[12, 4, 1]", "pattern=Mamba-2"]
+    rows = budget_table(load_study(study, overrides), tmp_path)
+    share = 1024 * 7 / (3 * 12 * 192)
+    (trained,) = {each.training_flops / (1e9 * ASSUMED_EFFICIENCY) for each in rows.subjects}
+    assert [each.seconds / trained for each in rows.subjects] == pytest.approx([1 + n * share for n in (1, 3, 12)])
+    assert rows.notes[-1].endswith("; validation is counted, probes come on top")
 
 
 def test_more_jobs_at_a_time_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,12 +111,13 @@ def test_stopping_and_going_on_keeps_the_curve(small: ModuleType, tmp_path: Path
     assert random[0] == random[1]
 
 
-def test_compiled_layers_train_the_same(small: ModuleType, tmp_path: Path) -> None:
-    results = [
-        small.run(tmp_path / str(on), small.settings(compile=on, dtype="fp32"), small.model(), device="cuda")
-        for on in (False, True)
-    ]
-    assert results[0].final.loss == pytest.approx(results[1].final.loss, rel=1e-3)
+# With dropout, so rare that none is ever drawn, sums and norms are the compiler's.
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+def test_compiled_layers_train_the_same(small: ModuleType, tmp_path: Path, dropout: float) -> None:
+    for on in (False, True):
+        training = small.settings(compile=on, dtype="fp32", log_every=1)
+        small.run(tmp_path / str(on), training, small.model(dropout=dropout), device="cuda")
+    assert curve(tmp_path / "True") == pytest.approx(curve(tmp_path / "False"), rel=1e-3)
 
 
 # CUDA graphs of micro-batches

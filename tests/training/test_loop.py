@@ -246,6 +246,7 @@ def test_progress_says_where_it_is(small: ModuleType, tmp_path: Path) -> None:
     seen: list[Progress] = []
     small.run(tmp_path, report=seen.append)
     steps = [progress for progress in seen if progress.stage == "train"]
+    assert steps[0].message == "plain torch (auto), fp32, layers not compiled"
     assert [progress.done for progress in steps] == [128.0 * i for i in range(13)]
     assert all(progress.total == 12 * 128 and progress.unit == "tok" for progress in steps)
     assert {"loss", "tok/s", "bpb"} <= steps[-1].numbers.keys()

@@ -6,7 +6,10 @@ of the recording.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +27,9 @@ from longspan.foundation.randomness import numpy_generator
 from longspan.models.segments import Segments
 from longspan.ops.flex_attention import flex_block_mask
 from longspan.training import distributed, updates
+from longspan.training.feeding import Fed
 from longspan.training.metrics import read_metrics
-from longspan.training.micro_steps import PLAIN_STEPS, why_no_graph
+from longspan.training.micro_steps import PLAIN_STEPS, GraphedMicroSteps, PlainMicroSteps, why_no_graph
 from longspan.training.ranks import ALONE, Ranks
 from longspan.training.result import TrainingResult
 
@@ -187,6 +191,25 @@ def test_where_capturing_fails_it_is_told_and_nothing_of_the_step_is_lost(
     assert any("capturing it failed (RuntimeError: operation not permitted" in text for text in told)
 
 
+def test_where_capturing_fails_no_batch_is_held(small: ModuleType) -> None:
+    def refuse(work: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    net = small.model()
+    passes = PlainMicroSteps(net.loss, lambda: torch.autocast("cpu", enabled=False), CPU)
+    steps = GraphedMicroSteps(passes, list(net.parameters()), record=refuse, quiet=nullcontext)
+    batch = small.rows_of(1, 8, numpy_generator(3, "one"))
+    tokens, targets = (torch.from_numpy(each).long() for each in (batch.tokens, batch.targets))
+    held = []
+    for _ in range(PLAIN_STEPS + 1):
+        fed = Fed(batch, tokens, targets, Segments.build(torch.zeros(1, 8)), 8)
+        steps.run(fed, 8, first=True)
+        held.append(weakref.ref(fed.segments))
+        del fed
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+
+
 def test_a_graph_that_is_demanded_and_fails_ends_the_run(graphed: Any, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="not permitted"):
         graphed(tmp_path, fails_at=0, graph=True)
@@ -213,6 +236,11 @@ def test_what_keeps_a_step_from_being_captured_is_named(
     if choice == "auto":
         with pytest.raises(UserError, match=reason):
             why_no_graph(True, net, torch.device(device), ranks)
+
+
+def test_a_step_in_which_the_state_is_handed_over_is_not_captured(small: ModuleType) -> None:
+    net = small.model(pattern="A", state_bits=2, handover=4)
+    assert why_no_graph("auto", net, torch.device("cuda"), ALONE) == "the state is handed over inside a row"
 
 
 @pytest.mark.parametrize("pattern", ["AS", "MmDC", "[AD]M"])

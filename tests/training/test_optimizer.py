@@ -57,10 +57,31 @@ def test_norms_biases_and_recurrence_parameters_get_no_weight_decay(small: Modul
     assert {value for name, value in by_name.items() if name not in spared} == {0.3}
 
 
-def test_clipping_scales_the_joint_norm_and_tells_the_one_before() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
-    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_gradients(parameters, 1.0).item() == pytest.approx(5.0)
-    assert parameters[0].grad[0].item() == pytest.approx(0.6, rel=1e-4)
-    assert clip_gradients(parameters, None).item() == pytest.approx(1.0, rel=1e-4)
-    assert parameters[1].grad[0].item() == pytest.approx(0.8, rel=1e-4)
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipping_scales_the_joint_norm_and_tells_the_one_before(fused: bool) -> None:
+    weights, ends = [torch.zeros(2), torch.zeros(1)], []
+    for gradients, max_norm in (([3.0, 0.0, 4.0], 1.0), ([0.6, 0.0, 0.8], None), ([0.6, 0.0, 0.8], 2.0)):
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        parameters[0].grad, parameters[1].grad = torch.tensor(gradients[:2]), torch.tensor(gradients[2:])
+        # With so large an epsilon an update is nearly in proportion to the gradient.
+        optimizer = torch.optim.AdamW(parameters, lr=1.0, eps=1e3, weight_decay=0.0, fused=fused)
+        norm = clip_gradients(optimizer, parameters, max_norm)
+        assert norm.item() == pytest.approx(sum(g * g for g in gradients) ** 0.5)
+        optimizer.step()
+        ends.append(torch.cat([parameter.detach() for parameter in parameters]))
+    assert ends[0][2] < 0
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-4, atol=0)
+
+
+def test_a_clipping_is_forgotten_by_the_next_update() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, fused=True)
+    parameter.grad = torch.full((1,), 100.0)
+    clip_gradients(optimizer, [parameter], 1.0)
+    optimizer.step()
+    parameter.grad = torch.full((1,), 0.5)
+    clip_gradients(optimizer, [parameter], 1.0)
+    optimizer.step()
+    # The mean of both gradients, as clipped, at the usual 0.9.
+    assert optimizer.state[parameter]["exp_avg"].item() == pytest.approx(0.9 * 0.1 * 1.0 + 0.1 * 0.5, rel=1e-4)

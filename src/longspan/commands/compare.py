@@ -73,8 +73,7 @@ def compare(
                 pairs += _pairs(kind, measured, arms)
     if not pairs:
         raise _nothing(opened, metric)
-    unread = {each.comparison.method for each in pairs}
-    if any("bootstrap" in method for method in unread):
+    if any("bootstrap" in each.comparison.method for each in pairs):
         notes.append("p: paired bootstrap over documents where several items share one; exact McNemar elsewhere")
     notes.append("Holm over all comparisons of a metric; MDE: smallest true difference found 4 times in 5, unadjusted")
     if json:
@@ -168,7 +167,7 @@ def _pairs(kind: str, metric: Metric, arms: dict[str, list[Observation]]) -> lis
         of_a, of_b = sums[found.a, found.x], sums[found.b, found.x]
         shared = [item for item in of_a if item in of_b]
         values = [sum(side[i][0] for i in shared) / sum(side[i][1] for i in shared) for side in (of_a, of_b)]
-        pair = Pair(kind, found, metric.kind in ("proportion", "difference"), values[0], values[1], len(shared))
+        pair = Pair(kind, found, metric.is_share, values[0], values[1], len(shared))
         if metric.kind == "proportion" and all(
             side[i] in ([0.0, 1.0], [1.0, 1.0]) for side in (of_a, of_b) for i in shared
         ):

@@ -32,4 +32,3 @@ Jobs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DEFAULT_RUNS = Path("runs")

@@ -108,6 +108,19 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class HandedOver:
+    """A state that is rounded at one place of every sequence: all that later tokens know of earlier ones.
+
+    Attributes:
+        at: tokens before it.
+        bits: of it.
+    """
+
+    at: int
+    bits: int
+
+
+@dataclass(frozen=True)
 class LargestBatch:
     """The most sequences whose states fit at a time.
 
@@ -150,6 +163,7 @@ class Engine(ABC):
             the end of the question, because the engine cannot begin an answer (`in prompt`).
         rereads: whether `timed` reads all again for every further token, because no state can be kept.
         weight_bytes: of all that a decoding step reads of the weights, None where that is not known.
+        handed_over: where its state is rounded, and to how many bits; None: nowhere.
         notes: what a reader of the numbers must know about how they were made, one sentence each.
         asked_tokens: of all prompts and prefixes so far; `shared_tokens` of them were computed once for several.
     """
@@ -166,6 +180,7 @@ class Engine(ABC):
     answer_prefix_mode: AnswerPrefixMode = "prefill"
     rereads: bool = False
     weight_bytes: int | None = None
+    handed_over: HandedOver | None = None
     notes: tuple[str, ...] = ()
     asked_tokens: int = 0
     shared_tokens: int = 0

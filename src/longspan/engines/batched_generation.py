@@ -75,7 +75,9 @@ class BatchedGeneration:
             seconds: that it took to get there, which every prompt would have waited for.
         """
         answers: dict[int, Generation] = {}
-        for batch in batches(prompts, places, self._sampling.max_new_tokens, 0 if read else BATCH_TOKENS):
+        # With padding in front a state would be handed over too early.
+        padded = 0 if read or self._model.handover is not None else BATCH_TOKENS
+        for batch in batches(prompts, places, self._sampling.max_new_tokens, padded):
             rows = Rows(self._engine, self._sampling, batch, [len(prompts[i]) for i in batch], given)
             here = state.expand(len(batch)) if read and len(batch) > 1 else state
             graphed = self._borrow(len(batch), max(len(prompts[i]) for i in batch))

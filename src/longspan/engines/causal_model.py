@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.engines.precision import fits_in_fp32, in_fp32
+from longspan.engines.precision import in_fp32, no_room_for_fp32
 from longspan.foundation.errors import first_line
 from longspan.foundation.randomness import torch_generator
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
@@ -62,8 +62,14 @@ class CausalModel:
         names = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in names
         self._state_name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
-        self._rounded = self.dtype.itemsize < 4 and not fits_in_fp32(model)
+        short_of = no_room_for_fp32(model) if self.dtype.itemsize < 4 else None
+        self._rounded = short_of is not None
         self._same = SAME_ROUNDED if self._rounded else SAME
+        if self._rounded:
+            self.notes.append(
+                f"its ways were tried with the rounding of {str(self.dtype).removeprefix('torch.')}, where logits "
+                f"{SAME_ROUNDED:.0%} apart count as the same, and not in fp32: {short_of}"
+            )
         self._body: Callable[..., Any] = self.model
         self._head: Any = None
         self._factor, self._cap = _head_settings(self.model.config)

@@ -64,6 +64,9 @@ class Graphs:
         setting = choice()
         wanted = setting == "on" or (setting == "auto" and device.type == "cuda")
         room = prompt + new
+        handover = self._model.handover
+        # Steps on fixed memory never round.
+        wanted = wanted and (handover is None or prompt >= handover.at)
         if not wanted or new < 2 or (self._borrower is not None and self._borrower() is not None):
             return None
         step = max(1, SLOT_STEP // rows)

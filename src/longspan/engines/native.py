@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines.base import Capability, Generation, LargestBatch, Sampling, Scored, Tokens, require_finite
+from longspan.engines.base import (
+    Capability,
+    Generation,
+    HandedOver,
+    LargestBatch,
+    Sampling,
+    Scored,
+    Tokens,
+    require_finite,
+)
 from longspan.engines.batched_generation import BatchedGeneration
 from longspan.engines.batching import by_length, stack
 from longspan.engines.generation import Continuation, synchronise
@@ -111,6 +120,8 @@ class NativeEngine(InProcessEngine):
             self._model.cast(self._dtype)
         self.batch_tokens = batch_tokens
         self._graphs = Graphs(self._model)
+        if self._model.handover is not None:
+            self.handed_over = HandedOver(self._model.handover.at, self._model.handed_over_bits() or 0)
 
     @torch.inference_mode()
     def nll(self, sequences: Sequence[Tokens], doc_ids: Sequence[Tokens] | None = None) -> list[NDArray[np.float64]]:

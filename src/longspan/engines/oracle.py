@@ -12,7 +12,7 @@ as the text alone and whole is, which shows a fault that only this precision has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +24,7 @@ from torch import nn
 from longspan.corpus.shards import TokenShards
 from longspan.engines.base import Engine, Tokens
 from longspan.engines.native import NativeEngine
-from longspan.engines.precision import fits_in_fp32, in_fp32
+from longspan.engines.precision import in_fp32, no_room_for_fp32
 from longspan.engines.transformers import TransformersEngine
 from longspan.foundation.errors import first_line
 from longspan.foundation.progress import Progress, Report, silent
@@ -105,14 +105,24 @@ def check_equivalence(engine: Engine, tokens: Tokens, report: Report = silent) -
         found[name] = way(engine, text)
     module = _module(engine)
     exact: dict[str, Pair | str] = {}
-    if module is not None and not _exact(engine) and fits_in_fp32(module):
-        if isinstance(engine, NativeEngine):
-            engine.drop_graphs()
-        with in_fp32(module):
-            for name, way in ways.items():
-                report(Progress("oracle", len(found) + len(exact), steps, "checks"))
-                exact[name] = _attempted(way, engine, text)
+    if module is not None and not _exact(engine):
+        exact = _in_fp32(engine, module, ways, text, lambda done: report(Progress("oracle", done, steps, "checks")))
     return [_judged(engine, name, pair, exact.get(name, "not asked in fp32")) for name, pair in found.items()]
+
+
+def _in_fp32(
+    engine: Engine, module: nn.Module, ways: Mapping[str, Way], text: NDArray[np.int64], tell: Callable[[int], None]
+) -> dict[str, Pair | str]:
+    if reason := no_room_for_fp32(module):
+        return dict.fromkeys(ways, f"not asked in fp32 ({reason})")
+    if isinstance(engine, NativeEngine):
+        engine.drop_graphs()
+    found: dict[str, Pair | str] = {}
+    with in_fp32(module):
+        for name, way in ways.items():
+            tell(len(ways) + len(found))
+            found[name] = _attempted(way, engine, text)
+    return found
 
 
 def _attempted(way: Way, engine: Engine, text: NDArray[np.int64]) -> Pair | str:

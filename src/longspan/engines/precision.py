@@ -26,19 +26,27 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def fits_in_fp32(model: nn.Module) -> bool:
-    """Whether there is memory for it, on a GPU after giving back what is cached; not where that is not known."""
+def no_room_for_fp32(model: nn.Module) -> str | None:
+    """What it takes and what is free, where that is less or not known, on a GPU after giving back what is cached."""
     more = [tensor.numel() * 4 for tensor in _rounded(model)]
     if not more:
-        return True
+        return None
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
+        free: int | None = torch.cuda.mem_get_info(device)[0]
     else:
-        free = free_memory() or 0
+        free = free_memory()
     # One tensor is there twice while it changes, and half of each was there before.
-    return sum(more) // 2 + 2 * max(more) < free
+    needed = sum(more) // 2 + 2 * max(more)
+    if free is not None and needed < free:
+        return None
+    there = "how much is free is not known" if free is None else f"{_gib(free)} are free"
+    return f"{_gib(needed)} GiB more are needed, {there}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}"
 
 
 def _rounded(model: nn.Module) -> list[Tensor]:

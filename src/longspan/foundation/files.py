@@ -15,6 +15,9 @@ from typing import IO, Any
 
 from longspan.foundation.errors import DataError
 
+DEFAULT_RUNS = Path("runs")
+"""Folder of all runs, where a command names no other."""
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longspan.models.config import ModelConfig
 from longspan.models.mixers.base import MixerState, init_linear
-from longspan.models.norms import LayerNorm, RMSNorm
+from longspan.models.norms import LayerNorm, RMSNorm, Stream
 from longspan.models.segments import Segments
 from longspan.ops import kernels
 from longspan.ops.add_norm import add_norm
@@ -131,32 +131,32 @@ class Block(nn.Module):
         return *add_norm(x_BTD, mixed_BTD, following.weight, following.eps), state
 
     def train_chained(
-        self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
+        self, stream: Stream, normed_BTD: Tensor, segments: Segments, following: RMSNorm
+    ) -> tuple[Stream, Tensor]:
         """`forward` in training from the normed stream to the stream and its norm for the layer that follows.
 
         A sum and the norm that reads it are one pass over memory that way, and so are their gradients.
         """
         assert self.compiled is not None
-        self.mixer.prepare(segments, x_BTD)
-        if self.mixer.traceable(x_BTD.device):
-            whole: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._chained, self.compiled)
-            return whole(self, x_BTD, normed_BTD, segments, following)
+        self.mixer.prepare(segments, normed_BTD)
+        if self.mixer.traceable(normed_BTD.device):
+            whole: Callable[..., tuple[Stream, Tensor]] = _compiled(Block._chained, self.compiled)
+            return whole(self, stream, normed_BTD, segments, following)
         mixed_BTD, _ = self.mixer(normed_BTD, segments, None)
-        rest: Callable[..., tuple[Tensor, Tensor]] = _compiled(Block._finish_chained, self.compiled)
-        return rest(self, x_BTD, mixed_BTD, following)
+        rest: Callable[..., tuple[Stream, Tensor]] = _compiled(Block._finish_chained, self.compiled)
+        return rest(self, stream, mixed_BTD, following)
 
     def _chained(
-        self, x_BTD: Tensor, normed_BTD: Tensor, segments: Segments, following: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        return self._finish_chained(x_BTD, self.mixer(normed_BTD, segments, None)[0], following)
+        self, stream: Stream, normed_BTD: Tensor, segments: Segments, following: RMSNorm
+    ) -> tuple[Stream, Tensor]:
+        return self._finish_chained(stream, self.mixer(normed_BTD, segments, None)[0], following)
 
-    def _finish_chained(self, x_BTD: Tensor, mixed_BTD: Tensor, following: RMSNorm) -> tuple[Tensor, Tensor]:
+    def _finish_chained(self, stream: Stream, mixed_BTD: Tensor, following: RMSNorm) -> tuple[Stream, Tensor]:
         if self.mlp is None:
-            return following.of_sum(x_BTD, mixed_BTD)
+            return following.of_sum(stream, mixed_BTD)
         assert isinstance(self.mlp_norm, RMSNorm)
-        x_BTD, normed_BTD = self.mlp_norm.of_sum(x_BTD, mixed_BTD)
-        return following.of_sum(x_BTD, self.mlp(normed_BTD))
+        stream, normed_BTD = self.mlp_norm.of_sum(stream, mixed_BTD)
+        return following.of_sum(stream, self.mlp(normed_BTD))
 
     def _dropped(self, branch_BTD: Tensor) -> Tensor:
         # Without dropout even the call costs as much as a norm when one token is decoded.

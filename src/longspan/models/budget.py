@@ -27,6 +27,7 @@ class Parameters:
         mixers: in all mixers, their inner norms included.
         mlp: in all MLPs.
         norms: before mixers, MLPs and head.
+        ranges: of the rounded state, one a tensor where `state_bits` is set.
     """
 
     total: int
@@ -36,6 +37,7 @@ class Parameters:
     mixers: int
     mlp: int
     norms: int
+    ranges: int = 0
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> Parameters:
@@ -49,8 +51,9 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> Parameters:
     rows = vocab_size + (config.max_positions or 0 if config.positions == "learned" else 0)
     embedding = rows * config.width
     head = 0 if config.tied else vocab_size * config.width
-    non_embedding = mixers + mlp + norms
-    return Parameters(embedding + head + non_embedding, embedding, head, non_embedding, mixers, mlp, norms)
+    ranges = 0 if config.state_bits is None else config.carried()
+    non_embedding = mixers + mlp + norms + ranges
+    return Parameters(embedding + head + non_embedding, embedding, head, non_embedding, mixers, mlp, norms, ranges)
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, context: int) -> float:

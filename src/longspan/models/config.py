@@ -14,6 +14,9 @@ from longspan.models.mixers.attention import Positions
 from longspan.models.mixers.parallel import ParallelSettings, side_by_side
 from longspan.models.pattern import letters_of, parse_pattern
 
+MOST_BITS = 16
+"""Of a number that is rounded: fp32 holds no more levels exactly by a wide margin."""
+
 
 class ModelConfig(Config):
     """A language model without its vocabulary.
@@ -42,6 +45,10 @@ class ModelConfig(Config):
         init: `scaled`: each mixer's own, MLPs kaiming-uniform, weights that write into the residual stream divided by
             the square root of the number of residuals. `normal`: N(0, 0.02) for every linear layer and zero biases, as
             the earlier small Transformers (other mixer parameters as in `scaled`). Embeddings are N(0, 0.02) in both.
+        state_bits: b; at `handover` the state is rounded to 2^b levels a number, so that what a row's later tokens know
+            of its earlier ones is b bits a number, see `Handover`; None: the state is as precise as its dtype.
+        handover: tokens of a row after which that happens; with `state_bits` only. Where a model is trained on a task
+            it is where the questions begin.
         mixers: settings per letter, over those above; `mixer: NAME` in them binds the letter to another mixer, e.g.
             `{B: {mixer: attention, positions: nope}}`.
     """
@@ -72,6 +79,8 @@ class ModelConfig(Config):
     embedding_multiplier: float = Field(1.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     init: Literal["scaled", "normal"] = "scaled"
+    state_bits: int | None = Field(None, ge=1, le=MOST_BITS)
+    handover: int | None = Field(None, ge=1)
     mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("pattern", mode="before")
@@ -95,7 +104,27 @@ class ModelConfig(Config):
             raise UserError(
                 "learned positions without `max_positions`", "a number of positions", "set it to the context"
             )
+        self._check_handover()
         return self
+
+    def _check_handover(self) -> None:
+        if (self.state_bits is None) != (self.handover is None):
+            given, lacks = ("state_bits", "handover") if self.handover is None else ("handover", "state_bits")
+            raise UserError(
+                f"`{given}` without `{lacks}`",
+                "both, or neither: in how many bits a number the state is handed over, and after how many tokens",
+                f"add `{lacks}`, or remove `{given}`",
+            )
+        if self.state_bits is not None and not self.carried():
+            raise UserError(
+                f"state_bits = {self.state_bits} with the pattern {self.pattern}",
+                "a layer that carries a state on; a convolution alone begins anew where it is handed over",
+                "add a layer with a state, or remove `state_bits`",
+            )
+
+    def carried(self) -> int:
+        """Tensors of the state of all layers that can be handed over."""
+        return sum(self.mixer(layer)[0].carried for layer in self.layers())
 
     def layers(self) -> list[str]:
         """What mixes in every layer: a letter or a group such as `[AM]`."""

@@ -17,17 +17,29 @@ from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import torch_generator
 from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
+from longspan.models.handover import Handover
 from longspan.models.mixers import Mixer
 from longspan.models.mixers.base import MixerState
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
 from longspan.models.state import ModelState
+from longspan.ops.embedding import embedding
 from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entropy
 
 __all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
 
 IGNORE = -100
 INIT_STD = 0.02
+CALIBRATION_ROWS = 8
+"""Of drawn tokens, from whose state the ranges of a rounded one start."""
+
+
+class TokenEmbedding(nn.Embedding):
+    """`nn.Embedding` whose gradient is a kernel's where kernels serve; hooks on it work as on any module."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) of integers (...)."""
+        return embedding(tokens, self.weight)
 
 
 class LanguageModel(nn.Module):
@@ -56,12 +68,15 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         # Built without memory first: the modules' own constructors would draw from torch's global generator.
         with torch.device("meta"):
-            self.embedding = nn.Embedding(vocab_size, config.width)
+            self.embedding = TokenEmbedding(vocab_size, config.width)
             learned = config.max_positions if config.positions == "learned" else None
             self.position_embedding = nn.Embedding(learned, config.width) if learned else None
             self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers())
             self.norm = build_norm(config)
             self.head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
+            self.handover: Handover | None = None
+            if config.state_bits is not None and config.handover is not None:
+                self.handover = Handover(config.carried(), config.handover, config.state_bits)
         if torch.device(device).type != "meta":
             self.to_empty(device="cpu")
             self.init_weights(seed)
@@ -116,9 +131,28 @@ class LanguageModel(nn.Module):
             if self.config.init == "normal":
                 _normal_linears(block, draws(i, "normal"))
         self.norm.init_weights()
+        if self.handover is not None:
+            self.handover.calibrate(self._state_to_hand_over(draws("handover"), CALIBRATION_ROWS))
         for name, parameter in self.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise UserError(f"`{name}` has no value after initialisation", "a value in every entry", "set it there")
+
+    def _state_to_hand_over(self, generator: torch.Generator, rows: int) -> ModelState:
+        """The state after drawn tokens, as many as a row has before it is handed over, not rounded."""
+        assert self.handover is not None
+        shape, device = (rows, self.handover.at), self.embedding.weight.device
+        tokens_BT = torch.randint(self.vocab_size, shape, generator=generator, device=device)
+        _, state = self._through_layers(tokens_BT, self.segments(tokens_BT), self.initial_state())
+        assert state is not None
+        return state
+
+    @torch.no_grad()
+    def handed_over_bits(self) -> int | None:
+        """Bits of the state of a row where it is handed over rounded; None where it is not."""
+        if self.handover is None:
+            return None
+        generator = torch_generator(0, "handover", device=self.embedding.weight.device)
+        return self.handover.num_bits(self._state_to_hand_over(generator, 1))
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Have every layer compiled where it is trained; evaluation, prefill and decoding stay as they are.
@@ -190,6 +224,31 @@ class LanguageModel(nn.Module):
             UserError: shapes that do not fit, or learned positions that run past their table.
         """
         segments = self.segments(tokens_BT, doc_id_BT, state, isolation)
+        if self.handover is not None and segments.step is None:
+            return self._through_handover(self.handover, tokens_BT, segments, state)
+        return self._through_layers(tokens_BT, segments, state)
+
+    def _through_handover(
+        self, handover: Handover, tokens_BT: Tensor, segments: Segments, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """`forward` where the state is rounded after token number `handover.at` of the row."""
+        num_tokens = tokens_BT.shape[1]
+        until = handover.at - (segments.past.length - num_tokens)
+        if not 1 <= until <= num_tokens:
+            return self._through_layers(tokens_BT, segments, state)
+        first, rest = (segments, None) if until == num_tokens else segments.split(until)
+        hidden_BTD, before = self._through_layers(tokens_BT[:, :until], first, state or self.initial_state())
+        assert before is not None
+        after: ModelState | None = handover(before)
+        if rest is not None:
+            rest_BTD, after = self._through_layers(tokens_BT[:, until:], rest, after)
+            hidden_BTD = torch.cat([hidden_BTD, rest_BTD], dim=1)
+        return hidden_BTD, None if state is None else after
+
+    def _through_layers(
+        self, tokens_BT: Tensor, segments: Segments, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """`forward` without a handover."""
         x_BTD = self.embedding(tokens_BT)
         if self.config.embedding_multiplier != 1.0:
             x_BTD = x_BTD * self.config.embedding_multiplier
@@ -227,10 +286,11 @@ class LanguageModel(nn.Module):
     def _through_chain(self, x_BTD: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the last norm, where every layer hands the next one its normed input."""
         norms = [*(block.mixer_norm for block in self.blocks), self.norm]
-        normed_BTD: Tensor = norms[0](x_BTD)
+        assert isinstance(norms[0], RMSNorm)
+        stream, normed_BTD = norms[0].begin(x_BTD)
         for block, following in zip(self.blocks, norms[1:], strict=True):
             assert isinstance(following, RMSNorm)
-            x_BTD, normed_BTD = block.train_chained(x_BTD, normed_BTD, segments, following)
+            stream, normed_BTD = block.train_chained(stream, normed_BTD, segments, following)
         return normed_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from longspan.ops import kernels
 
 # A row has to fit the registers of a kernel's program.
 WIDEST_KERNEL = 16_384
+Stream = Tensor | tuple[Tensor, Tensor]
+"""The residual stream (..., D) between compiled layers: a tensor, or the pair that `ops.triton.residual` has."""
 
 
 class RMSNorm(nn.Module):
@@ -40,16 +42,25 @@ class RMSNorm(nn.Module):
             return y
         return _normalise(x, self._eps)[0].mul_(weight)
 
-    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """`x + branch` and its norm, the latter in the dtype that what reads it computes in."""
+    def begin(self, x: Tensor) -> tuple[Stream, Tensor]:
+        """The stream that begins with `x`, and its norm in the dtype that what reads it computes in."""
         dtype = _computed_in(x)
-        if x.shape[-1] <= WIDEST_KERNEL and kernels.serve(x) and kernels.serve(branch):
-            from longspan.ops.triton.rms_norm import add_rms_norm
+        if x.dtype == torch.float32 and dtype in kernels.SERVED and _has_kernel(x):
+            from longspan.ops.triton.residual import begin_stream
 
-            total, normed = add_rms_norm(x, branch, self.weight, self.eps, dtype)
-            return total, normed
-        total = x + branch
-        return total, self(total).to(dtype)
+            near, rest, normed = begin_stream(x, self.weight, self.eps, dtype)
+            return (near, rest), normed
+        return x, self(x)
+
+    def of_sum(self, stream: Stream, branch: Tensor) -> tuple[Stream, Tensor]:
+        """The stream and a branch added up, and the norm of that as `begin` gives it."""
+        if isinstance(stream, tuple):
+            from longspan.ops.triton.residual import add_to_stream
+
+            near, rest, normed = add_to_stream(*stream, branch.to(stream[0].dtype), self.weight, self.eps)
+            return (near, rest), normed
+        total = stream + branch
+        return total, self(total).to(_computed_in(total))
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -5,22 +5,18 @@ Legend: B rows, T tokens of this call, S cached and new keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from longspan.foundation.errors import UserError
-from longspan.ops.flex_attention import flex_block_mask
+from longspan.ops.flex_attention import block_mask_tensors, flex_block_mask
 from longspan.ops.rotary import RopeScaling, Rotation
 
 Isolation = Literal["full", "attention", "state", "none"]
 LONGEST_CONVOLUTION = 16
-BLOCK_LISTS = tuple(
-    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
-)
-"""Names of the tensors of torch's `BlockMask`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,42 @@ class Segments:
             found += block_mask_tensors(mask)
         distinct = {id(tensor): tensor for tensor in found}
         return list(distinct.values())
+
+    def split(self, at: int) -> tuple[Segments, Segments]:
+        """Of the first `at` tokens of this call and of those after them, for two calls in place of one."""
+
+        def halves(ids_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            return (None, None) if ids_BT is None else (ids_BT[:, :at], ids_BT[:, at:])
+
+        attention, state = halves(self.attention_doc), halves(self.state_doc)
+        between = self.num_keys + at
+        return (
+            replace(
+                self,
+                num_tokens=at,
+                positions=self.positions[:, :at],
+                attention_doc=attention[0],
+                key_doc=None if self.key_doc is None else self.key_doc[:, :between],
+                state_doc=state[0],
+                # The second call drops what the one call would have dropped.
+                past=Past(self.past.length - self.num_tokens + at, between),
+                _host_doc=None,
+                _rotations={},
+                _block_masks={},
+            ),
+            replace(
+                self,
+                num_tokens=self.num_tokens - at,
+                num_keys=between,
+                positions=self.positions[:, at:],
+                attention_doc=attention[1],
+                state_doc=state[1],
+                previous_doc=None if self.state_doc is None else self.state_doc[:, at - 1],
+                _host_doc=None,
+                _rotations={},
+                _block_masks={},
+            ),
+        )
 
     @classmethod
     def one_step(cls, positions_B1: Tensor, step: Step) -> Self:
@@ -247,13 +279,6 @@ class Segments:
             max_position=int(positions_BT.max()),
             _host_doc=attention_doc,
         )
-
-
-def block_mask_tensors(mask: Any) -> list[Tensor]:
-    """Of a `BlockMask`: its lists of blocks, and what its rule for single positions reads."""
-    lists = [getattr(mask, name) for name in BLOCK_LISTS]
-    rule = [cell.cell_contents for cell in mask.mask_mod.__closure__ or ()]
-    return [each for each in (*lists, *rule) if isinstance(each, Tensor)]
 
 
 def _position_in_run(doc_BT: Tensor) -> Tensor:

@@ -217,7 +217,8 @@ def _needs_gradients(*tensors: Tensor) -> bool:
 def _after_kept_keys(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, kept: int) -> Tensor:
     """The newest queries on a CPU: all kept keys and, causally, their own, weighed by what the scores of each sum to.
 
-    Torch's kernel for CPUs computes what a mask hides, and reads the mask: four times the work of a causal square.
+    Torch's kernel for CPUs computes what a mask hides, and reads the mask: four times the work of a causal square. No
+    public function tells what scores sum to; the kernel is as it was in torch 2.11 and 2.13, which a test looks at.
     """
     heads = q_BTHP.shape[2]
     q = q_BTHP.transpose(1, 2)

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from longspan.ops import kernels
 
+BLOCK_LISTS = tuple(
+    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
+)
+"""Names of the tensors of torch's `BlockMask`, in the order of `_block_lists`."""
 # FlexAttention's own block, and the head dimensions it takes without padding.
 FLEX_BLOCK = 128
 FLEX_HEAD_DIMS = (16, 32, 64, 128)
@@ -70,11 +74,15 @@ def flex_block_mask(doc_BT: Tensor, *, window: int | None = None, device: torch.
         seen = (q_index >= k_index) & (run_BT[b, q_index] == run_BT[b, k_index])
         return seen if window is None else seen & (q_index - k_index < window)
 
-    names = (
-        f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
-    )
-    members: dict[str, Any] = dict(zip(names, lists, strict=True))
+    # Torch's mask holds the rule as it is given, but not what the rule reads.
+    visible.reads = [run_BT]  # type: ignore[attr-defined]
+    members: dict[str, Any] = dict(zip(BLOCK_LISTS, lists, strict=True))
     return BlockMask(seq_lengths=(time, time), **members, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=visible)
+
+
+def block_mask_tensors(mask: Any) -> list[Tensor]:
+    """Of a mask from `flex_block_mask`: its lists of blocks, and what its rule for single positions reads."""
+    return [*(getattr(mask, name) for name in BLOCK_LISTS), *mask.mask_mod.reads]
 
 
 def _block_lists(doc_BT: Tensor, window: int | None) -> list[Tensor]:

@@ -30,6 +30,7 @@ class _Setting:
 
     choice: str = os.environ.get(VARIABLE, "auto")
     triton: bool = importlib.util.find_spec("triton") is not None
+    interpreted: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choice() -> Choice:
@@ -48,7 +49,11 @@ def choose(new: Choice) -> Choice:
     """Sets it for this process; returns what it was."""
     before = choice()
     _Setting.choice = new
-    choice()
+    try:
+        choice()
+    except UserError:
+        _Setting.choice = before
+        raise
     return before
 
 
@@ -56,7 +61,7 @@ def serve(x: Tensor) -> bool:
     """Whether an op on `x` runs as a kernel, as far as the setting, the device and the dtype (fp32, bf16) decide.
 
     Raises:
-        UserError: it should, and Triton is not installed.
+        UserError: it should, and cannot.
     """
     return x.dtype in SERVED and wanted(x.device)
 
@@ -65,12 +70,18 @@ def wanted(device: torch.device) -> bool:
     """Whether ops run as kernels there, as far as the setting and the device decide.
 
     Raises:
-        UserError: they should, and Triton is not installed.
+        UserError: they should, and Triton is not installed or compiles nothing for this device.
     """
     setting = choice()
     if setting == "plain" or (setting == "auto" and device.type != "cuda"):
         return False
     _need_triton()
+    if device.type == "cpu" and not _Setting.interpreted:
+        raise UserError(
+            f"kernels = {setting!r} on a CPU",
+            "a CUDA device; on a CPU only Triton's interpreter, slow and meant for tests",
+            f"set {VARIABLE} to auto or plain, or TRITON_INTERPRET=1 beside it",
+        )
     return True
 
 

@@ -238,10 +238,19 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         return (
-            None if dhidden is None else (dhidden * dloss).to(dhidden.dtype),
-            None if dweight is None else (dweight * dloss).to(ctx.weight_dtype),
+            None if dhidden is None else _times(dhidden, dloss, dhidden.dtype),
+            None if dweight is None else _times(dweight, dloss, ctx.weight_dtype),
             *(None,) * 4,
         )
+
+
+def _times(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    if not kernels.serve(gradient):
+        return (gradient * dloss).to(dtype)
+    from longspan.ops.triton.cross_entropy import times
+
+    product: Tensor = times(gradient, dloss, dtype)
+    return product
 
 
 class _PerToken(torch.autograd.Function):

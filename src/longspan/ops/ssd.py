@@ -68,7 +68,7 @@ def ssd(
     if _has_kernel(x_BTHP, B_BTGN, C_BTGN):
         from longspan.ops.triton.ssd import ssd as kernel
 
-        y_BTHP, state_BHPN, _ = kernels.called(kernel)(*arguments)
+        y_BTHP, state_BHPN, *_ = kernels.called(kernel)(*arguments)
         return y_BTHP, state_BHPN
     return ssd_chunked(*arguments, chunk)
 

@@ -1,25 +1,25 @@
-"""The gate of a SwiGLU MLP between its two products.
+"""SwiGLU's product, `silu(gate) * up` of two halves side by side, with a backward of its own where kernels serve.
 
 Shapes: F hidden width.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import kernels
 
+# A row has to fit the registers of a kernel's program.
+WIDEST_KERNEL = 16_384
 
-def swiglu(hidden_2F: Tensor) -> Tensor:
-    """`silu(gate) * up` of (..., 2 F), gate first: (..., F) in the same dtype.
 
-    Where gradients are recorded it is plain torch, which a compiler fuses in training.
-    """
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and kernels.serve(hidden_2F):
-        from longspan.ops.triton.swiglu import run_swiglu
+def swiglu(hidden: Tensor) -> Tensor:
+    """(..., F), of (..., 2 F): first the gates, then what they let through. The kernel rounds once, in the end."""
+    if hidden.shape[-1] <= 2 * WIDEST_KERNEL and kernels.serve(hidden):
+        from longspan.ops.triton.swiglu import swiglu as kernel
 
-        return run_swiglu(hidden_2F)
-    gate, up = hidden_2F.chunk(2, dim=-1)
+        product: Tensor = kernels.called(kernel)(hidden)
+        return product
+    gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -20,6 +20,7 @@ from longspan.records.observation import Measurement, Metric, Observation, Summa
 from longspan.records.store import Record
 
 LOAD = "bits asked for, % of the bits of the state"
+CEILING = "Most that these bits allow"
 EVERY_BIT = 100.0
 
 
@@ -101,7 +102,9 @@ class MqarProbe(TaskProbe):
                 accuracy("load", "Accuracy against load", LOAD),
                 mark=EVERY_BIT,
                 mark_name="every bit of the state in use",
+                ceiling="ceiling",
             ),
+            Metric("ceiling", CEILING, "", "exact", "higher", LOAD, compare=False, detail=True, counted="rows"),
             Metric(
                 "half",
                 "Load with half of the answers right",
@@ -147,12 +150,16 @@ class MqarProbe(TaskProbe):
             )
         return trained
 
+    def border(self, task: Task) -> int | None:
+        """That of the rows that are asked."""
+        return self._asked(task, max(self.lengths or (self.task(task).length,)), 1).handover()
+
     def example(self, item: Item, task: Task, data: ProbeData) -> Example:
         """The row that an item stands for."""
-        size = item.details["size"]
-        return super().example(
-            item, task.asked({**self.settings, **_fitting(item.details["length"], [size])}, None), data
-        )
+        return super().example(item, self._asked(task, item.details["length"], item.details["size"]), data)
+
+    def _asked(self, task: Task, length: int, size: int) -> Task:
+        return task.asked({**self.settings, **_fitting(length, [size])}, None)
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """As `task`, with the length of each row."""
@@ -171,6 +178,8 @@ class MqarProbe(TaskProbe):
         if answer["state_bits"]:
             load = float(f"{EVERY_BIT * answer['bits'] / answer['state_bits']:.3g}")
             yield self.observation(record, "load", right, asked, cluster=record.item, x=load)
+            if answer.get("ceiling") is not None:
+                yield self.observation(record, "ceiling", answer["ceiling"], 1.0, cluster=record.item, x=load)
         yield self.observation(record, "string", float(all(answer["forced"])), 1.0, cluster=record.item, x=x)
         if "free" in answer:
             yield self.observation(record, "free", float(sum(answer["free"])), asked, cluster=record.item, x=x)

@@ -133,22 +133,50 @@ class TaskProbe(Probe):
                 {"size": item.details["size"], "context": len(e.inputs)}
                 for item, e in zip(items, examples, strict=True)
             ]
+        held = self.held(engine, task, len(examples[0].inputs))
         bits = [task.bits(item.details["size"]) for item in items]
         forced = engine.predict([e.inputs for e in examples], [e.labels >= 0 for e in examples])
         contents = [
             {
                 "size": item.details["size"],
                 "context": len(example.inputs),
-                "state_bits": _bits(engine.state_bytes(len(example.inputs))),
+                "state_bits": held,
                 "bits": needed,
                 "forced": _right(written, example),
             }
             for item, example, needed, written in zip(items, examples, bits, forced, strict=True)
         ]
         if self.free_running:
-            for content, example, written in zip(contents, examples, _written(engine, examples), strict=True):
+            border = self.border(task) if engine.handed_over else None
+            for content, example, written in zip(contents, examples, _written(engine, examples, border), strict=True):
                 content["free"] = _right(written, example)
+        if engine.handed_over is not None and held is not None:
+            for content, item in zip(contents, items, strict=True):
+                content["ceiling"] = task.most_right(item.details["size"], held)
         return contents
+
+    def border(self, task: Task) -> int | None:
+        """Positions before the questions of every string that is asked; None where they differ."""
+        return task.handover()
+
+    def held(self, engine: Engine, task: Task, context: int) -> int | None:
+        """Bits of the state that a subject answers from: as handed over, or after the whole string.
+
+        Raises:
+            UserError: the state is handed over elsewhere than where the questions begin.
+        """
+        if engine.handed_over is None:
+            size = engine.state_bytes(context)
+            return None if size is None else 8 * size
+        border, at = self.border(task), engine.handed_over.at
+        if border != at:
+            where = "at no fixed place" if border is None else f"at {border}"
+            raise UserError(
+                f"questions that begin {where}, of a subject whose state is handed over at {at}",
+                "questions that begin where the state is handed over",
+                "ask for them as in training: leave the setting of the probe that moves them out",
+            )
+        return engine.handed_over.bits
 
     def observe(self, record: Record) -> Iterable[Observation]:
         """One string: right or not, and how many of its tokens are."""
@@ -219,13 +247,13 @@ class TaskProbe(Probe):
         return task.example(numpy_generator(data.seed, "task probe", size, number), size)
 
 
-def _bits(size: int | None) -> int | None:
-    return None if size is None else 8 * size
+def _written(engine: Engine, examples: Sequence[Example], border: int | None) -> list[NDArray[np.int64]]:
+    """What a subject writes at the places of the answers, reading its own where the string repeats the answer.
 
-
-def _written(engine: Engine, examples: Sequence[Example]) -> list[NDArray[np.int64]]:
-    """What a subject writes at the places of the answers, reading its own where the string repeats the answer."""
-    starts = [example.num_given for example in examples]
+    Args:
+        border: tokens that it reads at once; None: all before its first answer.
+    """
+    starts = [border or example.num_given for example in examples]
     ends = [int(np.flatnonzero(example.labels >= 0)[-1]) + 1 for example in examples]
     given = [
         np.where(example.fed_back, OWN, example.inputs)[start:end]

@@ -38,6 +38,8 @@ class Metric:
             empty where nothing of the kind is asked.
         bound: name of the probe's single-number metric that limits this one, empty where none does: the report draws
             one against the other.
+        ceiling: name of the probe's metric over the same x that no subject can exceed, whoever it is: a line in this
+            one's figure, empty where nothing of the kind is known.
         counted: what its clusters are: documents, or the strings of a task.
         detail: True where the report shows it in a table beside the others and gives it no figure of its own.
         mark: an x that its figure reaches and marks, in place of what the probe marks; `mark_name` says what it is.
@@ -58,12 +60,18 @@ class Metric:
     y_unit: Literal["", "%"] = ""
     floor: str = ""
     bound: str = ""
+    ceiling: str = ""
     detail: bool = False
     sparse: bool = False
     counted: str = "documents"
     mark: float | None = None
     mark_name: str = ""
     crossing: bool = False
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its values are shares or differences of shares, which are shown in per cent and points."""
+        return self.kind in ("proportion", "difference")
 
     def shown(self, value: float) -> float:
         """The value in the metric's unit."""

@@ -57,7 +57,7 @@ class Arms:
 
     Attributes:
         columns: panels per row where the width allows it.
-        panel_by: names of the factors shown as panels.
+        colour_by: name of the factor shown as colour, empty where every subject has its own.
         shades: CSS variable -> colour.
         dashes: `Arm.stroke` -> lengths of dashes and gaps.
     """
@@ -66,8 +66,6 @@ class Arms:
     panels: tuple[str, ...]
     columns: int
     colour_by: str
-    panel_by: tuple[str, ...]
-    dash_by: str
     dashes: dict[str, tuple[int, ...]]
     shades: dict[str, palette.Shade]
 
@@ -83,7 +81,7 @@ class Arms:
     def in_one_panel(self) -> Arms:
         """The same colours without panels and dashes, for quantities that the other factors do not change."""
         arms = {label: replace(arm, panel="", dash="") for label, arm in self.arms.items()}
-        return replace(self, arms=arms, panels=("",), columns=1, dash_by="", dashes=_STYLES)
+        return replace(self, arms=arms, panels=("",), columns=1, dashes=_STYLES)
 
     @property
     def labels(self) -> list[str]:
@@ -121,9 +119,7 @@ def arrange(report: ReportInput) -> Arms:
     panels = tuple(sorted({a.panel for a in arms.values()}, key=_panel_order(subjects, others, levels, panel_of)))
     dashes = {level: DASHES[i] for i, level in enumerate(levels[dash_by])} if dash_by else _STYLES
     columns = _columns(len(panels), len(levels[others[-1]]) if len(others) >= 2 else 0)
-    return Arms(
-        arms, panels, columns, colour_by, tuple(others), dash_by, dashes, {variables[c]: shades[c] for c in shades}
-    )
+    return Arms(arms, panels, columns, colour_by, dashes, {variables[c]: shades[c] for c in shades})
 
 
 def _styles(subjects: list[SubjectFacts], colours: dict[str, str]) -> dict[str, int]:

@@ -38,7 +38,7 @@ def bound_figure(name: str, section: ProbeSection, metric: Metric, arms: Arms) -
     caption = (
         "Points: the median over training seeds; bars: from the lowest to the highest seed. Both axes are logarithmic; "
         f"grey lines hold equal shares of the {limit.title.lower()}, so that subjects along one of them hold in "
-        "proportion to it. No subject can be above 100 %."
+        "proportion to it. Up to 100 % there is room for every answer."
     )
     if any(row["open"] for row in rows):
         caption += " Rings: half or more of the seeds lie beyond what was asked, so that the place is not known."

@@ -31,13 +31,15 @@ from longspan.report.figure import INK, LINE, PAPER, SOFT, ZONE, config
 
 
 def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | None = None, height: int = 290,
-          mark_x: float | None = None, bands: bool = True, points: bool = True) -> dict[str, Any]:  # fmt: skip
+          mark_x: float | None = None, bands: bool = True, points: bool = True,
+          limit: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:  # fmt: skip
     """Lines with 95 % bands and labels at their ends.
 
     Args:
         rows: subject, x, y, low, high (None where there is no interval), text and n for the tooltip.
         chance: level of guessing, drawn as a dashed line.
         mark_x: an x worth marking, e.g. the training context.
+        limit: (x, y) of a line above which nobody can be, from left to right.
     """
     panels = len({arms[r["subject"]].panel for r in rows})
     height = height if panels == 1 else 150
@@ -57,6 +59,12 @@ def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | 
         layers.append(alt.Chart().mark_rule(strokeDash=[3, 3], color=SOFT).encode(y=alt.datum(chance)))
     if mark_x is not None and domain_x[0] < mark_x < domain_x[1]:
         layers.append(alt.Chart().mark_rule(color=LINE, strokeDash=[1, 3], strokeWidth=1.5).encode(x=alt.datum(mark_x)))
+    if limit:
+        drawn = [row["p"] for row in rows]
+        values += [{"kind": "limit", "p": p, "x": at, "y": most} for p in dict.fromkeys(drawn) for at, most in limit]
+        over = alt.Chart().transform_filter("datum.kind == 'limit'")
+        layers.append(over.mark_line(color=SOFT, strokeWidth=1.5, strokeDash=[8, 3], clip=True).encode(
+            x=encode_x, y=encode_y))  # fmt: skip
     if bands and any(row["low"] is not None for row in rows):
         band = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
         layers.append(band.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q"), y2="high:Q", fill=_fill()))

@@ -8,7 +8,7 @@ from longspan.records.observation import Comparison, Metric
 from longspan.report import charts, findings, numbers, tables
 from longspan.report.arms import Arms
 from longspan.report.axes import Axis, Row, log_ticks
-from longspan.report.data import ProbeSection, ReportInput
+from longspan.report.data import ProbeSection
 from longspan.report.decision import difference_text
 from longspan.report.figure import Figure
 from longspan.report.figures import BAND, slug, title_of_x
@@ -18,7 +18,7 @@ MOST_PAIRS = 15
 MOST_CURVES = 6
 
 
-def comparison_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
+def comparison_figures(section: ProbeSection, arms: Arms) -> list[Figure]:
     """Paired differences of every compared metric: a forest plot, or curves of the difference against x."""
     found = []
     for metric in section.metrics:
@@ -31,7 +31,7 @@ def comparison_figures(report: ReportInput, section: ProbeSection, arms: Arms) -
         if effects:
             found.append(_forest(f"{name}-effects", section, metric, effects, arms, "Main effects: "))
         if len(xs) > 1:
-            found.append(_difference_curves(name, section, metric, compared, arms))
+            found.append(_difference_curves(name, section, metric, compared))
         elif compared:
             found.append(_forest(name, section, metric, compared, arms, ""))
     return found
@@ -41,7 +41,7 @@ def _forest(
     name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms, head: str
 ) -> Figure:
     shown, left_out = _worth_showing(section, metric, compared)
-    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+    factor = 100.0 if metric.is_share else 1.0
     rows = [_forest_row(metric, _better_first(metric, c), factor, arms) for c in shown]
     unit = "percentage points" if factor > 1 else _difference_unit(metric)
     better = "left" if metric.better == "lower" else "right"
@@ -99,9 +99,7 @@ def _worth_showing(
     return chosen, len(compared) - len(chosen)
 
 
-def _difference_curves(
-    name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison], arms: Arms
-) -> Figure:
+def _difference_curves(name: str, section: ProbeSection, metric: Metric, compared: Sequence[Comparison]) -> Figure:
     """The difference of every pair against x, each in its own panel on shared axes."""
     pairs = list(dict.fromkeys((c.a, c.b) for c in compared))
     largest = max(c.x for c in compared if c.x is not None)
@@ -109,7 +107,7 @@ def _difference_curves(
         at_end = [c for c in compared if c.x == largest]
         kept, _ = _worth_showing(section, metric, at_end)
         pairs = [(c.a, c.b) for c in kept][:MOST_CURVES]
-    factor = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+    factor = 100.0 if metric.is_share else 1.0
     rows: list[Row] = [
         {"pair": _pair(c), "x": c.x, "y": c.difference * factor, "n": c.n, "text": difference_text(metric, c),
          "low": None if c.low is None else c.low * factor, "high": None if c.high is None else c.high * factor,

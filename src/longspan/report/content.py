@@ -88,7 +88,7 @@ def lay_out(report: ReportInput) -> Content:
         figures.cost_figures(report, arms),
         crossing_table(report),
         figures.pareto_figures(report, arms),
-        [f for section in report.probes for f in comparison_figures(report, section, arms)],
+        [f for section in report.probes for f in comparison_figures(section, arms)],
         [*mastery_figures(report, arms), *training_figures(report, arms)],
         [LedgerPart(entry, tables.ledger_table(entry.table) if entry.table else None) for entry in ledger],
     )

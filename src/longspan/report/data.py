@@ -87,7 +87,7 @@ class ProbeSection:
     """What one probe found.
 
     Attributes:
-        kind: the probe's kind, e.g. `perplexity`.
+        kind: the name that the study gave the probe; without one its kind, e.g. `perplexity`.
         title: a short heading; `explanation` says in one or two sentences what was asked and how to read it.
         metrics: in order of importance; the first is the probe's own primary metric.
         summary: measurements and paired comparisons. A comparison whose `a` and `b` are `factor=level` (e.g.
@@ -185,7 +185,7 @@ class ItemRow:
     """One item of a probe with every subject's answer, for "look inside".
 
     Attributes:
-        x: context or position of the item, None where the probe has none.
+        x: context of the item in tokens, None where it has several or none.
         asked: what was asked, shortened by the probe; `expected` the right answer, empty where there is none.
         correct: True where a score of 1 means right and 0 wrong (shown as a tick or a cross).
     """

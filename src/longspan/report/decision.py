@@ -77,7 +77,7 @@ def value_text(metric: Metric, measurement: Measurement, *, n: bool = False) -> 
         low, high = measurement.low, measurement.high
         doubt = "" if low is None or high is None else f" [{numbers.count(low)}, {numbers.count(high)}]"
         return f"{numbers.count(measurement.value)}{doubt}"
-    if metric.kind in ("proportion", "difference"):
+    if metric.is_share:
         return numbers.percentage(measurement.value, measurement.low, measurement.high, measurement.n if n else None)
     if metric.kind == "median" and measurement.n == 1:
         # One run has no quartiles.
@@ -89,9 +89,7 @@ def value_text(metric: Metric, measurement: Measurement, *, n: bool = False) -> 
 
 def difference_text(metric: Metric, comparison: Comparison) -> str:
     """A comparison's difference as text, by the kind of its metric."""
-    return numbers.difference(
-        comparison.difference, comparison.low, comparison.high, proportion=metric.kind in ("proportion", "difference")
-    )
+    return numbers.difference(comparison.difference, comparison.low, comparison.high, proportion=metric.is_share)
 
 
 def _conclude(finding: Finding) -> tuple[Verdict, str, str]:
@@ -203,7 +201,7 @@ def _no_size_known(finding: Finding, best: str, compared: Sequence[Comparison]) 
 
 def _invisible(metric: Metric, mde: float) -> str:
     unit = f" {metric.unit}" if metric.unit and metric.transform == "identity" else ""
-    proportion = metric.kind in ("proportion", "difference")
+    proportion = metric.is_share
     if proportion and mde >= 1:
         return (
             "What was measured spreads so far that no difference of shares, however large, would be sure to show here"

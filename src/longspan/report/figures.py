@@ -87,7 +87,7 @@ def cost_figures(report: ReportInput, arms: Arms) -> list[Figure]:
         found.append(_figure(slug(name), title, caption, spec, table, shown, drawn, x.title, half=True))
     for section in report.probes:
         if section.place == "cost":
-            found += _measured_cost(report, section, arms)
+            found += _measured_cost(section, arms)
     return found
 
 
@@ -127,7 +127,7 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     metric = finding.metric
     ranked = [m for m in findings.order(metric, findings.measured(finding).values()) if m.subject in arms]
     rows = [_dot(metric, m, arms) for m in ranked]
-    percent = metric.kind in ("proportion", "difference")
+    percent = metric.is_share
     spec = charts.dots(rows, Axis(metric.unit, form="~%" if percent else ",~r"), chance=metric.chance)
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
@@ -168,7 +168,7 @@ def _basis(m: Measurement) -> str:
 def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, arms: Arms, *, half: bool) -> Figure:
     found = [m for m in findings.points(section, metric.name) if m.subject in arms and m.x is not None]
     rows = [_point(metric, m) for m in found]
-    percent = metric.kind in ("proportion", "difference")
+    percent = metric.is_share
     seen = [row["x"] for row in rows]
     ticks = log_ticks([*seen, metric.mark] if metric.mark is not None else seen)
     beyond = None if metric.mark is None else 1.2 * metric.mark
@@ -181,10 +181,13 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     name_of_mark = section.mark_name or "the training context"
     if metric.mark is not None:
         mark, name_of_mark, seen = metric.mark, metric.mark_name, [*seen, 0.0, metric.mark + 1.0]
-    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark)
+    limit = _ceiling(section, metric)
+    spec = charts.lines(rows, arms, x, y, chance=metric.chance, mark_x=mark, limit=limit)
     better = "Lower" if metric.better == "lower" else "Higher"
     caption = f"{better} is better. {BAND}" + ("" if percent else " The y axis does not start at zero.")
     caption += f" The dashed line is {_chance_name(metric)}." if metric.chance is not None else ""
+    if limit:
+        caption += " Nobody can be above the long dashes: that many right answers are all that the state's bits allow."
     if under is not None:
         spec, caption = truncation.drawn_under(spec, under, arms), caption + truncation.caption(under)
     table = tables.metric_table(section, metric, arms.labels)
@@ -194,11 +197,23 @@ def _curve_figure(report: ReportInput, section: ProbeSection, metric: Metric, ar
     return _figure(name, metric.title, caption, spec, table, arms, drawn, x.title, half=half)
 
 
+def _ceiling(section: ProbeSection, metric: Metric) -> list[tuple[float, float]]:
+    """The most that anybody can reach at each x, from left to right; of several limits at one x the highest."""
+    highest: dict[float, float] = {}
+    for m in findings.points(section, metric.ceiling) if metric.ceiling else ():
+        if m.x is not None:
+            highest[m.x] = max(m.value, highest.get(m.x, m.value))
+    if highest and metric.mark is not None:
+        # Up to there everything is possible.
+        highest[metric.mark] = max(highest.values())
+    return sorted(highest.items())
+
+
 def _cell_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:
     """A metric over two conditions: a panel of coloured cells per subject."""
     found = [m for m in findings.cells(section, metric.name) if m.subject in arms]
     floors = findings.floor(section, metric)
-    percent = metric.kind in ("proportion", "difference")
+    percent = metric.is_share
     # Subjects in the order of the report, in every panel the floor that the same subject has.
     headers = {
         label: f"{label} · floor {value_text(metric, floors[label]).split(' [')[0]}" if label in floors else label
@@ -239,7 +254,7 @@ def _chance_name(metric: Metric) -> str:
 
 
 def _cell(metric: Metric, m: Measurement) -> Row:
-    percent = metric.kind in ("proportion", "difference")
+    percent = metric.is_share
     guess = metric.chance is not None and m.low is not None and m.high is not None
     return {"x": m.x, "y": m.y, "value": m.value, "text": value_text(metric, m),
             "cell": numbers.format_signed(100 * m.value) if percent else numbers.significant(m.value, 2),
@@ -307,7 +322,7 @@ def _repeats(points: Sequence[Measurement]) -> str:
     return "Medians over repeats; bands are their quartiles."
 
 
-def _measured_cost(report: ReportInput, section: ProbeSection, arms: Arms) -> list[Figure]:
+def _measured_cost(section: ProbeSection, arms: Arms) -> list[Figure]:
     found = []
     for metric in section.metrics:
         points = [m for m in findings.points(section, metric.name) if m.subject in arms]
@@ -344,7 +359,7 @@ def _pareto(report: ReportInput, arms: Arms, finding: Finding, name: str, title:
          "c": "var(--soft)" if s in beaten else f"var({arms[s].variable})"}
         for s, m in values.items()
     ]  # fmt: skip
-    percent = finding.metric.kind in ("proportion", "difference")
+    percent = finding.metric.is_share
     x = Axis(f"{title}{where}", "log", "bytes" if unit == "bytes" else "~s")
     spec = charts.scatter(rows, x, Axis(finding.metric.unit, form="~%" if percent else ",~r"))
     corner = "lower left" if finding.metric.better == "lower" else "upper left"

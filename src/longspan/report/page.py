@@ -110,7 +110,7 @@ def html(content: Content) -> str:
         training_figures=content.training,
         ledger=content.ledger,
         item_probes=list(dict.fromkeys(row.probe for row in report.items)),
-        item_xs=[(f"{x:g}", numbers.count(x)) for x in sorted({r.x for r in report.items if r.x is not None})],
+        item_xs=[(f"{x:.0f}", numbers.count(x)) for x in sorted({r.x for r in report.items if r.x is not None})],
         css=Markup(_styles(arms, letters)),
         charts_json=_script_json(
             {

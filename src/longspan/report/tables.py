@@ -302,7 +302,7 @@ def comparison_table(metric: Metric, comparisons: Sequence[Comparison]) -> Table
         shown.sort(key=lambda c: (1.0 if c.p_holm is None else c.p_holm, -abs(c.difference)))
     for c in shown:
         x = [numbers.count(c.x)] if with_x else []
-        unit = 100.0 if metric.kind in ("proportion", "difference") else 1.0
+        unit = 100.0 if metric.is_share else 1.0
         detectable = f"±{numbers.significant(unit * c.mde, 2)}{' pp' if unit > 1 else ''}" if c.mde else numbers.MISSING
         text = f"{difference_text(metric, c)}{' ✓' if c.decided else ''}"
         rows.append((c.a, c.b, *x, text, numbers.p_value(c.p_holm), detectable, numbers.count(c.n)))

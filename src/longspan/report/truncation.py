@@ -89,14 +89,8 @@ def drawn_under(spec: dict[str, Any], under: Underlay, arms: Arms) -> dict[str, 
         layers.append(_level(under.constant, SOFT, [8, 3]))
     layers += [_level(value, f"var({arms[s].variable})", [2, 4]) for s, value in under.floors.items() if s in arms]
     target = spec["spec"] if "facet" in spec else spec
-    return {
-        **spec,
-        **(
-            {"spec": {**target, "layer": [*layers, *target["layer"]]}}
-            if "facet" in spec
-            else {"layer": [*layers, *spec["layer"]]}
-        ),
-    }
+    layered = {**target, "layer": [*layers, *target["layer"]]}
+    return {**spec, "spec": layered} if "facet" in spec else layered
 
 
 def _level(value: float, colour: str, dash: Sequence[int]) -> dict[str, Any]:
@@ -152,6 +146,6 @@ def detail_table(section: ProbeSection, labels: Sequence[str]) -> Table | None:
 def _cell(metric: Metric, m: Measurement | None) -> str:
     if m is None:
         return numbers.MISSING
-    if metric.kind in ("proportion", "difference"):
+    if metric.is_share:
         return f"{100 * m.value:.1f} %"
     return numbers.significant(m.value, 4)

@@ -20,17 +20,12 @@ from longspan.models.budget import (
 )
 from longspan.models.config import ModelConfig
 from longspan.report.numbers import byte_size, count, duration, relative, scaled
+from longspan.study.checks import check_primary, check_probes
 from longspan.study.environment import hardware
 from longspan.study.expand import Match, Subject, expand, match_model
 from longspan.study.jobs import DONE, SPECIFICATION
-from longspan.study.plan import (
-    ASSUMED_EFFICIENCY,
-    check_primary,
-    check_probes,
-    describe_mixers,
-    matmul_rate,
-    trained_tokens,
-)
+from longspan.study.plan import describe_mixers
+from longspan.study.predicted_time import ASSUMED_EFFICIENCY, matmul_rate, trained_tokens, validation_share
 from longspan.study.schema import Study
 from longspan.study.sections import SubjectConfig
 
@@ -59,7 +54,8 @@ class SubjectBudget:
         training_flops: of one training.
         tokens: positions of one training.
         state: context → bytes of one row's state, caches in fp32.
-        seconds: predicted time of one training.
+        seconds: predicted time of one training, with its validation where `validates` is known.
+        validates: FLOPs of all validations as a share of those of training; None for text, whose amount is not known.
         tokens_per_second: of earlier runs of this model on this machine, None where there are none.
     """
 
@@ -77,6 +73,7 @@ class SubjectBudget:
     tokens: int
     state: dict[int, int]
     seconds: float
+    validates: float | None
     tokens_per_second: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -101,6 +98,7 @@ class SubjectBudget:
             "tokens_per_run": self.tokens,
             "training_flops_per_run": self.training_flops,
             "predicted_seconds_per_run": self.seconds,
+            "validation_flops_share": self.validates,
             "predicted_from": "matmul rate" if self.tokens_per_second is None else "earlier runs",
         }  # fmt: skip
 
@@ -189,10 +187,11 @@ def budget_table(
 
 
 def _what_costs(subject: Subject) -> str:
-    """Equal for subjects that cost the same: packing, isolation, corpus and seed do not matter."""
+    """Equal for subjects that cost the same: isolation and seed do not matter, nor packing and corpus of text."""
     config = _trained(subject)
     training = config.training.model_copy(update={"seed": 0})
-    return "".join(part.model_dump_json() for part in (config.model, config.tokenizer, training))
+    parts = [part.model_dump_json() for part in (config.model, config.tokenizer, training)]
+    return "".join([*parts, str(validation_share(config))])
 
 
 def _trained(subject: Subject) -> SubjectConfig:
@@ -225,6 +224,8 @@ def _budget(
     wanted = _speed_of(model.model_dump(mode="json"), rows, training.model_dump(mode="json"))
     rates = [measured for found, measured in earlier if found == wanted]
     tokens_per_second = statistics.median(rates) if rates else None
+    validates = validation_share(config)
+    seconds = tokens / tokens_per_second if tokens_per_second else flops / (rate * ASSUMED_EFFICIENCY)
     return SubjectBudget(
         label=_common_label(group),
         arms=tuple(dict.fromkeys(subject.label for subject in group)),
@@ -239,7 +240,8 @@ def _budget(
         training_flops=flops,
         tokens=tokens,
         state={context: state_bytes(model, context) for context in contexts},
-        seconds=tokens / tokens_per_second if tokens_per_second else flops / (rate * ASSUMED_EFFICIENCY),
+        seconds=seconds * (1 + (validates or 0.0)),
+        validates=validates,
         tokens_per_second=tokens_per_second,
     )
 
@@ -308,9 +310,10 @@ def _explained(budgets: Sequence[SubjectBudget], rate: float) -> list[str]:
     seconds = sum(each.seconds * each.runs for each in budgets)
     flops = sum(each.training_flops * each.runs for each in budgets)
     runs = sum(each.runs for each in budgets)
+    validated = all(each.validates is not None for each in budgets)
     notes.append(
         f"training in all: {runs} run{'s' if runs > 1 else ''}, {scaled(flops, 'FLOP')}, about {duration(seconds)} "
-        "one after the other; validation and probes come on top"
+        f"one after the other; {'validation is counted, probes' if validated else 'validation and probes'} come on top"
     )
     return notes
 
@@ -329,7 +332,9 @@ def parse_contexts(text: str) -> list[int]:
     try:
         found = [int(part[:-1]) * 1024 if part[-1:] in ("k", "K") else int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--contexts {text}", "numbers of tokens with commas, e.g. 512,4k,131072", "mend it") from None
+        raise UserError(
+            f"--contexts {text}", "whole numbers of tokens with commas, e.g. 512,4k,131072", "write them so"
+        ) from None
     return sorted(set(found))
 
 

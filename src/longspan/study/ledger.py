@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan.corpus.prepare import PreparedCorpus
-from longspan.records.store import RecordStore
+from longspan.records.store import RECORDS, RecordStore
 from longspan.report.data import LedgerEntry
 from longspan.study.plan import Plan
-from longspan.study.stages import RECORDS
 
 Row = dict[str, str | int | float | None]
 

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from longspan.corpus.prepare import CorpusConfig
-from longspan.corpus.tasks.batches import VALIDATION_STRINGS
 from longspan.corpus.tasks.corpus import TaskCorpus
 from longspan.corpus.tokenizer import TokenizerConfig, tokenizer_fingerprint, train_tokenizer
 from longspan.engines import opening
 from longspan.engines.opening import Described
-from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import sha256_file
 from longspan.models.budget import Parameters, count_parameters, training_flops_per_token
 from longspan.models.config import ModelConfig
-from longspan.probes.base import Probe
 from longspan.report.numbers import duration, relative, scaled
+from longspan.study.checks import check_primary, check_probes
 from longspan.study.examined import examine
 from longspan.study.expand import Expansion, Match, Subject, expand, match_model
 from longspan.study.failures import failure
 from longspan.study.jobs import DOWNLOADS, Job, Kind
 from longspan.study.pinned import pinned, pinned_probes
 from longspan.study.plugin_laws import check_own_mixers
-from longspan.study.schema import DEFAULT_PRIMARY, Study
+from longspan.study.predicted_time import ASSUMED_EFFICIENCY, matmul_rate, trained_tokens, validation_share
+from longspan.study.schema import Study
 from longspan.study.sections import ExaminedConfig, SubjectConfig
 from longspan.training.config import TrainingConfig
-
-ASSUMED_EFFICIENCY = 0.35
-"""Share of the measured matmul rate that a training step reaches; only for the predicted time."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,11 @@ class PlannedSubject:
         assert self.model is not None
         assert self.vocab_size is not None
         return training_flops_per_token(self.model, self.vocab_size, training.context) * trained_tokens(training)
+
+    def validation_share(self, runs: Path) -> float | None:
+        """See `predicted_time.validation_share`."""
+        assert isinstance(self.subject.config, SubjectConfig)
+        return validation_share(self.subject.config, self.prepare.result(runs) if self.prepare.is_done(runs) else None)
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def make_plan(study: Study, runs: Path) -> Plan:
     notes = list(expansion.merged)
     seconds = 0.0
     if waiting:
-        shares = [validation_share(planned, runs) for planned in waiting]
+        shares = [planned.validation_share(runs) for planned in waiting]
         pending = sum(
             planned.training_flops * (1 + (share or 0.0)) for planned, share in zip(waiting, shares, strict=True)
         )
@@ -194,41 +193,6 @@ def _items_context(study: Study, expansion: Expansion) -> int:
             "add `probe_context: 1024`",
         )
     return max(contexts)
-
-
-def check_primary(study: Study, expansion: Expansion) -> None:
-    """Refuse a primary metric that no probe of quality measures and compares (where the study has probes at all)."""
-    metrics = {
-        f"{name}.{metric.name}"
-        for subject in expansion.subjects[:1]
-        for name, probe in subject.config.make_probes().items()
-        if probe.place == "quality"
-        for metric in probe.metrics
-        if metric.compare
-    }
-    if metrics and study.primary not in metrics and study.primary != DEFAULT_PRIMARY:
-        fix = did_you_mean(study.primary, metrics, "name one of these")
-        raise UserError(f"primary = {study.primary!r}", ", ".join(sorted(metrics)), fix)
-
-
-def check_probes(expansion: Expansion) -> None:
-    """Refuse probes that can draw no item from their corpus, as far as that is known before it is prepared.
-
-    Raises:
-        UserError: with the name that the study gave the probe.
-    """
-    checked: list[tuple[Probe, Any]] = []
-    for subject in expansion.subjects:
-        corpus = subject.config.corpus
-        task = corpus.task if isinstance(corpus, TaskCorpus) else None
-        for name, probe in subject.config.make_probes().items():
-            if (probe, task) in checked:
-                continue
-            checked.append((probe, task))
-            try:
-                probe.check_task(task)
-            except UserError as error:
-                raise UserError(f"probes.{name}: {error.given}", error.allowed, error.fix) from None
 
 
 def _plan_subject(subject: Subject, runs: Path, plugins: tuple[str, ...], context: int) -> PlannedSubject:
@@ -349,31 +313,6 @@ def _probe_jobs(
     }
 
 
-def validation_share(planned: PlannedSubject, runs: Path) -> float | None:
-    """FLOPs of all validations as a share of those of training; None before the corpus is prepared.
-
-    A validated token takes one forward pass, a trained one three.
-    """
-    config = planned.subject.config
-    assert isinstance(config, SubjectConfig)
-    training, corpus = config.training, config.corpus
-    if isinstance(corpus, TaskCorpus):
-        spans = [corpus.task.span(size) for size in corpus.task.sizes()]
-        a_string = training.context if config.packing.method == "one_per_row" else sum(spans) / len(spans)
-        tokens = VALIDATION_STRINGS * a_string
-    elif planned.prepare.is_done(runs):
-        tokens = planned.prepare.result(runs)["splits"].get("validation", {}).get("tokens", 0)
-    else:
-        return None
-    evaluations = math.ceil(training.num_steps / training.evaluate_every)
-    return evaluations * tokens / (3 * trained_tokens(training))
-
-
-def trained_tokens(training: TrainingConfig) -> int:
-    """Positions trained on, whole steps."""
-    return training.num_steps * training.batch_tokens
-
-
 def _vocab_size(tokenizer: TokenizerConfig) -> int:
     """Rows the model needs: known from the settings, or from the file of a pretrained tokenizer."""
     return train_tokenizer(tokenizer, ()).vocab_size if tokenizer.kind == "pretrained" else tokenizer.vocab_size
@@ -382,25 +321,3 @@ def _vocab_size(tokenizer: TokenizerConfig) -> int:
 def describe_mixers(mixers: tuple[str, ...]) -> str:
     """`2 × attention, 2 × mamba2` in the order of first appearance."""
     return ", ".join(f"{mixers.count(name)} × {name}" for name in dict.fromkeys(mixers))
-
-
-def matmul_rate() -> float:
-    """FLOP/s of a dense fp32 (CPU) or bf16 (CUDA) matrix product, measured in about 0.1 s."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    size = 4096 if cuda else 512
-    a = torch.ones(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    a.normal_(generator=torch.Generator(a.device).manual_seed(0))
-    repeats = 20
-    a @ a
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        product = a @ a
-    if cuda:
-        torch.cuda.synchronize()
-    del product
-    rate = 2 * size**3 * repeats / (time.perf_counter() - started)
-    return rate * max(torch.cuda.device_count(), 1)

@@ -18,8 +18,8 @@ from longspan.foundation.files import digest, read_json
 from longspan.models.budget import Parameters, forward_flops_per_token, state_bytes
 from longspan.models.config import ModelConfig
 from longspan.probes.base import Probe
-from longspan.records.observation import Observation, Summary, summarise
-from longspan.records.store import Record, RecordStore
+from longspan.records.observation import Metric, Observation, Summary, summarise
+from longspan.records.store import RECORDS, Record, RecordStore
 from longspan.report.data import (
     ItemAnswer,
     ItemRow,
@@ -32,10 +32,11 @@ from longspan.report.data import (
 )
 from longspan.study.jobs import DONE, finished_job
 from longspan.study.ledger import agreement, ledger
-from longspan.study.plan import Plan, PlannedSubject, trained_tokens
+from longspan.study.plan import Plan, PlannedSubject
+from longspan.study.predicted_time import trained_tokens
 from longspan.study.run_folder import resolved_yaml
 from longspan.study.sections import ExaminedConfig
-from longspan.study.stages import RECORDS, open_corpus, probe_data
+from longspan.study.stages import open_corpus, probe_data
 from longspan.training.metrics import read_metrics
 
 COST_CONTEXTS = tuple(2**power for power in range(8, 18))
@@ -269,11 +270,14 @@ def _items(
         if item_id not in items:
             continue
         asked = probe.describe(items[item_id], data)
-        found = [_answer(metric.name, metric.title, probe, planned, record) for planned, record in given]
+        contexts = {seen.x for _, record in given for seen in probe.observe(record) if seen.metric == metric.name}
+        context = contexts.pop() if metric.x_name == "context" and len(contexts) == 1 else None
+        found = [_answer(metric, probe, planned, record, context) for planned, record in given]
         rows.append(
             ItemRow(
                 probe=name,
                 item=item_id,
+                x=context,
                 asked=asked.asked,
                 expected=asked.expected,
                 answers=[answer for answer in found if answer is not None],
@@ -283,21 +287,24 @@ def _items(
     return rows
 
 
-def _answer(metric: str, title: str, probe: Probe, planned: PlannedSubject, record: Record) -> ItemAnswer | None:
-    seen = [each for each in probe.observe(record) if each.metric == metric]
+def _answer(
+    metric: Metric, probe: Probe, planned: PlannedSubject, record: Record, context: float | None
+) -> ItemAnswer | None:
+    """What a subject answered to an item; where that has no single `context`, its longest, or its last position."""
+    seen = [each for each in probe.observe(record) if each.metric == metric.name]
     if not seen:
         return None
     # The longest context is the one a reader wants to see; an item may ask several questions there.
     end = max(each.x or 0.0 for each in seen)
     last = [each for each in seen if (each.x or 0.0) == end]
     reply = probe.reply(record)
-    at = "" if last[0].x is None else f"at {end:g}"
+    at = "" if last[0].x is None or context is not None else f"at {end:g}"
     return ItemAnswer(
         subject=planned.subject.label,
         seed=planned.subject.seed,
         text=": ".join(part for part in (at, " ".join(reply.text.split())[:REPLY_SHOWN]) if part),
         score=sum(each.numerator for each in last) / sum(each.denominator for each in last),
-        scored=title,
+        scored=metric.title,
         null=reply.null,
     )
 

@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol
 from longspan.corpus.prepare import PreparedCorpus
 from longspan.engines.run_index import ListedRun, list_runs
 from longspan.foundation.errors import LongspanError, UserError
-from longspan.foundation.files import digest
+from longspan.foundation.files import DEFAULT_RUNS, digest
 from longspan.foundation.machine import num_launched
 from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
-from longspan.records.store import RecordStore
+from longspan.records.store import RECORDS, RecordStore
 from longspan.study.asked import letting_go
 from longspan.study.environment import devices
 from longspan.study.executors.base import Executor
@@ -25,15 +25,13 @@ from longspan.study.executors.local import LocalExecutor
 from longspan.study.executors.processes import processes_of
 from longspan.study.failures import known_failures, standing, told
 from longspan.study.jobs import DONE, Job
-from longspan.study.plan import Plan as Plan
-from longspan.study.plan import PlannedSubject, make_plan
+from longspan.study.plan import Plan, PlannedSubject, make_plan
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
-from longspan.study.stages import RECORDS, open_corpus, probe_data
+from longspan.study.stages import open_corpus, probe_data
 
 Stage = Literal["prepare", "train", "probe", "report"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "probe", "report")
-DEFAULT_RUNS = Path("runs")
 SHOWN_MISSING = 3
 """Missing jobs that a report of an unfinished study names."""
 
@@ -78,6 +76,11 @@ def run_study(
     """Run a study up to a stage; only what is missing runs.
 
     Args:
+        name: a shipped study, or the path of a study file.
+        overrides: `key=value` of the command line.
+        runs: folder of all runs.
+        until: the last stage that runs.
+        terminal: told of the plan and of every job.
         side_by_side: jobs at a time where there is no GPU; what a probe measures in seconds is measured alone.
 
     Returns:

@@ -135,6 +135,33 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
             if key in variants.get(str(name), {}):
                 fix = "choose the variant on the command line"
                 raise UserError(f"vary.variant = {name!r}, which sets `{key}`", "variants that set sections", fix)
+    settings = _apply_changes(changes, raw, base, vary)
+    apply_settings(settings, base)
+    _check_varied(vary)
+    return Study(
+        name=_name(raw["study"]),
+        question=_question(path, raw.get("question")),
+        base=base,
+        variants=variants,
+        variant=chosen,
+        vary=vary,
+        primary=str(raw.get("primary", DEFAULT_PRIMARY)),
+        overrides=overrides,
+        settings=tuple(settings),
+        plugins=plugins,
+        sources=_sources(raw.get("subjects") or []),
+        context=_context(raw.get("probe_context")),
+        also={
+            name: checked_mapping(f"also.{name}", part)
+            for name, part in checked_mapping("also", raw.get("also")).items()
+        },
+    )
+
+
+def _apply_changes(
+    changes: Iterable[tuple[str, Any]], raw: dict[str, Any], base: Mapping[str, Any], vary: dict[str, Any]
+) -> list[tuple[tuple[str, ...], Any]]:
+    """Lay overrides over what the study asks (`raw`) and over the lists in `vary`; what settings are left, in order."""
     varied = {resolve_key(key): key for key in vary if key != "variant"}
     settings: list[tuple[tuple[str, ...], Any]] = []
     mixers = checked_mapping("model.mixers", checked_mapping("model", base.get("model")).get("mixers"))
@@ -165,7 +192,11 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
             varied[SEED] = "seed"
         else:
             settings.append((path_of, value))
-    apply_settings(settings, base)
+    return settings
+
+
+def _check_varied(vary: Mapping[str, Any]) -> None:
+    """Refuse to vary what no section has, and lists without values."""
     for key in vary:
         if key != "variant":
             resolve_key(key)
@@ -175,24 +206,6 @@ def load_study(name: str, overrides: Iterable[str] = ()) -> Study:
                 "a list with at least one value, or a mapping from names to values",
                 f"write `{key}: [..]`",
             )
-    return Study(
-        name=_name(raw["study"]),
-        question=_question(path, raw.get("question")),
-        base=base,
-        variants=variants,
-        variant=chosen,
-        vary=vary,
-        primary=str(raw.get("primary", DEFAULT_PRIMARY)),
-        overrides=overrides,
-        settings=tuple(settings),
-        plugins=plugins,
-        sources=_sources(raw.get("subjects") or []),
-        context=_context(raw.get("probe_context")),
-        also={
-            name: checked_mapping(f"also.{name}", part)
-            for name, part in checked_mapping("also", raw.get("also")).items()
-        },
-    )
 
 
 def _named_patterns(vary: Any) -> set[str]:
@@ -207,6 +220,8 @@ def _refuse_bare_groups(overrides: Iterable[str], changes: Iterable[tuple[str, A
     `pattern=[RoPE]` is the pattern of that name where the study has one.
     """
     for text, (key, value) in zip(overrides, changes, strict=True):
+        if key == "vary.variant":
+            continue
         bare = re.fullmatch(r"\[\s*([A-Za-z]{2,})\s*\]", text.partition("=")[2].strip())
         if bare and value == [bare[1]] and bare[1] not in named and resolve_key(key.removeprefix("vary.")) == PATTERN:
             layer, fix = bare[1], f"""write {key}={bare[1]}, or '{key}="[{bare[1]}]"', quotes and all"""

@@ -44,6 +44,26 @@ AnyCorpus = Annotated[
 """Documents, or the strings of a task."""
 
 
+def _with_handover(model: Any, corpus: Any) -> Any:
+    """The model's section, in which a state of few bits is handed over where the questions of the task begin.
+
+    Raises:
+        UserError: there is no such place.
+    """
+    if not isinstance(model, Mapping) or model.get("state_bits") is None:
+        return model
+    task = corpus.task if isinstance(corpus, TaskCorpus) else None
+    border = None if task is None else task.handover()
+    if border is None:
+        given = "text as the corpus" if task is None else f"the task {task.task} as it is set"
+        raise UserError(
+            f"model.state_bits = {model['state_bits']} with {given}",
+            "a task whose questions begin at the same place of every row, where the state is handed over",
+            "use `mqar` and set its `border`, or remove `state_bits`",
+        )
+    return {"handover": border, **model}
+
+
 class AskedConfig(Config):
     """What any subject is asked, on which text."""
 
@@ -76,8 +96,10 @@ class SubjectConfig(AskedConfig):
     @model_validator(mode="before")
     @classmethod
     def _task_brings_its_tokenizer(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or _kind_of_corpus(data.get("corpus")) != "task":
+        if not isinstance(data, Mapping):
             return data
+        if _kind_of_corpus(data.get("corpus")) != "task":
+            return {**data, "model": _with_handover(data.get("model"), None)} if "model" in data else data
         given = data.get("tokenizer")
         if given is not None and not (isinstance(given, Mapping) and given.get("kind") == "task"):
             raise ConfigError(
@@ -87,7 +109,8 @@ class SubjectConfig(AskedConfig):
                 f"remove `{ConfigError.PLACE}`, or write `{ConfigError.PLACE}: null`",
             )
         corpus = TaskCorpus.parse(data["corpus"], "corpus")
-        return {**data, "corpus": corpus, "tokenizer": corpus.tokenizer()}
+        model = _with_handover(data.get("model"), corpus)
+        return {**data, "corpus": corpus, "tokenizer": corpus.tokenizer(), "model": model}
 
     @model_validator(mode="after")
     def _rows_hold_a_string(self) -> Self:
@@ -98,6 +121,23 @@ class SubjectConfig(AskedConfig):
                 f"training.mastery = {self.training.mastery} with text as the corpus",
                 "mastery of a task (`corpus: {source: task, ...}`)",
                 "remove it; `patience` ends training on text early",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_border_is_the_handover(self) -> Self:
+        bits, at = self.model.state_bits, self.model.handover
+        if bits is None or not isinstance(self.corpus, TaskCorpus):
+            return self
+        border = self.corpus.task.handover()
+        if at != border:
+            given = f"model.handover = {at} of rows whose questions begin at {border}"
+            raise UserError(given, f"{border}", "leave `handover` out")
+        if self.packing.method != "one_per_row":
+            raise UserError(
+                f"model.state_bits = {bits} with packing.method = {self.packing.method}",
+                "one_per_row: in a row of several strings most borders lie elsewhere",
+                "set it",
             )
         return self
 

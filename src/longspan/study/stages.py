@@ -22,8 +22,7 @@ from longspan.foundation.progress import Progress, Report
 from longspan.models.config import ModelConfig
 from longspan.models.language_model import LanguageModel
 from longspan.probes.base import ProbeData, make_probe
-from longspan.records.store import RECORDS as RECORDS
-from longspan.records.store import Record, RecordStore
+from longspan.records.store import RECORDS, Record, RecordStore
 from longspan.study.asked import asked_engine, held_engine, imported_engine
 from longspan.study.examined import import_model
 from longspan.study.failures import failure, remembering
@@ -48,12 +47,15 @@ Train = Callable[[Job, Path, Path, Report], dict[str, Any]]
 def execute(job: Job, runs: Path, report: Report, device: str, train_with: Train | None = None) -> dict[str, Any]:
     """Do one job in its directory, unless it is done, and return its result.
 
+    Args:
+        job: what is to be done; what it needs is done.
+        runs: folder of all runs.
+        report: told of the progress; it may raise `Stopped`.
+        device: what it runs on, e.g. `cuda:0`.
+        train_with: trains in place of this process alone.
+
     Raises:
         SubjectError: the job failed, now or before in the same way that it would now.
-
-    Args:
-        device: what it runs on.
-        train_with: trains in place of this process alone.
     """
     if job.is_done(runs):
         return job.result(runs)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from longspan.foundation.errors import UserError
+from longspan.foundation.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from longspan.models.language_model import LanguageModel
@@ -45,6 +45,8 @@ def why_no_graph(
         reason = f"{device.type} has none"
     elif ranks.size > 1 and ranks.parallel == "fsdp":
         reason = "fsdp gathers layers between kernels"
+    elif model.handover is not None:
+        reason = "the state is handed over inside a row"
     elif waiting:
         reason = f"{', '.join(waiting)} may wait for values on the device"
     if choice is True and reason is not None:
@@ -71,7 +73,7 @@ class PlainMicroSteps:
         Returns:
             summed NLL, () fp32; the next call may overwrite it.
         """
-        self._share.fill_(share)
+        self.set_share(share)
         return self.passes(fed)
 
     def passes(self, fed: Fed) -> Tensor:
@@ -153,9 +155,9 @@ class GraphedMicroSteps:
             if first:
                 self._forget_gradients()
             self._graphs.clear()
+            self._place = None
             self._failed = True
-            words = str(error).strip().splitlines() or [""]
-            self._tell(f"no CUDA graph: capturing it failed ({type(error).__name__}: {words[0][:200]})")
+            self._tell(f"no CUDA graph: capturing it failed ({type(error).__name__}: {first_line(error)[:200]})")
             return False
         return True
 

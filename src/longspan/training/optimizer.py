@@ -57,10 +57,11 @@ class PartedAdamW(torch.optim.AdamW):
     """
 
     found_inf: torch.Tensor | None = None
+    grad_scale: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; none on the device while `found_inf` is not 0."""
+        """One update by the gradients over `grad_scale`; none on the device while `found_inf` is not 0."""
         from torch.optim.adamw import adamw
 
         assert closure is None
@@ -75,6 +76,7 @@ class PartedAdamW(torch.optim.AdamW):
                 [],
                 [state["step"] for state in states],
                 fused=group["fused"],
+                grad_scale=self.grad_scale,
                 found_inf=self.found_inf,
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -109,20 +111,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
+def clip_gradients(
+    optimizer: torch.optim.AdamW, parameters: Sequence[torch.nn.Parameter], max_norm: float | None
+) -> torch.Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm`.
+
+    A fused optimizer does so in its coming update, where it reads them anyway.
 
     Returns:
         the norm before clipping, () fp32, still on the device; not finite where any gradient is not.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    own = _own(gradients)
-    norm = torch.nn.utils.get_total_norm(own)
+    norm = torch.nn.utils.get_total_norm(_own(gradients))
     parted: Any = next(filter(_is_parted, gradients), None)
     if parted is not None:
         square = norm.square()
         torch.distributed.all_reduce(square, group=parted.device_mesh.get_group())
         norm = square.sqrt()
-    if max_norm is not None:
-        torch._foreach_mul_(own, (max_norm / (norm + ROUNDING)).clamp(max=1.0))
+    divisor = None if max_norm is None else ((norm + ROUNDING) / max_norm).clamp(min=1.0)
+    if all(group["fused"] for group in optimizer.param_groups):
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+    elif divisor is not None:
+        torch._foreach_div_(_own(gradients), divisor)
     return norm

@@ -83,7 +83,8 @@ class Run:
         # Whether the next report follows a step that compiled.
         self.warming = False
         # A line for people that the next report carries.
-        self.news = f"{kernels.described(device)}, layers {'compiled' if self.cache else 'not compiled'}"
+        self.news = f"{kernels.described(device)}, {self.dtype}, layers {'compiled' if self.cache else 'not compiled'}"
+        self.news += f", {ranks.size} processes ({ranks.parallel})" if ranks.size > 1 else ""
         self.news += f", {self.updates.graph}" if self.updates.graph else ""
         # (step, evaluated step) of the checkpoint in `last`.
         self.saved = (0, 0)

@@ -103,7 +103,7 @@ class Updates:
                 nll += self._micro.run(fed, share, first=fed is micro_batches[0])
         if self.spread is not None:
             self.spread.exchange(self._parameters)
-        norm = clip_gradients(self._parameters, self._training.clip)
+        norm = clip_gradients(self.optimizer, self._parameters, self._training.clip)
         self._guard(step, nll, norm, [fed.batch for fed in micro_batches])
         self.optimizer.step()
         self._micro.clear(self.optimizer)

@@ -162,6 +162,47 @@ def test_mqar_is_that_of_zoology(seed: int, filler: int) -> None:
     assert np.all(rest == 0) if filler == 0 else np.all(rest >= 128)
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.sampled_from([1, 4, 12]))
+def test_with_a_border_every_row_of_mqar_turns_at_the_same_place(seed: int, size: int) -> None:
+    task = task_of("mqar", pairs=[1, 4, 12], border=30)
+    example = draw(task, seed, size)
+    keys, values = example.inputs[30 - 2 * size : 30 : 2], example.inputs[31 - 2 * size : 30 : 2]
+    assert np.all(example.inputs[: 30 - 2 * size] == 0)
+    assert np.all(example.labels[:30] == IGNORE)
+    asked = np.flatnonzero(example.labels != IGNORE)
+    of = dict(zip(keys.tolist(), values.tolist(), strict=True))
+    assert sorted(example.inputs[asked]) == sorted(keys)
+    assert all(of[int(example.inputs[p])] == example.labels[p] for p in asked)
+    assert task.handover() == 30
+    assert task_of("mqar").handover() is None
+
+
+def test_rows_of_every_number_of_pairs_ask_as_many_questions_where_that_is_asked_for() -> None:
+    task, generator = task_of("mqar", pairs=[1, 4, 16], balance="questions"), np.random.default_rng(0)
+    drawn = np.array([task.draw_size(generator, 0) for _ in range(4000)])
+    for size in (1, 4, 16):
+        assert abs(drawn[drawn == size].sum() / drawn.sum() - 1 / 3) < 0.04
+    grown = task_of("mqar", pairs=[1, 4, 16], balance="questions", curriculum={"kind": "grow", "short": 4, "steps": 9})
+    assert {grown.draw_size(generator, 0) for _ in range(40)} == {1, 4}
+
+
+def test_values_of_mqar_that_are_drawn_by_themselves_are_all_equally_likely() -> None:
+    task = task_of("mqar", vocab_size=10, pairs=[4], length=16, distinct=False)
+    drawn = np.array([draw(task, seed).answer for seed in range(2000)])
+    assert set(np.unique(drawn)) == {5, 6, 7, 8, 9}
+    # Four values of five are distinct in 19 % of all rows, and the bits are all there.
+    alone = np.mean([len(set(row)) == 4 for row in drawn.tolist()])
+    assert abs(alone - 120 / 625) < 0.04
+    assert task.bits(4) == 4 * math.log2(5)
+    assert task.most_right(4, task.bits(4)) == 1.0
+    assert task.most_right(4, task.bits(4) - 1) < 1.0
+    # Distinct ones are less to remember.
+    exact = math.log2(math.perm(64, 8))
+    assert task_of("mqar").most_right(8, exact - 0.1) < 1.0 == task_of("mqar").most_right(8, exact + 1e-9)
+    assert exact < task_of("mqar").bits(8)
+
+
 def test_gaps_of_mqar_follow_the_power_law() -> None:
     task = task_of("mqar", pairs=[1])
     firsts = [int(np.flatnonzero(draw(task, seed).labels != IGNORE)[0]) for seed in range(2000)]
@@ -345,6 +386,11 @@ def test_validation_has_no_curriculum() -> None:
         ("mqar", {"vocab_size": 64}, "vocab_size = 64 for rows of 64"),
         ("mqar", {"length": 63}, "an even number of positions"),
         ("mqar", {"pairs": []}, "one or more numbers of pairs"),
+        ("mqar", {"border": 31}, r"border = 31 in rows of 64\n.*an even number below the length"),
+        ("mqar", {"border": 64}, "border = 64 in rows of 64"),
+        ("mqar", {"border": 14}, r"8 pairs with the border at 14 of 64 positions\n.*at most 7 pairs"),
+        ("mqar", {"border": 50}, "8 pairs with the border at 50 of 64 positions"),
+        ("mqar", {"vocab_size": 17, "distinct": False}, "vocab_size = 17 for rows of 64"),
         ("selective_copy", {"tokens": 13}, "13 tokens among 12 places"),
         ("induction", {"min_length": 40}, "no length lies between"),
         ("copy", {"max_lenght": 9}, "did you mean `max_length`"),

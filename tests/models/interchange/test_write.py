@@ -113,14 +113,16 @@ def test_every_setting_is_written_or_refused_or_without_influence():
     }
     assert set(mamba2.Mamba2Settings.model_fields) == {
         *("state", "expand", "mamba_head_dim", "conv", "chunk", "norm_eps"),
+        *("decay_init", "dt_init"),  # before training
     }
     assert set(mamba1.Mamba1Settings.model_fields) == {"mamba1_state", "expand", "conv", "dt_rank"}
     own = {"pattern", "width", "mlp", "mlp_width", "mlp_bias", "norm", "norm_eps", "tied", "embedding_multiplier"}
     of_training = {"dropout", "init"}
+    refused = {"state_bits", "handover"}
     of_mixers = {"mixers", "window", "delta_head_dim", "max_positions"}
     of_attention, of_mamba = set(attention.AttentionSettings.model_fields), set(mamba2.Mamba2Settings.model_fields)
     of_mamba |= set(mamba1.Mamba1Settings.model_fields)
-    assert set(ModelConfig.model_fields) <= own | of_training | of_mixers | of_attention | of_mamba
+    assert set(ModelConfig.model_fields) <= own | of_training | refused | of_mixers | of_attention | of_mamba
 
 
 def test_a_taken_folder_is_kept(tmp_path):

@@ -104,7 +104,9 @@ def test_a_stranger_s_mixer_gets_everything_else_for_free(stranger, tokens):
 def test_a_taken_letter_is_refused_with_the_free_ones(tmp_path):
     file = tmp_path / "other.py"
     file.write_text(AVERAGE.replace('"Q"', '"A"'))
-    with pytest.raises(UserError, match=r"second mixer called 'A'(.|\n)*B, E(.|\n)*'A' is .*attention\.Attention"):
+    with pytest.raises(
+        UserError, match=r"second mixer called 'A'(.|\n)*B, E(.|\n)* Z, a, b(.|\n)*'A' is .*attention\.Attention"
+    ):
         load_file(file)
     assert registered()["A"].name == "attention"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longspan.ops import kernels
 
-from . import bounds
+from . import bounds, interpreter
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 # A gradient that is 0 for what is computed comes out as the difference of one sum taken twice, in fp32 and in two
@@ -32,19 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def counted_by_numpy() -> None:
-    """Triton 3.6 and 3.7 count loops with an array of one element, which NumPy 2.4 no longer takes for a number."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, *scope: object) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
+def mended_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +67,7 @@ def small_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if device.type == "cpu":
         for name in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(causal_conv, name, causal_conv.Tile(8, 64, 1))
+            monkeypatch.setattr(causal_conv, name, causal_conv.Tile(4, 128, 1))
         for name, size in (("CHUNK", 4), ("SEGMENT", 1), ("CHANNELS", 64)):
             monkeypatch.setattr(selective_scan, name, size)
         small = {"chunk": 16, "state_tile": (16, 16), "output_heads": 2}

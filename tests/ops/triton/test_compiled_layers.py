@@ -11,9 +11,10 @@ from longspan.models.language_model import LanguageModel, ModelConfig
 SIZES = {"width": 32, "heads": 2, "state": 16, "mamba_head_dim": 16, "mlp_width": 32}
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("letter", "mlp"), [("M", "swiglu"), ("m", "none")])
 @pytest.mark.usefixtures("served", "small_chunks")
-def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str) -> None:
+def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str, bf16: bool) -> None:
     """From the normed stream to the normed stream: sums and norms are one op."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -27,8 +28,10 @@ def test_a_layer_with_kernels(device: torch.device, letter: str, mlp: str) -> No
         for block in model.blocks:
             block.compiled = backend
         assert model.blocks[0].chains(device) == (backend is not None)
-        nll, _ = model.loss(tokens, tokens, doc)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            nll, _ = model.loss(tokens, tokens, doc)
         results.append([nll, *torch.autograd.grad(nll, list(model.parameters()))])
-    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+    for found, plain in zip(results[1], results[0], strict=True):
+        assert (found - plain).norm() <= (2e-2 if bf16 else 1e-4) * plain.norm()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -37,25 +37,25 @@ def blocks(device, monkeypatch):
 
     if device.type == "cpu":
         monkeypatch.setattr(launched, "CUT", launched.Cut(16, 4, 1))
-        monkeypatch.setattr(launched, "_multiprocessors", lambda device: 3)
+        monkeypatch.setattr(launched, "_multiprocessors", lambda device: 1)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("groups", [8, 4, 2])
+# With one group there are 2 shares of the keys, with more there is one.
+@pytest.mark.parametrize(("groups", "dtype"), [(1, FP32), (1, BF16), (2, BF16), (4, FP32)])
 @pytest.mark.parametrize(("newest", "slots", "rules"), [
-    (0, 70, {}), (64, 70, {}), (69, 70, {}),
+    (0, 36, {}), (32, 36, {}), (35, 36, {}),
     (100, 40, {"window": 40}), (100, 48, {"window": 40}), (20, 48, {"window": 40}),
-    (50, 70, {"alibi_slopes_H": True}), (50, 70, {"head_windows_H": True}),
+    (30, 36, {"alibi_slopes_H": True}), (30, 36, {"head_windows_H": True}),
 ])  # fmt: skip
 def test_attention_of_one_token(newest, slots, rules, groups, dtype, device, normal, served, blocks):
     rules = dict(rules)
     if "alibi_slopes_H" in rules:
-        rules["alibi_slopes_H"] = torch.linspace(0, 0.5, 8).to(device)
+        rules["alibi_slopes_H"] = torch.linspace(0, 0.5, 4).to(device)
     if "head_windows_H" in rules:
-        rules["head_windows_H"] = torch.tensor([1, 2, 3, 30, 0, 0, 5, 0]).to(device)
+        rules["head_windows_H"] = torch.tensor([1, 3, 20, 0]).to(device)
     rows, size = 3, 24
     q, k, v = (
-        normal(rows, 8, size),
+        normal(rows, 4, size),
         normal(rows, slots, groups, size, seed=1),
         normal(rows, slots, groups, size, seed=2),
     )

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan.models.mixers.mamba2 import Mamba2, Mamba2Settings
 from longspan.models.norms import GatedRMSNorm, RMSNorm
 from longspan.models.segments import Segments
+from longspan.ops import embedding
 from longspan.ops.causal_conv import causal_conv
 from longspan.ops.gated_delta import gated_delta
 from longspan.ops.selective_scan import selective_scan
 from longspan.ops.ssd import ssd
+from longspan.ops.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -57,6 +59,19 @@ def test_convolution(device, served):
     assert mode.met == {"longspan::causal_conv", "longspan::causal_conv_backward"}
 
 
+def test_swiglu(device, served):
+    with FakesAgree() as mode:
+        check([swiglu(leaf(2, 3, 24).to(device)[..., 4:20])])
+    assert mode.met == {"longspan::swiglu", "longspan::swiglu_backward"}
+
+
+def test_embedding(device, monkeypatch, served):
+    monkeypatch.setattr(embedding, "FEWEST_PLACES", 1)
+    with FakesAgree() as mode:
+        check([embedding.embedding(torch.tensor([[3, 0, 3]], device=device), leaf(5, 8).to(device))])
+    assert mode.met == {"longspan::embedding", "longspan::embedding_backward"}
+
+
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_scans(device, documents, goes_on, served):
     doc = documents(1, 6, 0.2).to(device)
@@ -87,10 +102,13 @@ def test_norms(device, served):
             norm = kind(8, 1e-5).to(device)
             norm.init_weights()
             check([norm(*(leaf(2, 3, 24).to(device)[..., 8 * i : 8 * i + 8] for i in range(inputs)))])
-            if kind is RMSNorm:
-                branch = leaf(2, 3, 24).to(device)[..., 8:16].bfloat16()
-                check([*norm.of_sum(leaf(2, 3, 8).to(device), branch)])
-    names = ("rms_norm", "add_rms_norm")
+        for bf16 in (True, False):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                norm = RMSNorm(8, 1e-5).to(device)
+                stream, first = norm.begin(leaf(2, 3, 8).to(device))
+                stream, second = norm.of_sum(stream, leaf(2, 3, 24).to(device)[..., 8:16])
+            check([*stream, first, second])
+    names = ("rms_norm", "begin_stream", "add_to_stream")
     assert mode.met == {f"longspan::{name}{way}" for name in names for way in ("", "_backward")}
 
 

@@ -24,7 +24,7 @@ def layer(dtype: torch.dtype, device: torch.device) -> Mamba2:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_between_the_projections(dtype, assert_same, device, documents, normal, served):
     mixer = layer(torch.float64, torch.device("cpu"))
-    rows, time, inner, state = 2, 21, 32, 16
+    rows, time, inner, state = 2, 18, 32, 16
     doc = documents(rows, time, 0.1)
     sizes = {"doc_BT": doc.to(device), "rows": rows, "state": state, "eps": 1e-5}
 
@@ -51,8 +51,8 @@ def test_between_the_projections(dtype, assert_same, device, documents, normal, 
 
 def test_training_takes_it_and_keeps_the_layers_results(device, documents, normal, served, monkeypatch):
     mixer = layer(FP32, device)
-    x = normal(2, 21, 16).float().to(device)
-    segments = Segments.build(documents(2, 21, 0.1), device=device)
+    x = normal(2, 18, 16).float().to(device)
+    segments = Segments.build(documents(2, 18, 0.1), device=device)
     fused, _ = mixer(x, segments, None)
     stepwise, state = mixer(x, segments, mixer.initial_state())
     assert state is not None
@@ -83,10 +83,10 @@ def test_the_compiler_sees_through(device, documents, normal, served):
     from longspan.ops.triton.mamba2 import mamba2 as kernel
 
     mixer = layer(FP32, device)
-    projected = normal(20, 98).float().to(device).requires_grad_()
+    projected = normal(17, 98).float().to(device).requires_grad_()
     parameters = (mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, -mixer.A_log.exp().detach(), mixer.D)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (projected, *parameters, mixer.norm.weight, documents(1, 20, 0.1).to(device), 1, 16, 1e-5)
+    arguments = (projected, *parameters, mixer.norm.weight, documents(1, 17, 0.1).to(device), 1, 16, 1e-5)
     torch.library.opcheck(kernel, arguments, test_utils=tests)
 
 

@@ -35,25 +35,6 @@ def test_matches_fp64(kind, dtype, assert_same, monkeypatch, normal, served):
     assert_same(lambda *z: [norm(kind, *z)], fp64, [*tensors, normal(24, seed=5)], [*[dtype] * num_inputs, FP32])
 
 
-@pytest.mark.parametrize("dtypes", [(FP32, FP32), (FP32, BF16), (BF16, BF16)])
-def test_the_norm_of_a_sum_matches_fp64(dtypes, assert_same, monkeypatch, normal, served):
-    from longspan.ops.triton import rms_norm
-
-    monkeypatch.setattr(rms_norm, "PROGRAMS", 3)
-
-    def of_sum(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
-        module = RMSNorm(weight.shape[0], 1e-5)
-        del module.weight
-        module.weight = weight
-        return list(module.of_sum(x, branch))
-
-    def fp64(x: Tensor, branch: Tensor, weight: Tensor) -> list[Tensor]:
-        return [x + branch, torch.nn.functional.rms_norm(x + branch, x.shape[-1:], weight, 1e-5)]
-
-    tensors = [normal(2, 4, 24), normal(2, 4, 24, seed=1), normal(24, seed=5)]
-    assert_same(of_sum, fp64, tensors, [*dtypes, FP32])
-
-
 def test_rows_of_a_wider_tensor_need_no_copy(device, normal, served):
     y, z = normal(2, 3, 8).float().to(device), normal(2, 3, 20, seed=1).float().to(device)[..., 4:12]
     weight = normal(8).float().to(device)

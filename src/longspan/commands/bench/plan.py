@@ -22,7 +22,7 @@ OWN_SHARE, PEER_SHARE = 0.3, 0.1
 FEWEST_STEPS, FEWEST_PROMPTS = WARMUP_STEPS + 2 * LEAST_WINDOWS, LEAST_REPEATS + 1
 TOKEN_SECONDS = 3e-4
 """Of one layer for one token, where the host starts every kernel."""
-START_SECONDS = {"cuda": (15.0, 5.0), "cpu": (0.0, 0.0)}
+START_SECONDS = {"cuda": (15.0, 5.0), "cpu": (0.5, 0.2)}
 """Before the first step, and before the first prompt: compiling of a pattern's layers, and of kernels."""
 PEER_START_SECONDS = {"cuda": (10.0, 10.0), "cpu": (3.0, 1.0)}
 TUNING_SECONDS = (60.0, 20.0)

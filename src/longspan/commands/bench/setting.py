@@ -75,7 +75,12 @@ def models_of(setting: Setting) -> dict[str, ModelConfig]:
     rule = MatchConfig(parameters=target, free="mlp_width", tolerance=TOLERANCE)
     found = {}
     for pattern in setting.patterns:
-        found[pattern] = match(replace_pattern(first, pattern), rule, setting.vocab_size, setting.contexts[0]).config
+        config = replace_pattern(first, pattern)
+        try:
+            found[pattern] = match(config, rule, setting.vocab_size, setting.contexts[0]).config
+        except UserError as error:
+            fix = f"name {pattern} first, leave it out, or change its layers or --parameters"
+            raise UserError(f"--patterns: {error.given}", error.allowed, fix) from error
     return found
 
 
@@ -90,6 +95,8 @@ def _closest(setting: Setting) -> ModelConfig:
 
     def model(width: int) -> ModelConfig:
         shape: dict[str, Any] = {"pattern": pattern, "width": width, "heads": width // HEAD_DIM}
+        # Keys of Gated DeltaNet take 3/4 of the width, in heads of a power of two.
+        shape["delta_head_dim"] = math.gcd(3 * width // 4, HEAD_DIM)
         if step > HEAD_DIM:
             shape["mlp_width"] = step * round(8 * width / (3 * step))
         return ModelConfig.parse(shape, "model")
@@ -144,7 +151,7 @@ def read_setting(
     }
     setting: Setting = replace(basis, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     if min(setting.contexts) < 1:
-        raise UserError(f"--contexts {contexts}", "positive numbers of tokens", "mend it")
+        raise UserError(f"--contexts {contexts}", "numbers of tokens of 1 or more", "leave out what is less")
     return setting
 
 
@@ -156,5 +163,7 @@ def _number(text: str) -> int:
     except ValueError:
         value = math.nan
     if not 1 <= value <= 1e15:
-        raise UserError(f"--parameters {text}", "a number such as 130M or 1.3e6", "mend it")
+        raise UserError(
+            f"--parameters {text}", "a number of 1 or more, such as 130M or 1.3e6", "write it so, without spaces"
+        )
     return int(value)

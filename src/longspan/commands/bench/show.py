@@ -19,6 +19,8 @@ BAR = 28
 """Characters of the longest bar."""
 REASON = 44
 """Characters of why there is none; a note under the tables says all of it."""
+KEYS = 3
+"""Columns that name a row: context, pattern, who."""
 TITLES = {"train": "training step", "prefill": "prefill, one prompt", "decode": "decoding, one sequence"}
 
 
@@ -40,6 +42,9 @@ def show(setting: Setting, models: dict[str, ModelConfig], ceilings: Ceilings, f
         for pattern, config in models.items()
     ]
     print_table(("<pattern", "<mixers", "width", "MLP", "parameters"), rows)
+    peers = dict.fromkeys((each.pattern, each.who) for each in found if each.who != _package(each.who))
+    if peers:
+        print("transformers: " + ", ".join(f"{pattern} {who.split()[1]}" for pattern, who in peers) + "\n")
     for part in PARTS:
         _show_part(part, [each for each in found if each.part == part])
     reasons: dict[tuple[str, str, int, str], list[str]] = {}
@@ -81,14 +86,14 @@ def _show_part(part: Part, found: Sequence[Measured]) -> None:
             (
                 f"{each.context:,}",
                 each.pattern,
-                each.who if each.micro_batches == 1 else f"{each.who}, {each.micro_batches} micro-batches",
+                _package(each.who) + (f", {each.micro_batches} micro-batches" if each.micro_batches > 1 else ""),
                 scaled(rate, "tok/s"),
                 MISSING if len(each.rates) < 2 else f"{scaled(min(each.rates))}…{scaled(max(each.rates))}",
                 MISSING if each.ceiling is None else f"{each.ceiling:.1%}",
                 MISSING if each.who == OURS or not rate or not mine else f"{significant(mine / rate)}×",
                 byte_size(each.memory_bytes),
                 byte_size(each.state_bytes),
-                "█" * max(1, round(BAR * rate / longest)) if rate and longest else shortened(each.failure),
+                "█" * max(1, round(BAR * rate / longest)) if rate and longest else _why_none(each),
             )
         )
     print(TITLES[part])
@@ -104,7 +109,19 @@ def _show_part(part: Part, found: Sequence[Measured]) -> None:
         "state",
         "<",
     )
-    print_table(columns, rows)
+    # What nothing here has is no column: memory of prefill on a CPU, the state in training.
+    kept = [at for at in range(len(columns)) if at < KEYS or any(row[at] != MISSING for row in rows)]
+    print_table([columns[at] for at in kept], [[row[at] for at in kept] for row in rows], keys=KEYS)
+
+
+def _package(who: str) -> str:
+    """A peer without the class of transformers, which a line above the tables names."""
+    return "transformers" if who.startswith("transformers ") else who
+
+
+def _why_none(each: Measured) -> str:
+    # No note repeats that the time was short.
+    return each.failure if each.late else shortened(each.failure)
 
 
 def shortened(reason: str) -> str:

@@ -138,6 +138,15 @@ class Task(Config, ABC):
         del size
         return None
 
+    def most_right(self, size: int, bits: float) -> float | None:
+        """The largest share of right answers to an example after which so many bits are kept; None where not known."""
+        del size, bits
+        return None
+
+    def handover(self) -> int | None:
+        """Positions of every example before its questions begin, the same in all; None where they differ."""
+        return None
+
     def asked(self, settings: Mapping[str, Any], sizes: Collection[int] | None) -> Task:
         """This task with other settings, or another task that takes what the two share from this one.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -108,6 +108,8 @@ def mamba1_of(config: ModelConfig) -> Mamba1Settings | None:
 
 def common_obstacles(config: ModelConfig, mlp: Sequence[str], mlp_bias: bool = False) -> Iterator[Obstacle]:
     """What no architecture can hold, and MLPs other than these."""
+    if config.state_bits is not None:
+        yield Obstacle(f"state_bits = {config.state_bits}", "none: nothing else rounds its state inside a row")
     if config.norm != "rmsnorm":
         yield Obstacle(f"norm = {config.norm!r}", "rmsnorm")
     if config.positions == "learned":
@@ -132,7 +134,7 @@ def attention_obstacles(config: ModelConfig, positions: Sequence[str], bias: boo
 def mamba2_obstacles(config: ModelConfig) -> Iterator[Obstacle]:
     """Mamba-2 layers that differ, or whose norm has another epsilon than the model."""
     found = settings_of(config, "mamba2", Mamba2Settings)
-    yield from _differing(found, "mamba2")
+    yield from _differing(found, "mamba2", but=("decay_init", "dt_init"))
     for settings in found[:1]:
         if settings.norm_eps != config.norm_eps:
             yield Obstacle(
@@ -145,8 +147,8 @@ def mamba1_obstacles(config: ModelConfig) -> Iterator[Obstacle]:
     yield from _differing(settings_of(config, "mamba1", Mamba1Settings), "mamba1")
 
 
-def _differing(found: Sequence[Config], mixer: str) -> Iterator[Obstacle]:
-    for name in type(found[0]).model_fields if found else ():
+def _differing(found: Sequence[Config], mixer: str, but: Collection[str] = ()) -> Iterator[Obstacle]:
+    for name in (each for each in type(found[0]).model_fields if each not in but) if found else ():
         values = list(dict.fromkeys(getattr(settings, name) for settings in found))
         if len(values) > 1:
             yield Obstacle(f"{name} = {' and '.join(map(repr, values))} in layers of {mixer}", "one value for all")

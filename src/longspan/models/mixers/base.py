@@ -40,6 +40,10 @@ class MixerState:
         """The same state for going on with the documents `last_doc_B` alone: what is of others is as if unseen."""
         return self
 
+    def handed_over(self, rounded: Callable[[Tensor], Tensor]) -> Self:
+        """The same state with every number that it carries rounded; what it does not hand over begins anew."""
+        return self.map(rounded)
+
     def bytes(self) -> int:
         """Bytes of the live entries over all rows, bookkeeping included."""
         tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
@@ -58,6 +62,8 @@ class Mixer(nn.Module, ABC):
         fp32: parameters that stay in fp32 whatever the compute dtype.
         isolated_as: which isolation reaches it: `attention` or `state` (see `Segments`); `both` where a layer holds
             mixers of either kind.
+        carried: tensors of its state that are handed over (see `MixerState.handed_over`): 0 where it is nothing but the
+            window of a convolution.
         residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
         keeps_init: the model's `init: normal` leaves the linear layers as `init_weights` made them.
     """
@@ -67,6 +73,7 @@ class Mixer(nn.Module, ABC):
     no_decay: ClassVar[frozenset[str]] = frozenset()
     fp32: ClassVar[frozenset[str]] = frozenset()
     isolated_as: ClassVar[Literal["attention", "state", "both"]] = "state"
+    carried: ClassVar[int] = 1
     residual_outputs: tuple[str, ...] = ("out_proj.weight",)
     keeps_init: bool = False
 
@@ -185,7 +192,7 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-_MIXERS: Registry[Mixer] = Registry("mixer", names=string.ascii_uppercase)
+_MIXERS: Registry[Mixer] = Registry("mixer", names=string.ascii_uppercase + string.ascii_lowercase)
 registered = _MIXERS.all
 MixerType = TypeVar("MixerType", bound=type[Mixer])
 

@@ -79,6 +79,7 @@ class GatedShortConvolution(Mixer):
     Settings = GatedShortConvolutionSettings
     no_decay = frozenset({"A", "D"})
     fp32 = frozenset({"A", "D"})
+    carried = 0
 
     def __init__(self, width: int, settings: GatedShortConvolutionSettings) -> None:
         super().__init__()

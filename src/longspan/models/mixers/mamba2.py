@@ -35,6 +35,9 @@ class Mamba2Settings(Config):
         expand: inner width / model width, an integer (the exported formats allow no other).
         mamba_head_dim: P; must divide expand * width.
         conv: taps of the convolution before the scan.
+        decay_init: A starts uniform between these two, as `A_init_range` in the authors' code; near 0 a fresh state
+            forgets next to nothing.
+        dt_init: dt starts log-uniform between these two, as `dt_min` and `dt_max` there.
         chunk: tokens per chunk of the matmul form; changes speed, not results.
         norm_eps: of the gated norm.
     """
@@ -43,6 +46,8 @@ class Mamba2Settings(Config):
     expand: int = Field(2, ge=1)
     mamba_head_dim: int = Field(64, ge=1)
     conv: int = Field(4, ge=2, le=LONGEST_CONVOLUTION)
+    decay_init: tuple[float, float] = (1.0, 16.0)
+    dt_init: tuple[float, float] = (DT_MIN, DT_MAX)
     chunk: int = Field(64, ge=1)
     norm_eps: float = Field(1e-5, gt=0)
 
@@ -68,8 +73,15 @@ class Mamba2(Mixer):
 
     @classmethod
     def check(cls, width: int, settings: Config) -> None:
-        """Refuse a head dimension that does not divide the inner width."""
+        """Refuse a head dimension that does not divide the inner width, and ranges that are none."""
         assert isinstance(settings, Mamba2Settings)
+        for name in ("decay_init", "dt_init"):
+            low, high = getattr(settings, name)
+            if not 0 < low <= high:
+                allowed = "two positive numbers, the smaller one first"
+                raise UserError(
+                    f"{name} = [{low:g}, {high:g}]", allowed, "one value alone is a range too: write it twice"
+                )
         inner, head_dim = settings.expand * width, settings.mamba_head_dim
         if inner % head_dim:
             near = sorted((d for d in range(1, inner + 1) if inner % d == 0), key=lambda d: abs(d - head_dim))[:4]
@@ -100,13 +112,14 @@ class Mamba2(Mixer):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """As the authors' code: A ~ U[1, 16], dt log-uniform in [1e-3, 1e-1], D = 1, convolution as `nn.Conv1d`."""
+        """As the authors' code: A uniform, dt log-uniform, D = 1, convolution as `nn.Conv1d`."""
         init_linear(self.in_proj, generator)
         bound = 1.0 / math.sqrt(self.settings.conv)
         self.conv_weight.uniform_(-bound, bound, generator=generator)
         self.conv_bias.uniform_(-bound, bound, generator=generator)
-        self.A_log.uniform_(1.0, 16.0, generator=generator).log_()
-        dt = self.dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp().clamp(min=DT_FLOOR)
+        self.A_log.uniform_(*self.settings.decay_init, generator=generator).log_()
+        low, high = map(math.log, self.settings.dt_init)
+        dt = self.dt_bias.uniform_(low, high, generator=generator).exp().clamp(min=DT_FLOOR)
         # softplus(dt_bias) = dt
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.D.fill_(1.0)

@@ -47,6 +47,10 @@ class ParallelState(MixerState):
         """Every branch without what is of other documents."""
         return type(self)(tuple(branch.undocumented(last_doc_B) for branch in self.branches))
 
+    def handed_over(self, rounded: Callable[[Tensor], Tensor]) -> Self:
+        """Every branch as it hands over."""
+        return type(self)(tuple(branch.handed_over(rounded) for branch in self.branches))
+
     def bytes(self) -> int:
         """Bytes of the live entries of all branches."""
         return sum(branch.bytes() for branch in self.branches)
@@ -193,6 +197,7 @@ def side_by_side(branches: tuple[type[Mixer], ...]) -> type[Mixer]:
         no_decay = frozenset(f"branches.{i}.{each}" for i, mixer in enumerate(branches) for each in mixer.no_decay)
         fp32 = frozenset(f"branches.{i}.{each}" for i, mixer in enumerate(branches) for each in mixer.fp32)
         isolated_as = isolation
+        carried = sum(mixer.carried for mixer in branches)
         residual_outputs = tuple(f"norms.{i}.weight" for i in range(len(branches)))
 
     return SideBySide

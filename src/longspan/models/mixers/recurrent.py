@@ -144,6 +144,7 @@ class LSTM(Recurrent):
     """`torch.nn.LSTM` (gates in the order input, forget, cell, output) with document resets."""
 
     name = "lstm"
+    carried = 2
     gates = 4
     vectors = 2
 

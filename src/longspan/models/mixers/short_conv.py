@@ -5,9 +5,11 @@ Legend: B rows, T tokens, D channels, K taps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from longspan.models.mixers.base import MixerState
@@ -28,6 +30,11 @@ class ConvolvedState(MixerState):
             return self
         others = self.tail_doc != last_doc_B[:, None].to(self.tail_doc)
         return replace(self, tail=self.tail.masked_fill(others[..., None], 0.0), tail_doc=None)
+
+    def handed_over(self, rounded: Callable[[Tensor], Tensor]) -> Self:
+        """The recurrent state rounded; the convolution keeps no input, as before the first token."""
+        tail = None if self.tail is None else torch.zeros_like(self.tail)
+        return replace(replace(self, tail=None, tail_doc=None).map(rounded), tail=tail)
 
 
 def short_conv(

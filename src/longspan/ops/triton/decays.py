@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, J chunks of a row, Q tokens of a chunk, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,12 @@ class Decays(NamedTuple):
         doc_BT: Tensor | None,
         initial_doc_B: Tensor | None,
         chunk: int,
+        options: Mapping[str, int] | None = None,
     ) -> Decays:
-        """Of log decays dt * A, or dt alone; with a bias, dt is what comes before bias and softplus."""
+        """Of log decays dt * A, or dt alone; with a bias, dt is what comes before bias and softplus.
+
+        `options`: how the kernel is compiled.
+        """
         rows, time, heads = dt_BTH.shape
         chunks = triton.cdiv(time, chunk)
         planes = dt_BTH.new_empty(4, rows, heads, chunks * chunk, dtype=torch.float32)
@@ -111,7 +116,7 @@ class Decays(NamedTuple):
             pointer(initial_doc_B, dt_BTH), planes, carry, run, time, *dt_BTH.stride()[:2], planes.stride(0),
             H=heads, Q=chunk, HEADS=heads_of_program(heads), SOFTPLUS=bias_H is not None, RATES=A_H is not None,
             DOCS=doc_BT is not None, BEFORE=doc_BT is not None and initial_doc_B is not None,
-            num_warps=square_warps(chunk), num_stages=1,
+            **(options or {"num_warps": square_warps(chunk), "num_stages": 1}),
         )  # fmt: skip
         return Decays(planes, carry, run)
 

@@ -215,16 +215,7 @@ def gated_delta(
 
 
 @gated_delta.register_fake
-def _(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTH: Tensor,
-    beta_BTH: Tensor,
-    doc_BT: Tensor | None,
-    initial_BHKV: Tensor | None,
-    initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
     return like(v_BTHV, k_BTHK.shape[-1])
 
 
@@ -259,19 +250,12 @@ def _(
     inverses: Tensor,
     u: Tensor,
     states: Tensor,
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTH: Tensor,
-    beta_BTH: Tensor,
-    doc_BT: Tensor | None,
-    initial_BHKV: Tensor | None,
-    initial_doc_B: Tensor | None,
+    *inputs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
-    dq, dk, dv, dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
-    shape = (0,) if initial_BHKV is None else initial_BHKV.shape
-    return dq, dk, dv, dg, dbeta, v_BTHV.new_empty(shape, dtype=torch.float32)
+    given = Inputs(*inputs)
+    dq, dk, dv, dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in given[:5])
+    shape = (0,) if given.initial is None else given.initial.shape
+    return dq, dk, dv, dg, dbeta, given.v.new_empty(shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -45,6 +45,13 @@ def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _place(h, chunk, chunks, row, H: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tokens of the chunk, key dims, tokens of the row; where the chunk lies in what goes by head, and by chunk."""
+    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
+    return i, c, chunk * Q + i, (row * H + h) * chunks * Q + chunk * Q, (row * chunks + chunk) * H + h
+
+
+@triton.jit
 def systems(
     q_ptr, k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, reading_ptr, free_ptr, time, plane,
     q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
@@ -53,11 +60,8 @@ def systems(
 ):  # fmt: skip
     """The inverse of a chunk's system; what u takes from the values, and from the state before the chunk."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
-    t = chunk * Q + i
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q + chunk * Q
-    here = (row * chunks + chunk) * H + h
     q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
     tl.store(norms_ptr + QUERY * plane + by_head + i, tl.rsqrt(tl.sum(q * q, 1) + NORM_EPS) * K**-0.5)
     k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
@@ -124,11 +128,8 @@ def outputs(
 ):  # fmt: skip
     """o of one chunk and head."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
-    t = chunk * Q + i
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q + chunk * Q
-    here = (row * chunks + chunk) * H + h
     run = tl.load(run_ptr + row * chunks * Q + t)
     from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
     q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
@@ -155,11 +156,8 @@ def correction_gradients(
 ):  # fmt: skip
     """What the outputs of a chunk give to its corrections; what those take from the state before, once more."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
-    t = chunk * Q + i
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q + chunk * Q
-    here = (row * chunks + chunk) * H + h
     run = tl.load(run_ptr + row * chunks * Q + t)
     q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
     k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
@@ -231,11 +229,8 @@ def mixing_gradients(
 ):  # fmt: skip
     """The gradient of q, and what outputs and states give to keys (of one length) and to sums of log decays."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
-    t = chunk * Q + i
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q + chunk * Q
-    here = (row * chunks + chunk) * H + h
     dmixing = tl.zeros((Q, Q), tl.float32)
     reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
     carried = tl.zeros((BLOCK_K,), tl.float32)
@@ -281,11 +276,8 @@ def system_gradients(
 ):  # fmt: skip
     """The gradients of v and beta, and of k and g with what `mixing_gradients` found for them."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
-    t = chunk * Q + i
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q + chunk * Q
-    here = (row * chunks + chunk) * H + h
     beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
     transposed = load(inverses_ptr + here * Q * Q, i, 1, i * Q, Q, Q * Q, True)
     dsystem, reads = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)

@@ -65,15 +65,15 @@ def mamba2(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(M, E), the input of the output projection, in the dtype of `projected`; the other results are kept."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     parts = Parts.of(projected_MK, rows, inner, state)
     xBC = causal_conv.run_forward(parts.convolved, conv_weight, conv_bias, doc_BT, True)
     x, B, C = _scanned(xBC, heads, state)
-    y, _, states = scan.run_forward(scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
+    y, _, kept = scan.run_forward(scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
     out = rms_norm.run_forward(y.flatten(2), parts.z, norm_weight_E, eps, y.dtype)
-    return out.flatten(0, 1), xBC, y, states
+    return out.flatten(0, 1), xBC, y, *kept
 
 
 @mamba2.register_fake
@@ -89,12 +89,12 @@ def _(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     time = projected_MK.shape[0] // rows
-    y, _, states = scan.forward_like(projected_MK.new_empty(rows, time, heads, inner // heads), state)
+    y, _, kept = scan.forward_like(projected_MK.new_empty(rows, time, heads, inner // heads), state)
     xBC = projected_MK.new_empty(rows, time, inner + 2 * state)
-    return projected_MK.new_empty(rows * time, inner), xBC, y, states
+    return projected_MK.new_empty(rows * time, inner), xBC, y, *kept
 
 
 @torch.library.custom_op("longspan::mamba2_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -103,6 +103,9 @@ def mamba2_backward(
     xBC: Tensor,
     y: Tensor,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
@@ -114,8 +117,9 @@ def mamba2_backward(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `projected`, of the convolution's weight and bias, dt_bias, A, D and the norm's weight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `projected`, of the convolution's weight and bias, of A, D and dt_bias (3, H) in fp32, of the
+    norm's weight."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     parts = Parts.of(projected_MK, rows, inner, state)
     d_projected = _spread(projected_MK)
@@ -126,13 +130,13 @@ def mamba2_backward(
     )
     x, B, C = _scanned(xBC, heads, state)
     inputs = scan.Inputs(x, parts.dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None)
-    into = scan.Gradients(*_scanned(d_xBC, heads, state))
-    dA, dD, d_dt_bias, _ = scan.run_backward(inputs, states, dy, None, into, d_parts.dt)
+    into, kept = scan.Gradients(*_scanned(d_xBC, heads, state)), scan.Kept(states, planes, carry, run)
+    d_heads, _ = scan.run_backward(inputs, kept, dy, None, into, d_parts.dt)
     d_weight, d_bias = causal_conv.run_backward(
         d_parts.convolved, d_xBC, parts.convolved, conv_weight, conv_bias, doc_BT, True
     )
     d_weight = d_weight.contiguous()
-    return d_projected, d_weight, d_bias, d_dt_bias.to(dt_bias_H.dtype), dA.to(A_H.dtype), dD.to(D_H.dtype), d_norm
+    return d_projected, d_weight, d_bias, d_heads, d_norm
 
 
 @mamba2_backward.register_fake
@@ -141,6 +145,9 @@ def _(
     xBC: Tensor,
     y: Tensor,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     projected_MK: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
@@ -152,21 +159,25 @@ def _(
     rows: int,
     state: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (conv_weight, conv_bias, dt_bias_H, A_H, D_H, norm_weight_E)
-    dw, db, ddt, dA, dD, dn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
-    return _spread(projected_MK), dw, db, ddt, dA, dD, dn
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dw, db, dn = (
+        torch.empty_like(z, memory_format=torch.contiguous_format) for z in (conv_weight, conv_bias, norm_weight_E)
+    )
+    return _spread(projected_MK), dw, db, A_H.new_empty((3, *A_H.shape), dtype=torch.float32), dn
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.rows, ctx.state, ctx.eps = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *tensors)
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = mamba2_backward(d_out, *ctx.saved_tensors, ctx.rows, ctx.state, ctx.eps)
-    return *gradients, None, None, None, None
+    d_projected, dw, db, d_heads, d_norm = mamba2_backward(d_out, *ctx.saved_tensors, ctx.rows, ctx.state, ctx.eps)
+    # Views of one tensor, which only an op's results may not be.
+    dA, dD, d_dt_bias = d_heads
+    of_heads = (d.to(z.dtype) for d, z in zip((d_dt_bias, dA, dD), ctx.saved_tensors[-5:-2], strict=True))
+    return d_projected, dw, db, *of_heads, d_norm, None, None, None, None
 
 
 mamba2.register_autograd(_differentiate, setup_context=_save)

@@ -1,4 +1,4 @@
-"""RMSNorm: plain, gated, or of a sum that is kept too; one pass over memory forward and one backward.
+"""RMSNorm, plain or gated: one pass over memory forward and one backward.
 
 A program keeps a whole row in registers; the backward makes the statistics again instead of keeping them. The gradient
 of the weight is summed per program and then in one order: the same bits in every run.
@@ -28,19 +28,12 @@ AHEAD, WIDEST_AHEAD = 3, 4096
 
 @triton.jit
 def norm_forward(
-    x_ptr, gate_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, eps,
-    x_row: tl.constexpr, gate_row: tl.constexpr, branch_row: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, gate_ptr, weight_ptr, y_ptr, eps, x_row: tl.constexpr, gate_row: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One row; ADDED: of x and a branch, whose sum is written too."""
+    """One row."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + d, mask=d < D, other=0.0).to(tl.float32)
-    if ADDED:
-        x += tl.load(branch_ptr + row * branch_row + d, mask=d < D, other=0.0).to(tl.float32)
-        # The backward sees the sum as it is kept.
-        x = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row * D + d, x, mask=d < D)
-        x = x.to(tl.float32)
     if GATED:
         z = tl.load(gate_ptr + row * gate_row + d, mask=d < D, other=0.0).to(tl.float32)
         x *= z * sigmoid(z, FAST)
@@ -51,15 +44,11 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x_ptr, gate_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dgate_ptr, dbranch_ptr, sums_ptr, rows, eps,
-    x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dsum_row: tl.constexpr, dx_row: tl.constexpr,
-    dgate_row: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
-    FAST: tl.constexpr, AHEAD: tl.constexpr,
+    x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, sums_ptr, rows, eps,
+    x_row: tl.constexpr, gate_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, dgate_row: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Every so many rows, and what they add to the gradient of the weight.
-
-    ADDED: x is a sum that has a gradient of its own; what both come to goes to x and to the branch, in their dtypes.
-    """
+    """Every so many rows, and what they add to the gradient of the weight."""
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
@@ -83,43 +72,48 @@ def norm_backward(
             dz = dgated * x * (opening + silu * (1.0 - opening))
             tl.store(dgate_ptr + row * dgate_row + d, dz.to(dgate_ptr.dtype.element_ty), mask=there)
             dgated = dgated * silu
-        if ADDED:
-            dgated += tl.load(dsum_ptr + row * dsum_row + d, mask=there, other=0.0).to(tl.float32)
-            tl.store(dbranch_ptr + row * D + d, dgated.to(dbranch_ptr.dtype.element_ty), mask=there)
         tl.store(dx_ptr + row * dx_row + d, dgated.to(dx_ptr.dtype.element_ty), mask=there)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + d, dweight, mask=d < D)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(M, D) with the values of a row side by side."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     return x.reshape(-1, x.shape[-1])
 
 
-def _warps(block: int) -> int:
+def row_block(width: int) -> int:
+    """Values of a row as a program takes it."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def warps_of(block: int) -> int:
+    """Of a program for rows of such a block."""
     return min(16, max(4, block // 512))
 
 
-def _programs(rows: int, block: int) -> int:
+def programs_of(rows: int, block: int) -> int:
+    """Of a backward."""
     return min(rows, PROGRAMS if block > 1024 else PROGRAMS * 3 // 2)
 
 
-def _ahead(block: int) -> int:
+def in_flight(block: int) -> int:
+    """Rows of a backward that are on their way or worked on."""
     return AHEAD if block <= WIDEST_AHEAD else min(AHEAD, 2)
 
 
 @on_its_device
 def run_forward(x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`x * silu(gate) / rms * weight` in `dtype`, contiguous."""
-    rows_MD = _rows(x)
-    gates_MD = rows_MD if gate is None else _rows(gate)
+    rows_MD = rows_of(x)
+    gates_MD = rows_MD if gate is None else rows_of(gate)
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    block = max(16, triton.next_power_of_2(width))
+    block = row_block(width)
     norm_forward[(rows_MD.shape[0],)](
-        rows_MD, gates_MD, rows_MD, weight_D, y, y, eps, rows_MD.stride(0), gates_MD.stride(0), 0,
-        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, FAST=has_fast_exp2(x), num_warps=_warps(block),
+        rows_MD, gates_MD, weight_D, y, eps, rows_MD.stride(0), gates_MD.stride(0),
+        D=width, BLOCK=block, GATED=gate is not None, FAST=has_fast_exp2(x), num_warps=warps_of(block),
     )  # fmt: skip
     return y
 
@@ -129,18 +123,18 @@ def run_backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dx_MD: Tensor, dgate_MD: Tensor | None
 ) -> Tensor:
     """Fills the gradients of x and gate, rows of any stride; returns that of the weight."""
-    rows_MD, dy_MD = _rows(x), _rows(dy)
-    gates_MD = rows_MD if gate is None else _rows(gate)
+    rows_MD, dy_MD = rows_of(x), rows_of(dy)
+    gates_MD = rows_MD if gate is None else rows_of(gate)
     dgates_MD = dx_MD if dgate_MD is None else dgate_MD
     rows, width = rows_MD.shape
-    block = max(16, triton.next_power_of_2(width))
-    programs = _programs(rows, block)
+    block = row_block(width)
+    programs = programs_of(rows, block)
     sums_1JD = x.new_empty(1, programs, width, dtype=torch.float32)
     norm_backward[(programs,)](
-        rows_MD, gates_MD, weight_D, dy_MD, dy_MD, dx_MD, dgates_MD, dx_MD, sums_1JD, rows, eps,
-        *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dy_MD, dx_MD, dgates_MD)),
-        D=width, BLOCK=block, GATED=gate is not None, ADDED=False, FAST=has_fast_exp2(x), AHEAD=_ahead(block),
-        num_warps=_warps(block),
+        rows_MD, gates_MD, weight_D, dy_MD, dx_MD, dgates_MD, sums_1JD, rows, eps,
+        *(z.stride(0) for z in (rows_MD, gates_MD, dy_MD, dx_MD, dgates_MD)),
+        D=width, BLOCK=block, GATED=gate is not None, FAST=has_fast_exp2(x), AHEAD=in_flight(block),
+        num_warps=warps_of(block),
     )  # fmt: skip
     return add_up(sums_1JD)[0].to(weight_D.dtype)
 
@@ -186,76 +180,3 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rms_norm.register_autograd(_differentiate, setup_context=_save)
-
-
-@torch.library.custom_op("longspan::add_rms_norm", mutates_args=())
-def add_rms_norm(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x + branch`, rounded once, to the wider of both dtypes, and the norm of that in `dtype`."""
-    return _add_forward(x, branch, weight_D, eps, dtype)
-
-
-@on_its_device
-def _add_forward(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows_MD, branch_MD, width = _rows(x), _rows(branch), x.shape[-1]
-    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    block = max(16, triton.next_power_of_2(width))
-    norm_forward[(rows_MD.shape[0],)](
-        rows_MD, rows_MD, branch_MD, weight_D, y, total, eps, rows_MD.stride(0), 0, branch_MD.stride(0),
-        D=width, BLOCK=block, GATED=False, ADDED=True, FAST=False, num_warps=_warps(block),
-    )  # fmt: skip
-    return total, y
-
-
-@add_rms_norm.register_fake
-def _(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-    return total, torch.empty(x.shape, dtype=dtype, device=x.device)
-
-
-@torch.library.custom_op("longspan::add_rms_norm_backward", mutates_args=())
-def add_rms_norm_backward(
-    dtotal: Tensor, dy: Tensor, total: Tensor, weight_D: Tensor, eps: float, x: torch.dtype, branch: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and branch in their dtypes, and of the weight."""
-    return _add_backward(dtotal, dy, total, weight_D, eps, x, branch)
-
-
-@on_its_device
-def _add_backward(
-    dtotal: Tensor, dy: Tensor, total: Tensor, weight_D: Tensor, eps: float, x: torch.dtype, branch: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows_MD, dy_MD, dtotal_MD = _rows(total), _rows(dy), _rows(dtotal)
-    rows, width = rows_MD.shape
-    dx, dbranch = (torch.empty(total.shape, dtype=dtype, device=total.device) for dtype in (x, branch))
-    block = max(16, triton.next_power_of_2(width))
-    programs = _programs(rows, block)
-    sums_1JD = total.new_empty(1, programs, width, dtype=torch.float32)
-    norm_backward[(programs,)](
-        rows_MD, rows_MD, weight_D, dy_MD, dtotal_MD, dx, dx, dbranch, sums_1JD, rows, eps,
-        *(z.stride(0) for z in (rows_MD, rows_MD, dy_MD, dtotal_MD)), width, width,
-        D=width, BLOCK=block, GATED=False, ADDED=True, FAST=False, AHEAD=_ahead(block), num_warps=_warps(block),
-    )  # fmt: skip
-    return dx, dbranch, add_up(sums_1JD)[0].to(weight_D.dtype)
-
-
-@add_rms_norm_backward.register_fake
-def _(
-    dtotal: Tensor, dy: Tensor, total: Tensor, weight_D: Tensor, eps: float, x: torch.dtype, branch: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dbranch = (torch.empty(total.shape, dtype=dtype, device=total.device) for dtype in (x, branch))
-    return dx, dbranch, torch.empty_like(weight_D)
-
-
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, branch, weight_D, ctx.eps, _ = inputs
-    ctx.dtypes = x.dtype, branch.dtype
-    ctx.save_for_backward(output[0], weight_D)
-
-
-def _differentiate_sum(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    total, weight_D = ctx.saved_tensors
-    return *add_rms_norm_backward(dtotal, dy, total, weight_D, ctx.eps, *ctx.dtypes), None, None
-
-
-add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)

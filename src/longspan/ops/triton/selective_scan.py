@@ -140,21 +140,11 @@ def selective_scan(
     initial_BNE: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.selective_scan.selective_scan` with the first tokens of documents marked; the third result is kept."""
-    return _run_forward(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT, initial_BNE)
+    return _run_forward(Given.of(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT), initial_BNE)
 
 
 @on_its_device
-def _run_forward(
-    x_BTE: Tensor,
-    dt_BTE: Tensor,
-    A_EN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
-    D_E: Tensor,
-    starts_BT: Tensor | None,
-    initial_BNE: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = Given.of(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT)
+def _run_forward(given: Given, initial_BNE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     x, dt, A, B, C, D, _ = given
     rows, time, _ = x.shape
     y, final, states = _like(x, A.shape[1])
@@ -175,16 +165,7 @@ def _like(x_BTE: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @selective_scan.register_fake
-def _(
-    x_BTE: Tensor,
-    dt_BTE: Tensor,
-    A_EN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
-    D_E: Tensor,
-    starts_BT: Tensor | None,
-    initial_BNE: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x_BTE, A_EN.shape[1])
 
 
@@ -202,23 +183,14 @@ def selective_scan_backward(
     starts_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, dt, A, B, C, D and the initial state."""
-    return _run_backward(dy_BTE, dfinal_BNE, states, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT)
+    given = Given.of(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT)
+    return _run_backward(given, dy_BTE, dfinal_BNE, states)
 
 
 @on_its_device
 def _run_backward(
-    dy_BTE: Tensor,
-    dfinal_BNE: Tensor | None,
-    states: Tensor,
-    x_BTE: Tensor,
-    dt_BTE: Tensor,
-    A_EN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
-    D_E: Tensor,
-    starts_BT: Tensor | None,
+    given: Given, dy_BTE: Tensor, dfinal_BNE: Tensor | None, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = Given.of(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, starts_BT)
     x, dt, A, B, C, D, _ = given
     dy = _laid_out(dy_BTE)
     rows, time, channels = x.shape
@@ -250,7 +222,7 @@ def _(
     B_BTN: Tensor,
     C_BTN: Tensor,
     D_E: Tensor,
-    starts_BT: Tensor | None,
+    _: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, ddt, dB, dC = (
         torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_BTE, dt_BTE, B_BTN, C_BTN)

@@ -20,9 +20,17 @@ def _numbers(start, at, there):
 
 
 @triton.jit
-def _rates(A_ptr, at, inside):
-    """A for powers of 2, and never quite 0, so that an endless step forgets everything."""
-    return tl.minimum(_numbers(A_ptr, at, inside) * LOG2_E, -1e-27)
+def _place(BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Channels, states, segment and row of this program."""
+    e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
+    return e, n, tl.program_id(1), tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
+def _rates(A_ptr, e, n, E: tl.constexpr, N: tl.constexpr):
+    """A for powers of 2, and never quite 0, so that an endless step forgets everything; where there is any of it."""
+    inside = (e < E)[:, None] & (n < N)[None, :]
+    return tl.minimum(_numbers(A_ptr, e[:, None] * N + n[None, :], inside) * LOG2_E, -1e-27), inside
 
 
 @triton.jit
@@ -41,10 +49,8 @@ def segment_ends(
     DOCS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What a segment keeps of the state before it, and what it adds."""
-    e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
-    segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = (e < E)[:, None] & (n < N)[None, :]
-    A = _rates(A_ptr, e[:, None] * N + n[None, :], inside)
+    e, n, segment, row = _place(BLOCK_E, BLOCK_N)
+    A, inside = _rates(A_ptr, e, n, E, N)
     state = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
     passed = tl.zeros((BLOCK_E,), tl.float32)
     for step in range(TOKENS):
@@ -69,10 +75,8 @@ def segment_starts(
     DOCS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What a segment keeps of the gradient of the state after it, and what its tokens add."""
-    e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
-    segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = (e < E)[:, None] & (n < N)[None, :]
-    A = _rates(A_ptr, e[:, None] * N + n[None, :], inside)
+    e, n, segment, row = _place(BLOCK_E, BLOCK_N)
+    A, inside = _rates(A_ptr, e, n, E, N)
     dstate = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
     passed = tl.zeros((BLOCK_E,), tl.float32)
     for later in range(TOKENS):
@@ -119,10 +123,8 @@ def scan_forward(
     BLOCK_N: tl.constexpr, DOCS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y of a segment, the state before each of its chunks and, from the last segment, the final state."""
-    e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
-    segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = (e < E)[:, None] & (n < N)[None, :]
-    A = _rates(A_ptr, e[:, None] * N + n[None, :], inside)
+    e, n, segment, row = _place(BLOCK_E, BLOCK_N)
+    A, inside = _rates(A_ptr, e, n, E, N)
     D = _numbers(D_ptr, e, e < E)
     state = _numbers(before_ptr, ((row * tl.num_programs(1) + segment) * E + e[:, None]) * N + n[None, :], inside)
     for chunk in range(segment * CHUNKS, tl.minimum(segment * CHUNKS + CHUNKS, chunks)):
@@ -153,11 +155,9 @@ def scan_backward(
     BLOCK_N: tl.constexpr, DOCS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a segment; those of B and C for one block of channels."""
-    e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
-    segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    e, n, segment, row = _place(BLOCK_E, BLOCK_N)
     part = row * tl.num_programs(1) + segment
-    inside = (e < E)[:, None] & (n < N)[None, :]
-    A = _rates(A_ptr, e[:, None] * N + n[None, :], inside)
+    A, inside = _rates(A_ptr, e, n, E, N)
     D = _numbers(D_ptr, e, e < E)
     dstate = _numbers(dafter_ptr, (part * E + e[:, None]) * N + n[None, :], inside)
     dA, dD = tl.zeros((BLOCK_E, BLOCK_N), tl.float32), tl.zeros((BLOCK_E,), tl.float32)

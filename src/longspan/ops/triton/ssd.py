@@ -1,14 +1,13 @@
 """The Mamba-2 scan (SSD) on CUDA: how the kernels are cut, launched and made known to autograd and the compiler.
 
-Kept for the backward are the inputs and, unless `KEEP_STATES` is off, one state per chunk in the dtype of x.
+Kept for the backward are the inputs, the sums of log decays and, unless `KEEP_STATES` is off, one state per chunk in
+the dtype of x.
 
 Shapes: B rows, T tokens, J chunks of Q tokens, H heads, P head dim, G groups of heads that share B and C, N state.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,41 +15,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.triton import ssd_kernels as kernels
-from longspan.ops.triton.decays import Decays, heads_of_program, pointer, square_warps
+from longspan.ops.triton import ssd_gradients, ssd_kernels
+from longspan.ops.triton.decays import Decays, heads_of_program, pointer
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.sums import add_up
-from longspan.ops.triton.tiles import block
+from longspan.ops.triton.tiles import block, has_fast_exp2
 
 # Enough programs for any chip; below that the heads of a chunk are shared out.
 ENOUGH_PROGRAMS = 264
-# Below so many programs that carry states, rows are cut for them: two for each multiprocessor of an H100.
-STATE_PROGRAMS = 264
-# A segment of fewer chunks is not worth a launch.
-LEAST_CHUNKS = 16
+# Below so many programs that carry states, two for each multiprocessor of an H100, rows are cut into segments, so that
+# there are at least the second number: most of the four that a multiprocessor holds.
+STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
+# A segment of fewer chunks is not worth its beginning. What it ends in is added up by so many programs.
+LEAST_CHUNKS, PIECES = 16, 2
 KEEP_STATES = True
 
 
-class Cut(NamedTuple):
-    """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, warps and stages.
+class Launch(NamedTuple):
+    """How a kernel is compiled: warps of a program, stages of what is loaded ahead, registers of a thread at most."""
 
-    `state_*` is for the two kernels that carry states.
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """As Triton takes them; only NVIDIA's compiler can be held to a number of registers."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is None or torch.version.hip is not None:
+            return options
+        return {**options, "maxnreg": self.registers}
+
+
+class Cut(NamedTuple):
+    """How the work is cut: tokens of a chunk, the tile of a state in flight, heads of a program, columns of a state.
+
+    `state*` is for the kernel that carries states, `squares` for those that sum log decays over the tokens of a chunk.
     """
 
     chunk: int
     state_tile: tuple[int, int]
-    state_warps: tuple[int, int]
+    states: Launch
     output_heads: int
-    output_warps: tuple[int, int]
-    token_warps: tuple[int, int]
-    group_warps: tuple[int, int]
+    outputs: Launch
+    gradients: Launch
+    part_heads: int
+    group_columns: int
+    squares: Launch
     precision: str
 
 
 # Three tf32 products per fp32 product come as near to fp32 as its own sums do, on the tensor cores.
 CUTS = {
-    torch.bfloat16: Cut(64, (64, 64), (4, 3), 8, (4, 3), (4, 3), (8, 3), "ieee"),
-    torch.float32: Cut(16, (64, 32), (4, 1), 4, (4, 1), (4, 1), (4, 1), "tf32x3"),
+    torch.bfloat16: Cut(64, (64, 64), Launch(4, 3), 8, Launch(4, 2), Launch(4, 3), 12, 64, Launch(4, 1, 128), "ieee"),
+    torch.float32: Cut(16, (64, 32), Launch(4, 1), 4, Launch(4, 1), Launch(4, 1), 12, 64, Launch(4, 1), "tf32x3"),
 }
 
 
@@ -88,6 +105,7 @@ class Plan(NamedTuple):
     chunks: int
     shared: dict[str, Any]
     blocks: tuple[int, int]
+    fast: bool
 
     @staticmethod
     def of(inputs: Inputs) -> Plan:
@@ -101,7 +119,7 @@ class Plan(NamedTuple):
         operand = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype] if x.is_cuda else tl.float32
         shared: dict[str, Any] = {"H": heads, "GROUP": heads // groups, "P": head_dim, "N": state, "Q": cut.chunk}
         shared |= {"OPERAND": operand, "PRECISION": cut.precision}
-        return Plan(cut, chunks, shared, (block(head_dim, x), block(state, x)))
+        return Plan(cut, chunks, shared, (block(head_dim, x), block(state, x)), has_fast_exp2(x))
 
     def tiled(self, time: int, tile: tuple[int, int] | None = None) -> dict[str, Any]:
         """The shared arguments with the tile of a kernel; WHOLE where every tile is full."""
@@ -109,76 +127,96 @@ class Plan(NamedTuple):
         whole = time % self.cut.chunk == 0 and self.shared["P"] % block_p == 0 and self.shared["N"] % block_n == 0
         return {**self.shared, "BLOCK_P": block_p, "BLOCK_N": block_n, "WHOLE": whole}
 
-    def state_grid(self, rows: int) -> tuple[int, int, int]:
-        """Programs of the kernels that carry states, before rows are cut into segments."""
-        tile_p, tile_n = (min(a, b) for a, b in zip(self.blocks, self.cut.state_tile, strict=True))
-        tiles = triton.cdiv(self.shared["P"], tile_p) * triton.cdiv(self.shared["N"], tile_n)
-        return tiles, self.shared["H"], rows
-
-    def segments(self, rows: int) -> int:
-        """Into how many segments a row is cut for them: 1 where there are programs enough without."""
-        programs = math.prod(self.state_grid(rows))
-        if programs >= STATE_PROGRAMS:
-            return 1
-        return max(1, min(4 * STATE_PROGRAMS // programs, self.chunks // LEAST_CHUNKS))
+    def segments(self, rows: int, tiles: int) -> int:
+        """Into how many a row is cut for the kernel that carries states: 1 where there are programs enough without."""
+        programs = rows * self.shared["H"] * tiles
+        number = 1 if programs >= STATE_PROGRAMS else triton.cdiv(SEGMENT_PROGRAMS, programs)
+        number = max(1, min(number, self.chunks // LEAST_CHUNKS))
+        # A segment without a chunk would read past the end.
+        return int(triton.cdiv(self.chunks, triton.cdiv(self.chunks, number)))
 
 
-def _carry(
-    kernel: Any, plan: Plan, rows: int, like: Tensor, operands: Sequence[Any], sizes: Sequence[int], **flags: bool
-) -> None:
-    """Runs a kernel that carries states, where rows are cut once more for the segments alone before."""
-    tiles, heads, _ = plan.state_grid(rows)
-    segments, shape = plan.segments(rows), (plan.shared["P"], plan.shared["N"])
-    warps, stages = plan.cut.state_warps
-    # A segment without a chunk would read past the end.
-    segments = triton.cdiv(plan.chunks, triton.cdiv(plan.chunks, segments))
-    alone, kept = like, like
-    if segments > 1:
-        alone = like.new_empty(rows, segments, heads, *shape, dtype=torch.float32)
-        kept = like.new_empty(rows, segments, heads, dtype=torch.float32)
-    options = {"SEGMENTS": segments, **plan.tiled(sizes[0], plan.cut.state_tile)}
-    options |= {"num_warps": warps, "num_stages": stages}
-    grid = tiles, heads, rows * segments
-    if segments > 1:
-        nothing = dict.fromkeys(flags, False)
-        kernel[grid](*operands, alone, kept, *sizes, ALONE=True, **nothing, **options)
-    kernel[grid](*operands, alone, kept, *sizes, ALONE=False, **flags, **options)
+class Walk(NamedTuple):
+    """What the kernel that carries states is given: a (B, T, H, P), b (B, T, G, N), the state to begin with and where
+    the last goes; BACK: from the end, for gradients."""
 
+    a: Tensor
+    b: Tensor
+    begin: Tensor | None
+    end: Tensor | None
+    back: bool
 
-def _decays(inputs: Inputs, plan: Plan) -> Decays:
-    return Decays.of(inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc, plan.cut.chunk)
+    def run(self, plan: Plan, decays: Decays, states: Tensor) -> None:
+        """Fills `states` and `end`."""
+        rows, tiled = self.a.shape[0], plan.tiled(self.a.shape[1], plan.cut.state_tile)
+        tiles = triton.cdiv(tiled["P"], tiled["BLOCK_P"]) * triton.cdiv(tiled["N"], tiled["BLOCK_N"])
+        segments = plan.segments(rows, tiles)
+        alone, kept = self.a, self.a
+        if segments > 1:
+            sizes = rows, segments * PIECES, tiled["H"]
+            alone = self.a.new_empty(*sizes, tiled["P"], tiled["N"], dtype=torch.float32)
+            kept = self.a.new_empty(*sizes, dtype=torch.float32)
+            self._launch(plan, decays, tiles, segments, tiled, (self.a, alone, kept), True)
+        self._launch(plan, decays, tiles, segments, tiled, (states, alone, kept), False)
+
+    def _launch(
+        self,
+        plan: Plan,
+        decays: Decays,
+        tiles: int,
+        segments: int,
+        tiled: dict[str, Any],
+        results: tuple[Tensor, Tensor, Tensor],
+        only_alone: bool,
+    ) -> None:
+        a, b, (rows, time) = self.a, self.b, self.a.shape[:2]
+        states, alone, kept = results
+        reach = triton.next_power_of_2(triton.cdiv(plan.chunks, segments))
+        ssd_kernels.states[(tiles, tiled["H"], rows * segments * (PIECES if only_alone else 1))](
+            a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
+            time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
+            BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone,
+            SEGMENTS=segments, PIECES=PIECES, REACH=reach, FAST=plan.fast, **tiled, **plan.cut.states.options(),
+        )  # fmt: skip
 
 
 def _states(inputs: Inputs, plan: Plan, decays: Decays, final: Tensor | None) -> Tensor:
     """(B, J, H, P, N): the state before every chunk; `final`, where given, receives the one after the last."""
     x, B = inputs.x, inputs.B
-    rows, time, heads, head_dim = x.shape
+    rows, _, heads, head_dim = x.shape
     states = x.new_empty(rows, plan.chunks, heads, head_dim, B.shape[-1])
-    operands = (x, B, decays.planes, decays.carry, pointer(inputs.initial, x), states, pointer(final, x))
-    sizes = (time, plan.chunks, decays.planes.stride(0), *x.stride()[:2], *B.stride()[:2])
-    _carry(kernels.states, plan, rows, x, operands, sizes, INITIAL=inputs.initial is not None, FINAL=final is not None)
+    Walk(x, B, inputs.initial, final, False).run(plan, decays, states)
     return states
 
 
+class Kept(NamedTuple):
+    """What the backward finds: the states before the chunks (empty without `KEEP_STATES`) and the `Decays`."""
+
+    states: Tensor
+    planes: Tensor
+    carry: Tensor
+    run: Tensor
+
+
 @on_its_device
-def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, H, P), the last state (B, H, P, N) in fp32, and the states before the chunks."""
+def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
+    """y (B, T, H, P), the last state (B, H, P, N) in fp32, and what the backward needs."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = _decays(inputs, plan)
+    by_dt = inputs.dt, inputs.A, inputs.bias, inputs.doc, inputs.initial_doc
+    decays = Decays.of(*by_dt, plan.cut.chunk, plan.cut.squares.options())
     x, B, C = inputs.x, inputs.B, inputs.C
     rows, time, heads, head_dim = x.shape
     final = x.new_empty(rows, heads, head_dim, B.shape[-1], dtype=torch.float32)
     states = _states(inputs, plan, decays, final)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     each = _largest_divisor(plan.shared["GROUP"], plan.cut.output_heads)
-    warps, stages = plan.cut.output_warps
-    kernels.outputs[(heads // each, plan.chunks, rows)](
+    ssd_kernels.outputs[(heads // each, plan.chunks, rows)](
         x, B, C, inputs.D, decays.planes, decays.run, states, y, time, decays.planes.stride(0),
-        *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, **plan.tiled(time), num_warps=warps,
-        num_stages=stages,
+        *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], HEADS=each, FAST=plan.fast, **plan.tiled(time),
+        **plan.cut.outputs.options(),
     )  # fmt: skip
-    return y, final, states if KEEP_STATES else x.new_empty(0)
+    return y, final, Kept(states if KEEP_STATES else x.new_empty(0), *decays)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -202,63 +240,63 @@ class Gradients(NamedTuple):
 
 @on_its_device
 def run_backward(
-    inputs: Inputs, states: Tensor, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Fills `into` and `ddt`; returns the gradients of A, D, the bias of dt (zeros where there is none), the state."""
+    inputs: Inputs, kept: Kept, dy: Tensor, dfinal: Tensor | None, into: Gradients, ddt: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Fills `into` and `ddt`; returns the gradients of A, D and, where there is one, the bias of dt, as rows of one
+    tensor (of which each would be a kernel to copy), and that of the state."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    decays = _decays(inputs, plan)
+    decays = Decays(*kept[1:])
     x, dt, _, B, C = inputs[:5]
     rows, time, heads, head_dim = x.shape
-    if states.numel() == 0:
-        states = _states(inputs, plan, decays, None)
+    states = kept.states if kept.states.numel() else _states(inputs, plan, decays, None)
     if not (dy.stride(-1) == 1 and dy.stride(-2) == head_dim):
         dy = dy.contiguous()
-    dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
-    dstates = torch.empty_like(states)
+    dstates, dinitial = _state_gradients(inputs, plan, decays, dy, dfinal)
     plane = decays.planes.stride(0)
-    last = x if dfinal is None else dfinal.contiguous()
-    operands = (dy, C, decays.planes, decays.carry, last, dstates, pointer(dinitial, x))
-    sizes = (time, plan.chunks, plane, *dy.stride()[:2], *C.stride()[:2])
-    flags = {"FINAL": dfinal is not None, "INITIAL": dinitial is not None}
-    _carry(kernels.state_gradients, plan, rows, x, operands, sizes, **flags)
     groups, group = B.shape[2], plan.shared["GROUP"]
-    ddriving, dsums = torch.empty_like(decays.planes[0]), torch.empty_like(decays.planes[:2])
-    # Of A, D and the bias, added up together in the end.
-    sums = x.new_empty(3, rows, plan.chunks, heads, dtype=torch.float32)
-    dA, dD, dbias = sums
-    if inputs.bias is None:
-        dbias.zero_()
+    whole = plan.tiled(time)
+    columns = min(whole["BLOCK_N"], plan.cut.group_columns)
+    tiles = triton.cdiv(B.shape[-1], columns)
+    of_tokens = decays.planes.new_empty(ssd_gradients.READ.value + tiles, *decays.planes.shape[1:])
+    passed = decays.carry.new_empty(rows, tiles, heads, plan.chunks, plan.blocks[0])
+    parts = _parts(group, plan.chunks * rows * groups, plan.cut.part_heads)
+    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk)
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:2]]
-    parts = _parts(group, plan.chunks * rows * groups)
-    dscores = x.new_empty(rows, groups * parts, plan.chunks, plan.cut.chunk, plan.cut.chunk, dtype=torch.float32)
-    warps, stages = plan.cut.token_warps
-    kernels.token_gradients[(plan.chunks, groups * parts, rows)](
-        x, B, C, inputs.D, dy, decays.planes, decays.run, dstates, into.x, dscores, ddriving, dsums, dD, time, plane,
-        *strides, *into.x.stride()[:2],
-        HEADS=group // parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+    into_strides = [*into.B.stride()[:2], *into.C.stride()[:2]]
+    ssd_gradients.gradients[(groups * (parts + tiles), plan.chunks, rows)](
+        x, B, C, inputs.D, dy, decays.planes, decays.run, states, dstates, into.x, dscores, into.B, into.C,
+        of_tokens, passed, time, plane, *strides, *into.x.stride()[:2], *into_strides,
+        COLUMNS=columns, HEADS=group // parts, FAST=plan.fast, **whole, **plan.cut.gradients.options(),
     )  # fmt: skip
-    warps, stages = plan.cut.group_warps
-    kernels.group_gradients[(plan.chunks, groups, rows)](
-        x, B, C, dy, decays.planes, decays.carry, states, dstates, dscores, into.B, into.C, dsums,
-        time, plane, *strides, *into.B.stride()[:2], *into.C.stride()[:2],
-        PARTS=parts, **plan.tiled(time), num_warps=warps, num_stages=stages,
+    of_chunks = x.new_empty(2 if inputs.bias is None else 3, rows, plan.chunks, heads, dtype=torch.float32)
+    ssd_gradients.last_gradients[(groups + 1, plan.chunks, rows)](
+        dt, pointer(inputs.bias, dt), inputs.A, B, C, *decays, of_tokens, passed, dscores, ddt,
+        *of_chunks[:2], of_chunks[-1], into.B, into.C, time, plane, *dt.stride()[:2], *ddt.stride()[:2],
+        *B.stride()[:2], *C.stride()[:2], *into_strides,
+        H=heads, GROUPS=groups, N=B.shape[-1], Q=plan.cut.chunk, BLOCK_P=plan.blocks[0], BLOCK_N=whole["BLOCK_N"],
+        HEADS=heads_of_program(heads), PARTS=parts, TILES=tiles, SOFTPLUS=inputs.bias is not None,
+        WHOLE=whole["WHOLE"], OPERAND=whole["OPERAND"], PRECISION=whole["PRECISION"], **plan.cut.squares.options(),
     )  # fmt: skip
-    kernels.step_gradients[(plan.chunks, rows)](
-        dt, pointer(inputs.bias, dt), inputs.A, decays.planes, decays.run, ddriving, dsums, ddt, dA, dbias,
-        time, plane, *dt.stride()[:2], *ddt.stride()[:2],
-        H=heads, Q=plan.cut.chunk, HEADS=heads_of_program(heads), SOFTPLUS=inputs.bias is not None,
-        num_warps=square_warps(plan.cut.chunk),
-        num_stages=1,
-    )  # fmt: skip
-    # The results of an op may not share memory.
-    dA, dD, dbias = (z.clone() for z in add_up(sums.view(3, -1, heads)))
-    return dA, dD, dbias, dinitial
+    return add_up(of_chunks.flatten(1, 2)), dinitial
 
 
-def _parts(group: int, programs: int) -> int:
-    """Into how many parts the heads of a group are cut so that there are enough programs."""
-    return next((d for d in range(1, group + 1) if group % d == 0 and d * programs >= ENOUGH_PROGRAMS), group)
+def _state_gradients(
+    inputs: Inputs, plan: Plan, decays: Decays, dy: Tensor, dfinal: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(B, J, H, P, N), of the state after every chunk; and of the one before the first, if there is one."""
+    x, C = inputs.x, inputs.C
+    rows, _, heads, head_dim = x.shape
+    dinitial = None if inputs.initial is None else torch.empty_like(inputs.initial, dtype=torch.float32)
+    dstates = x.new_empty(rows, plan.chunks, heads, head_dim, C.shape[-1])
+    Walk(dy, C, None if dfinal is None else dfinal.contiguous(), dinitial, True).run(plan, decays, dstates)
+    return dstates, dinitial
+
+
+def _parts(group: int, programs: int, most: int) -> int:
+    """Into how many parts of at most `most` heads a group is cut, so that there are enough programs."""
+    parts = (d for d in range(1, group + 1) if group % d == 0 and group // d <= most)
+    return next((d for d in parts if d * programs >= ENOUGH_PROGRAMS), group)
 
 
 @torch.library.custom_op("longspan::ssd", mutates_args=())
@@ -272,9 +310,11 @@ def ssd(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.ssd.ssd`; the third result is for the backward."""
-    return run_forward(Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.ssd.ssd`; the third result and what follows it are for the backward."""
+    inputs = Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B)
+    y, final, kept = run_forward(inputs)
+    return y, final, *kept
 
 
 @ssd.register_fake
@@ -288,21 +328,22 @@ def _(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return forward_like(x_BTHP, B_BTGN.shape[-1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, final, kept = forward_like(x_BTHP, B_BTGN.shape[-1])
+    return y, final, *kept
 
 
-def forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward_like(x_BTHP: Tensor, state: int) -> tuple[Tensor, Tensor, Kept]:
     """What `run_forward` returns, without values."""
     rows, time, heads, head_dim = x_BTHP.shape
     chunk = CUTS[x_BTHP.dtype].chunk
+    chunks = (time + chunk - 1) // chunk
     final = x_BTHP.new_empty(rows, heads, head_dim, state, dtype=torch.float32)
-    states = x_BTHP.new_empty(rows, (time + chunk - 1) // chunk, heads, head_dim, state)
-    return (
-        torch.empty_like(x_BTHP, memory_format=torch.contiguous_format),
-        final,
-        states if KEEP_STATES else x_BTHP.new_empty(0),
-    )
+    states = x_BTHP.new_empty(rows, chunks, heads, head_dim, state) if KEEP_STATES else x_BTHP.new_empty(0)
+    planes = x_BTHP.new_empty(4, rows, heads, chunks * chunk, dtype=torch.float32)
+    carry = x_BTHP.new_empty(rows, heads, chunks, dtype=torch.float32)
+    run = x_BTHP.new_empty(rows, chunks * chunk, dtype=torch.int32)
+    return torch.empty_like(x_BTHP, memory_format=torch.contiguous_format), final, Kept(states, planes, carry, run)
 
 
 @torch.library.custom_op("longspan::ssd_backward", mutates_args=())
@@ -310,6 +351,9 @@ def ssd_backward(
     dy_BTHP: Tensor,
     dfinal_BHPN: Tensor | None,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     x_BTHP: Tensor,
     dt_BTH: Tensor,
     A_H: Tensor,
@@ -319,21 +363,13 @@ def ssd_backward(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, dt, A, B, C, D and the initial state (empty where there is none)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, B, C, A and D (2, H), and the initial state (empty where there is none)."""
     inputs = Inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, None, doc_BT, initial_BHPN, initial_doc_B)
     into = Gradients.like(inputs)
     ddt = torch.empty_like(dt_BTH, memory_format=torch.contiguous_format)
-    dA, dD, _, dinitial = run_backward(inputs, states, dy_BTHP, dfinal_BHPN, into, ddt)
-    return (
-        into.x,
-        ddt,
-        dA,
-        into.B,
-        into.C,
-        dD,
-        x_BTHP.new_empty(0, dtype=torch.float32) if dinitial is None else dinitial,
-    )
+    dAD, dinitial = run_backward(inputs, Kept(states, planes, carry, run), dy_BTHP, dfinal_BHPN, into, ddt)
+    return into.x, ddt, into.B, into.C, dAD, dAD.new_empty(0) if dinitial is None else dinitial
 
 
 @ssd_backward.register_fake
@@ -341,6 +377,9 @@ def _(
     dy_BTHP: Tensor,
     dfinal_BHPN: Tensor | None,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     x_BTHP: Tensor,
     dt_BTH: Tensor,
     A_H: Tensor,
@@ -350,25 +389,26 @@ def _(
     doc_BT: Tensor | None,
     initial_BHPN: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, ddt, dB, dC = (
         torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)
     )
-    dA, dD = A_H.new_empty(A_H.shape, dtype=torch.float32), D_H.new_empty(D_H.shape, dtype=torch.float32)
     shape = (0,) if initial_BHPN is None else initial_BHPN.shape
-    return dx, ddt, dA, dB, dC, dD, x_BTHP.new_empty(shape, dtype=torch.float32)
+    dAD = A_H.new_empty((2, *A_H.shape), dtype=torch.float32)
+    return dx, ddt, dB, dC, dAD, x_BTHP.new_empty(shape, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], *inputs)
+    ctx.save_for_backward(*output[2:], *inputs)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    states, *inputs = ctx.saved_tensors
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    kept, inputs = Kept(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
     dy = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format) if dy is None else dy
-    *gradients, dinitial = ssd_backward(dy, dfinal, states, *inputs)
-    gradients = [gradient.to(z.dtype) for gradient, z in zip(gradients, inputs[:6], strict=True)]
+    dx, ddt, dB, dC, dAD, dinitial = ssd_backward(dy, dfinal, *kept, *inputs)
+    raw = dx, ddt, dAD[0], dB, dC, dAD[1]
+    gradients = [gradient.to(z.dtype) for gradient, z in zip(raw, inputs[:6], strict=True)]
     return *gradients, None, None if inputs[7] is None else dinitial, None
 
 

@@ -1,12 +1,14 @@
-"""The kernels of the Mamba-2 scan (SSD): decays, states between chunks, outputs, and their gradients.
+"""The kernels of the Mamba-2 scan (SSD): states between chunks, which also carry gradients back, and outputs.
 
-What passes between tokens of one chunk is a masked matrix product, what passes between chunks a state. States run from
-chunk to chunk inside one program (`states`, and `state_gradients` from the end); everything else is one program per
-chunk, which walks through heads, so that B, C and their product are loaded and made once for many of them. Dots take
-the dtype of x on the tensor cores and add up in fp32; decays, states in flight and all sums are fp32.
+The other gradients are in `ssd_gradients`.
 
-Documents enter once, in `decays`: a token sees another where both lie in the same run of equal ids, and all that is
-exponentiated is masked before.
+What passes between tokens of one chunk is a masked matrix product, what passes between chunks a state. States, and
+their gradients from the end, run from chunk to chunk inside one program; everything else is one program per chunk,
+which walks through heads, so that B, C and their product are loaded and made once for many of them. Dots take the dtype
+of x on the tensor cores and add up in fp32; decays, states in flight and all sums are fp32.
+
+Documents enter once, in `decays`: a token sees another where both lie in the same run of equal ids. What is not seen
+has a score of exactly 0, and no exponent is above 0.
 
 Shapes: B rows, T tokens, J chunks of a row, Q tokens of a chunk (i reads, j is read), H heads, P head dim, G groups of
 heads that share B and C, N state. Decays are planes of (B, H, J * Q): see `DT` and its neighbours.
@@ -16,69 +18,120 @@ import triton
 import triton.language as tl
 
 from longspan.ops.triton.decays import FROM_BEFORE, SUM, TO_END
-from longspan.ops.triton.tiles import dot, load, store
+from longspan.ops.triton.tiles import LOG2_E, dot, exp2, load, store, widened
+
+
+@triton.jit
+def _after_pieces(
+    alone_ptr, kept_ptr, row, h, end, p, n, state,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, NUMBER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What `state` comes to after the first `end` of the NUMBER pieces of a row, each of which has gone alone."""
+    MOST: tl.constexpr = triton.next_power_of_2(NUMBER)
+    piece = tl.arange(0, MOST)
+    kept = tl.load(kept_ptr + (row * NUMBER + piece) * H + h, mask=piece < end, other=1.0)
+    # A piece that keeps nothing hides all before it.
+    first = tl.max(tl.where((piece < end) & (kept == 0.0), piece, 0), 0)
+    for piece in tl.range(first, end, loop_unroll_factor=2):
+        there = (row * NUMBER + piece) * H + h
+        state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
+    return state
+
+
+@triton.jit
+def _chunk(step, chunks, BACK: tl.constexpr):
+    """The chunk of a step, the last one for all behind it."""
+    step = tl.minimum(step, chunks - 1)
+    return chunks - 1 - step if BACK else step
+
+
+@triton.jit
+def _factors(at, plane, BACK: tl.constexpr):
+    """What `_weight` makes the weights of a chunk's tokens of."""
+    if BACK:
+        decay = tl.load(at + FROM_BEFORE * plane)
+        return decay, decay
+    return tl.load(at), tl.load(at + TO_END * plane)
+
+
+@triton.jit
+def _weight(factor, other, BACK: tl.constexpr):
+    # Of numbers that are not below 0 the maximum is no change; without one, Triton would load nothing else ahead.
+    return tl.maximum(factor, 0.0) if BACK else factor * other
 
 
 @triton.jit
 def states(
-    x_ptr, B_ptr, planes_ptr, carry_ptr, initial_ptr, states_ptr, final_ptr, alone_ptr, kept_ptr, time, chunks, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr,
+    a_ptr, b_ptr, planes_ptr, carry_ptr, begin_ptr, states_ptr, end_ptr, alone_ptr, kept_ptr, time, chunks, plane,
+    a_row, a_token: tl.constexpr, b_row, b_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, ALONE: tl.constexpr, FINAL: tl.constexpr, SEGMENTS: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BACK: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, ALONE: tl.constexpr,
+    SEGMENTS: tl.constexpr, PIECES: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and after the last.
+    """The state before every chunk, of x and B, and after the last; BACK: the gradient of the state after every chunk,
+    of dy and C, and before the first.
 
-    Few long rows are cut into segments: first each goes ALONE, from nothing, and leaves the state it comes to and what
-    it keeps of one before; then each begins with what the segments before it come to.
+    Few long rows are cut into segments: first what comes after the last document's beginning in each goes ALONE, from
+    nothing, in equal PIECES, which leave the state they come to and what they keep of one before; then each segment
+    begins with what the pieces before it come to. Chunks are counted as one walks, BACK from the end.
     """
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
-    per_segment = tl.cdiv(chunks, SEGMENTS)
-    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
+    programs: tl.constexpr = SEGMENTS * PIECES if ALONE else SEGMENTS
+    h, row, part = tl.program_id(1), (tl.program_id(2) // programs).to(tl.int64), tl.program_id(2) % programs
+    segment = part // PIECES if ALONE else part
     i = tl.arange(0, Q)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    x = x_ptr + row * x_row + h * P
-    B = B_ptr + row * B_row + h // GROUP * N
-    by_head = planes_ptr + (row * H + h) * chunks * Q
+    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    a = a_ptr + row * a_row + h * P
+    b = b_ptr + row * b_row + h // GROUP * N
+    by_head = planes_ptr + (row * H + h) * chunks * Q + i
     carries = carry_ptr + (row * H + h) * chunks
-    if ALONE:
-        # What lies before the last document's beginning is forgotten at the end.
-        begin = first
-        for chunk in tl.range(first, end, loop_unroll_factor=8):
-            begin = tl.where(tl.load(carries + chunk) == 0.0, chunk, begin)
-        first = begin
+    length = tl.cdiv(chunks, SEGMENTS)
+    first, end = segment * length, tl.minimum((segment + 1) * length, chunks)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if INITIAL:
-        state += load(initial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    if SEGMENTS > 1 and not ALONE:
-        # A segment that keeps nothing hides all before it.
-        begin = segment * 0
-        for earlier in tl.range(segment, loop_unroll_factor=8):
-            begin = tl.where(tl.load(kept_ptr + (row * SEGMENTS + earlier) * H + h) == 0.0, earlier, begin)
-        for earlier in range(begin, segment):
-            there = (row * SEGMENTS + earlier) * H + h
-            state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
-    weight = tl.load(by_head + first * Q + i) * tl.load(by_head + TO_END * plane + first * Q + i)
-    carry, kept = tl.load(carries + first), 1.0
-    for chunk in range(first, end):
+    if ALONE:
+        step = first + tl.arange(0, REACH)
+        there = step < end
+        keeps = tl.load(carries + (chunks - 1 - step if BACK else step), mask=there, other=1.0)
+        first = tl.max(tl.where(there & (keeps == 0.0), step, first), 0)
+        each = tl.cdiv(end - first, PIECES)
+        # Nothing reads what the last segment comes to.
+        first = tl.where(end == chunks, end, tl.minimum(first + part % PIECES * each, end))
+        end = tl.minimum(first + each, end)
+    else:
+        if BEGIN:
+            state += load(begin_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
+        if SEGMENTS > 1:
+            before = segment * PIECES
+            state = _after_pieces(
+                alone_ptr, kept_ptr, row, h, before, p, n, state, H, P, N, SEGMENTS * PIECES, WHOLE
+            )  # fmt: skip
+    now = _chunk(first, chunks, BACK)
+    carry, kept = tl.load(carries + now), 1.0
+    ahead, other = _factors(by_head + now * Q, plane, BACK)
+    weight = _weight(ahead, other, BACK)
+    ahead, other = _factors(by_head + _chunk(first + 1, chunks, BACK) * Q, plane, BACK)
+    for step in range(first, end):
+        next_carry = tl.load(carries + _chunk(step + 1, chunks, BACK))
+        chunk = chunks - 1 - step if BACK else step
         if not ALONE:
             store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
         t = chunk * Q + i
-        x_QP = load(x, t, x_token, p, time, P, WHOLE)
-        B_QN = load(B, t, B_token, n, time, N, WHOLE)
-        driving = x_QP.to(tl.float32) * weight[:, None]
-        state = state * carry + dot(tl.trans(driving.to(DTYPE)), B_QN, DTYPE, OPERAND, PRECISION)
+        a_QP = load(a, t, a_token, p, time, P, WHOLE)
+        b_QN = load(b, t, b_token, n, time, N, WHOLE)
+        weighted = widened(a_QP, FAST) * weight[:, None]
+        # Triton brings ahead what goes into products; this is brought ahead by hand, by two chunks.
+        weight = _weight(ahead, other, BACK)
+        ahead, other = _factors(by_head + _chunk(step + 2, chunks, BACK) * Q, plane, BACK)
+        state = state * carry + dot(tl.trans(weighted.to(DTYPE)), b_QN, DTYPE, OPERAND, PRECISION)
         kept *= carry
-        following = tl.minimum(chunk + 1, chunks - 1)
-        weight = tl.load(by_head + following * Q + i) * tl.load(by_head + TO_END * plane + following * Q + i)
-        carry = tl.load(carries + following)
-    if FINAL and end == chunks:
-        store(final_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+        carry = next_carry
+    if END and end == chunks:
+        store(end_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
     if ALONE:
-        there = (row * SEGMENTS + segment) * H + h
+        there = (row * programs + part) * H + h
         store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, state)
         if tl.program_id(0) == 0:
             tl.store(kept_ptr + there, kept)
@@ -90,6 +143,7 @@ def outputs(
     x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk for HEADS heads of one group."""
     first, chunk, chunks = tl.program_id(0) * HEADS, tl.program_id(1), tl.num_programs(1)
@@ -101,208 +155,21 @@ def outputs(
     sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
     B_QN = load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
     C_QN = load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
-    scores = dot(C_QN, tl.trans(B_QN), DTYPE, OPERAND, PRECISION)
+    # Masked once: what is not seen decays by something finite, times 0.
+    scores = tl.where(sees, dot(C_QN, tl.trans(B_QN), DTYPE, OPERAND, PRECISION), 0.0)
+    planes = planes_ptr + row * H * chunks * Q + t
+    from_before = tl.load(planes + FROM_BEFORE * plane + first * chunks * Q)
+    D = tl.load(D_ptr + first).to(tl.float32)
     for h in range(first, first + HEADS):
-        by_head = planes_ptr + (row * H + h) * chunks * Q + t
-        dt, sums, from_before = tl.load(by_head), tl.load(by_head + SUM * plane), tl.load(by_head + FROM_BEFORE * plane)
+        following = tl.minimum(h + 1, H - 1)
+        next_from_before = tl.load(planes + FROM_BEFORE * plane + following * chunks * Q)
+        next_D = tl.load(D_ptr + following).to(tl.float32)
+        dt, sums = tl.load(planes + h * chunks * Q), tl.load(planes + SUM * plane + h * chunks * Q) * LOG2_E
         x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
         before_PN = load(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
-        decay = tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
         y = dot(C_QN, tl.trans(before_PN), DTYPE, OPERAND, PRECISION) * from_before[:, None]
-        y += dot(scores * decay * dt[None, :], x_QP, DTYPE, OPERAND, PRECISION)
-        y += x_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
+        mixing = scores * exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0), FAST)
+        y += dot(mixing * dt[None, :], x_QP, DTYPE, OPERAND, PRECISION)
+        y += widened(x_QP, FAST) * D
         store(y_ptr + row * time * H * P + h * P, t, H * P, p, time, P, WHOLE, y)
-
-
-@triton.jit
-def state_gradients(
-    dy_ptr, C_ptr, planes_ptr, carry_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr, alone_ptr, kept_ptr, time, chunks,
-    plane, dy_row, dy_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, FINAL: tl.constexpr, ALONE: tl.constexpr, INITIAL: tl.constexpr, SEGMENTS: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the state after every chunk, and of the one before the first; segments as in `states`."""
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, row, segment = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
-    per_segment = tl.cdiv(chunks, SEGMENTS)
-    first, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
-    i = tl.arange(0, Q)
-    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    dy = dy_ptr + row * dy_row + h * P
-    C = C_ptr + row * C_row + h // GROUP * N
-    reads = planes_ptr + FROM_BEFORE * plane + (row * H + h) * chunks * Q
-    carries = carry_ptr + (row * H + h) * chunks
-    if ALONE:
-        # Nothing behind the first document's end comes through to the beginning.
-        limit = end
-        for back in tl.range(end - first, loop_unroll_factor=8):
-            chunk = end - 1 - back
-            limit = tl.where(tl.load(carries + chunk) == 0.0, chunk + 1, limit)
-        end = limit
-    dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if FINAL:
-        dstate += load(dfinal_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-    if SEGMENTS > 1 and not ALONE:
-        behind, begin = SEGMENTS - 1 - segment, segment * 0
-        for back in tl.range(behind, loop_unroll_factor=8):
-            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
-            begin = tl.where(tl.load(kept_ptr + there) == 0.0, back, begin)
-        for back in range(begin, behind):
-            there = (row * SEGMENTS + SEGMENTS - 1 - back) * H + h
-            dstate = dstate * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
-    weight, carry, kept = tl.load(reads + (end - 1) * Q + i), tl.load(carries + end - 1), 1.0
-    for back in range(end - first):
-        chunk = end - 1 - back
-        if not ALONE:
-            store(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
-        t = chunk * Q + i
-        dy_QP = load(dy, t, dy_token, p, time, P, WHOLE)
-        C_QN = load(C, t, C_token, n, time, N, WHOLE)
-        reading = dy_QP.to(tl.float32) * weight[:, None]
-        dstate = dstate * carry + dot(tl.trans(reading.to(DTYPE)), C_QN, DTYPE, OPERAND, PRECISION)
-        kept *= carry
-        following = tl.maximum(chunk - 1, 0)
-        weight, carry = tl.load(reads + following * Q + i), tl.load(carries + following)
-    if INITIAL and first == 0:
-        store(dinitial_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, dstate)
-    if ALONE:
-        there = (row * SEGMENTS + segment) * H + h
-        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, dstate)
-        if tl.program_id(0) == 0:
-            tl.store(kept_ptr + there, kept)
-
-
-@triton.jit
-def token_gradients(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, planes_ptr, run_ptr, dstates_ptr, dx_ptr, dscores_ptr, ddt_ptr, dsums_ptr,
-    dD_ptr, time, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dx_row, dx_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradients of x, dt and D of one chunk, for HEADS heads of one group, and what they give to the scores B C^T.
-
-    Squares are written with the token that is read first, (j, i), so that the large product needs no transpose.
-    """
-    chunk, chunks, first = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * HEADS
-    row = tl.program_id(2).to(tl.int64)
-    p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    t = chunk * Q + i
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
-    B_QN = load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
-    C_QN = load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
-    scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION).to(DTYPE)
-    dscores = tl.zeros((Q, Q), tl.float32)
-    for h in range(first, first + HEADS):
-        by_head = (row * H + h) * chunks * Q + t
-        dt, sums = tl.load(planes_ptr + by_head), tl.load(planes_ptr + SUM * plane + by_head)
-        to_end = tl.load(planes_ptr + TO_END * plane + by_head)
-        x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-        dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-        dafter_PN = load(dstates_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE)
-        products = dot(x_QP, tl.trans(dy_QP), DTYPE, OPERAND, PRECISION)
-        dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1), 0)
-        tl.store(dD_ptr + (row * chunks + chunk) * H + h, dD)
-        decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-        mixing = scores.to(tl.float32) * decay
-        products *= dt[:, None]
-        dscores += products * decay
-        products *= mixing
-        dsums = tl.sum(products, 0) - tl.sum(products, 1)
-        x = x_QP.to(tl.float32)
-        ddriving = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION) * to_end[:, None]
-        dkept = tl.sum(ddriving * x, 1) * dt
-        dsums += tl.where(i == Q - 1, tl.sum(dkept, 0), 0.0) - dkept
-        tl.store(dsums_ptr + by_head, dsums)
-        ddriving += dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
-        tl.store(ddt_ptr + by_head, tl.sum(ddriving * x, 1))
-        dx = ddriving * dt[:, None] + dy_QP.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
-        store(dx_ptr + row * dx_row + h * P, t, dx_token, p, time, P, WHOLE, dx)
-    square = dscores_ptr + ((row * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * Q * Q
-    store(square, i, Q, i, Q, Q, True, dscores)
-
-
-@triton.jit
-def group_gradients(
-    x_ptr, B_ptr, C_ptr, dy_ptr, planes_ptr, carry_ptr, states_ptr, dstates_ptr, dscores_ptr, dB_ptr, dC_ptr,
-    dsums_ptr, time, plane,
-    x_row, x_token: tl.constexpr, B_row, B_token: tl.constexpr, C_row, C_token: tl.constexpr,
-    dy_row, dy_token: tl.constexpr, dB_row, dB_token: tl.constexpr, dC_row, dC_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradients of B and C of one chunk, over the heads of a group, and what reading and keeping a state give to
-    the sums of log decays."""
-    chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, n, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    t = chunk * Q + i
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    squares = dscores_ptr + ((row * tl.num_programs(1) + group) * PARTS * chunks + chunk) * Q * Q
-    dscores = tl.zeros((Q, Q), tl.float32)
-    for part in tl.static_range(PARTS):
-        dscores += tl.load(squares + part * chunks * Q * Q + i[:, None] * Q + i[None, :])
-    dscores = dscores.to(DTYPE)
-    B_QN = load(B_ptr + row * B_row + group * N, t, B_token, n, time, N, WHOLE)
-    C_QN = load(C_ptr + row * C_row + group * N, t, C_token, n, time, N, WHOLE)
-    dB = dot(dscores, C_QN, DTYPE, OPERAND, PRECISION)
-    dC = dot(tl.trans(dscores), B_QN, DTYPE, OPERAND, PRECISION)
-    for h in range(group * GROUP, group * GROUP + GROUP):
-        by_head = (row * H + h) * chunks * Q + t
-        state = ((row * chunks + chunk) * H + h) * P * N
-        weight = tl.load(planes_ptr + by_head) * tl.load(planes_ptr + TO_END * plane + by_head)
-        from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head)
-        x_QP = load(x_ptr + row * x_row + h * P, t, x_token, p, time, P, WHOLE)
-        dy_QP = load(dy_ptr + row * dy_row + h * P, t, dy_token, p, time, P, WHOLE)
-        dafter_PN = load(dstates_ptr + state, p, N, n, P, N, WHOLE)
-        before_PN = load(states_ptr + state, p, N, n, P, N, WHOLE)
-        dB += dot(x_QP.to(tl.float32) * weight[:, None], dafter_PN, DTYPE, OPERAND, PRECISION)
-        dread = dot(dy_QP.to(tl.float32) * from_before[:, None], before_PN, DTYPE, OPERAND, PRECISION)
-        dC += dread
-        dcarried = tl.sum(tl.sum(dafter_PN.to(tl.float32) * before_PN.to(tl.float32), 1), 0)
-        dend = dcarried * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-        dsums = tl.sum(dread * C_QN.to(tl.float32), 1)
-        tl.store(dsums_ptr + plane + by_head, dsums + tl.where(i == Q - 1, dend, 0.0))
-    store(dB_ptr + row * dB_row + group * N, t, dB_token, n, time, N, WHOLE, dB)
-    store(dC_ptr + row * dC_row + group * N, t, dC_token, n, time, N, WHOLE, dC)
-
-
-@triton.jit
-def step_gradients(
-    dt_ptr, bias_ptr, A_ptr, planes_ptr, run_ptr, ddriving_ptr, dsums_ptr, ddt_ptr, dA_ptr, dbias_ptr,
-    time, plane, dt_row, dt_token, ddt_row, ddt_token,
-    H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """From the sums of log decays back to the step sizes and to A."""
-    chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    i = tl.arange(0, Q)
-    t = chunk * Q + i
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    sees = ((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])).to(tl.float32)
-    for start in range(0, H, HEADS):
-        h = start + tl.arange(0, HEADS)
-        heads = (h < H)[:, None] & (i >= 0)[None, :]
-        at = (row * H + h[:, None]) * chunks * Q + t[None, :]
-        dt = tl.load(planes_ptr + at, mask=heads, other=0.0)
-        dsums = tl.load(dsums_ptr + at, mask=heads, other=0.0)
-        dsums += tl.load(dsums_ptr + plane + at, mask=heads, other=0.0)
-        dlog = tl.dot(dsums, sees, input_precision="tf32x3")
-        A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        # Tokens first from here on, as dt lies in memory.
-        ddt = tl.trans(tl.load(ddriving_ptr + at, mask=heads, other=0.0) + dlog * A[:, None])
-        there = (t < time)[:, None] & (h < H)[None, :]
-        sums = (row * chunks + chunk) * H + h
-        if SOFTPLUS:
-            bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            raw = tl.load(dt_ptr + row * dt_row + t[:, None] * dt_token + h[None, :], mask=there, other=0.0)
-            ddt = tl.where(there, ddt * tl.sigmoid(raw.to(tl.float32) + bias[None, :]), 0.0)
-            tl.store(dbias_ptr + sums, tl.sum(ddt, 0), mask=h < H)
-        target = ddt_ptr + row * ddt_row + t[:, None] * ddt_token + h[None, :]
-        tl.store(target, ddt.to(ddt_ptr.dtype.element_ty), mask=there)
-        tl.store(dA_ptr + sums, tl.sum(dlog * dt, 1), mask=h < H)
+        from_before, D = next_from_before, next_D

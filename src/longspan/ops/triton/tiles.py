@@ -48,6 +48,21 @@ def dot(a, b, DTYPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def widened(x, FAST: tl.constexpr):
+    """bf16 as fp32; FAST: two numbers in two instructions, where Triton needs three."""
+    if FAST and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }",
+            "=f,=f,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
 def exp2(x, FAST: tl.constexpr):
     """2^x; FAST: one instruction, 0 below 2^-126."""
     if FAST:

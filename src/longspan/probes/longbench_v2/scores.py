@@ -13,8 +13,6 @@ from longspan.records import statistics
 
 COMPENSATION = 0.25
 """What LongBench's `compensated` gives a null: the chance of four letters."""
-CONSTANT_LETTER = 148 / 503
-"""Share of the most frequent right letter (C) in the data set: what always saying C scores, 29.4 %."""
 GROUPS = ("all", "easy", "hard", "short", "medium", "long")
 
 
