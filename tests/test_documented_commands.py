@@ -88,7 +88,7 @@ TINY_LISTS = {
     "hybrid-patterns": {"pattern": "AM"},
     "copying": {"pattern": "[hard ALiBi + RoPE, hybrid]"},
     "recall": {"pattern": "Mamba-2, state 4"},
-    "recall-bits": {"vary.variant": "[attention x 2 bits]"},
+    "recall-bits": {"vary.variant": "[attention x 8 bits]"},
     "recall-text": {"pattern": "AM"},
     "cost-at-length": {
         "subjects": "[{name: small, shape: {pattern: MA, vocab_size: 300, width: 16, heads: 2, mlp_width: 16, state: 4,"
