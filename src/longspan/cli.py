@@ -23,6 +23,7 @@ from longspan.commands.options import (
     Subject,
 )
 from longspan.foundation.files import DEFAULT_RUNS
+from longspan.foundation.interrupts import hear_interrupts
 from longspan.foundation.machine import follows, tune_allocator
 
 if TYPE_CHECKING:
@@ -367,7 +368,8 @@ def _print_outcome(outcome: Any, json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped by Ctrl-C)."""
+    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use), 3 (stopped by Ctrl-C) or 130 (before anything began)."""
+    hear_interrupts()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     run_to_its_end(app)

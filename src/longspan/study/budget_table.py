@@ -164,11 +164,8 @@ def budget_table(
             said.
 
     Raises:
-        UserError: a combination that cannot be built or matched, or a context below 1.
+        UserError: a combination that cannot be built or matched.
     """
-    for context in contexts:
-        if context < 1:
-            raise UserError(f"context {context}", "at least 1 token", "e.g. --contexts 512,4096")
     expansion = expand(study)
     check_primary(study, expansion)
     check_probes(expansion)
@@ -332,10 +329,15 @@ def parse_contexts(text: str) -> list[int]:
     try:
         found = [int(part[:-1]) * 1024 if part[-1:] in ("k", "K") else int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(
-            f"--contexts {text}", "whole numbers of tokens with commas, e.g. 512,4k,131072", "write them so"
-        ) from None
+        raise _no_contexts(text) from None
+    if min(found) < 1:
+        raise _no_contexts(text)
     return sorted(set(found))
+
+
+def _no_contexts(text: str) -> UserError:
+    allowed = "numbers of tokens of 1 or more with commas, e.g. 512,4k,131072"
+    return UserError(f"--contexts {text!r}", allowed, "write them so, or leave `--contexts` out")
 
 
 def short(context: int) -> str:
