@@ -11,7 +11,7 @@ from longspan.commands.bench.setting import Setting
 from longspan.models.budget import count_parameters
 from longspan.models.config import ModelConfig
 from longspan.ops import kernels
-from longspan.report.numbers import MISSING, byte_size, scaled, significant
+from longspan.report.numbers import MISSING, byte_size, scaled, share, significant
 from longspan.terminal import print_table
 from longspan.training.compilation import resolve_compile
 
@@ -63,7 +63,7 @@ def in_a_line(each: Measured) -> str:
         return f"{each.part}: {each.failure or 'no rate'}"
     words = [f"{each.part}: {scaled(each.rate, 'tok/s')}"]
     if each.ceiling is not None:
-        words.append(f"{each.ceiling:.1%} {_bound(each.part)}")
+        words.append(f"{share(each.ceiling, 1)} {_bound(each.part)}")
     if each.memory_bytes is not None:
         words.append(f"peak {byte_size(each.memory_bytes)}")
     return ", ".join(words)
@@ -89,7 +89,7 @@ def _show_part(part: Part, found: Sequence[Measured]) -> None:
                 _package(each.who) + (f", {each.micro_batches} micro-batches" if each.micro_batches > 1 else ""),
                 scaled(rate, "tok/s"),
                 MISSING if len(each.rates) < 2 else f"{scaled(min(each.rates))}…{scaled(max(each.rates))}",
-                MISSING if each.ceiling is None else f"{each.ceiling:.1%}",
+                share(each.ceiling, 1),
                 MISSING if each.who == OURS or not rate or not mine else f"{significant(mine / rate)}×",
                 byte_size(each.memory_bytes),
                 byte_size(each.state_bytes),
