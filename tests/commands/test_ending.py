@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from longspan import cli
+from longspan.commands.bench import setting
 from longspan.foundation.interrupts import BEFORE_ANYTHING
-
-COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
 
 
 def ended(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("LONGSPAN_NO_REEXEC", "1")
     monkeypatch.setattr(sys, "argv", ["longspan", *words])
-    with pytest.raises(SystemExit) as stop:
+    try:
         cli.main()
-    return int(stop.value.code or 0)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def ended(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
         ("budget s.yaml --vocab-size 0", "--vocab-size 0", "a whole number of 1 or more", "change --vocab-size"),
         ("bench --second 5", "no option --second", "--patterns, --contexts", "did you mean `--seconds`?"),
         ("bench --fast", "no option --fast", "--patterns, --contexts", "see `longspan bench --help`"),
+        ("--verson", "no option --verson", "--version", "did you mean `--version`?"),
         ("benhc", "no command 'benhc'", "run, prepare", "did you mean `bench`?"),
         ("fly", "no command 'fly'", "run, prepare", "see `longspan --help`"),
     ],
@@ -49,6 +52,22 @@ def test_wrong_use_names_the_value_what_is_allowed_and_what_to_do(
     assert given in first
     assert allowed in second
     assert fix in third
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_help_of_bench_names_its_defaults(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(setting, "resolve_dtype", lambda dtype, device: "bf16")
+    default = setting.default_setting(torch.device(device))
+    assert ended(["bench", "--help"], monkeypatch) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    where = "on a GPU " if device == "cuda" else "default "
+    contexts = [f"{context // 1024}k" if context % 1024 == 0 else str(context) for context in default.contexts]
+    values = (",".join(default.patterns), ",".join(contexts), f"{default.parameters // 10**6}M", default.vocab_size,
+              default.batch_tokens, default.new_tokens, f"{default.seconds:g}")  # fmt: skip
+    assert [value for value in values if f"{where}{value}" not in shown] == []
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def run_to_its_end(app: typer.Typer) -> None:
     try:
         refuse_empty_values(sys.argv[1:])
         # Typer turns Ctrl-C into the code that shells use for it.
-        if app(standalone_mode=False) == INTERRUPTED:
+        if app(standalone_mode=False, prog_name="longspan") == INTERRUPTED:
             raise KeyboardInterrupt
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):

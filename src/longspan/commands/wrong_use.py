@@ -42,7 +42,8 @@ def usage_error(error: Exception, app: typer.Typer) -> UserError | None:
     path = context.command_path if context is not None else " ".join(["longspan", *sys.argv[1:2]])
     look = f"see `{path} --help`"
     command = context and context.command
-    if commands := getattr(command, "commands", None):
+    commands = getattr(command, "commands", None)
+    if commands and not hasattr(error, "option_name"):
         return _unknown(f"no command {sys.argv[1]!r}", sys.argv[1], commands, look)
     if name := getattr(error, "option_name", ""):
         options = [option for each in getattr(command, "params", ()) for option in each.opts if option.startswith("--")]
