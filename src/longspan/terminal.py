@@ -168,7 +168,7 @@ def _make_bars() -> Bars:
         TextColumn("{task.description}", markup=False),
         TextColumn("[dim]{task.fields[stage]}"),
         BarColumn(bar_width=20),
-        TaskProgressColumn(),
+        TaskProgressColumn("[progress.percentage]{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[numbers]}", markup=False),
         TextColumn("[dim]{task.fields[left]}"),
         console=Console(stderr=True),
