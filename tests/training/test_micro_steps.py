@@ -78,6 +78,42 @@ class StandIn:
                 place.copy_(value)
 
 
+class ShardedStandIn:
+    """For FSDP2, which keeps gradients of its own between micro-batches: nothing is done before the first replay.
+
+    Each recording leaves a mark in `marks`.
+    """
+
+    def __init__(self, net: torch.nn.Module, marks: Path) -> None:
+        self.parameters, self.marks = list(net.parameters()), marks
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        with self.marks.open("a") as file:
+            file.write("x")
+        outcome = torch.zeros(())
+        place: list[Any] = []
+        assert all(p.grad is None for p in self.parameters), "a captured pass would add to gradients of another step"
+
+        def replay() -> None:
+            held = [p.grad for p in self.parameters]
+            for p in self.parameters:
+                p.grad = None
+            outcome.copy_(work())
+            written = [p.grad for p in self.parameters]
+            if written[0] is None:
+                place[:] = held
+            elif not place:
+                place[:] = written
+            else:
+                assert all(a is b for a, b in zip(held, place, strict=True)), "gradients moved"
+            for p, at, value in zip(self.parameters, place, written, strict=True):
+                p.grad = at
+                if value is not None:
+                    at.copy_(value)
+
+        return replay, outcome
+
+
 def varied(small: ModuleType, rows: int) -> Any:
     """Rows of two documents each, whose boundary moves."""
 
@@ -145,19 +181,33 @@ def test_replays_train_as_the_calls_they_stand_for(
     assert stand_in.replayed == (STEPS - PLAIN_STEPS) * accumulation
 
 
+@pytest.mark.parametrize(
+    ("parallel", "accumulation", "graphs"), [("ddp", 2, 2), ("fsdp", 1, 1), ("fsdp", 2, 2), ("fsdp", 4, 3)]
+)
 def test_two_processes_that_replay_graphs_train_as_one_that_does_not(
-    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: str,
+    accumulation: int,
+    graphs: int,
 ) -> None:
-    settings: dict[str, Any] = {**SHORT, "log_every": 1}
+    settings: dict[str, Any] = {**SHORT, "log_every": 1, "accumulation": accumulation}
     net, other = (small.model(dropout=0.0) for _ in range(2))
     small.run(tmp_path / "alone", small.settings(**settings), net)
     monkeypatch.setattr(updates, "why_no_graph", lambda *args: None)
-    monkeypatch.setattr(updates, "CudaRecorder", lambda device: StandIn(other))
+    marks = tmp_path / "marks"
+
+    def recorder(device: torch.device) -> Any:
+        return StandIn(other) if parallel == "ddp" else ShardedStandIn(other, marks)
+
+    monkeypatch.setattr(updates, "CudaRecorder", recorder)
     # Several exchanges a step.
     monkeypatch.setattr(distributed, "UNIT_BYTES", 1000)
-    first, second = small.together(tmp_path / "two", 2, small.settings(**settings), net=other)
+    first, second = small.together(tmp_path / "two", 2, small.settings(parallel=parallel, **settings), net=other)
     assert isinstance(first, TrainingResult), first
     assert first == second
+    assert parallel == "ddp" or marks.read_text() == 2 * graphs * "x"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     found = load_file(tmp_path / "two" / "checkpoints/last/model.safetensors")
     for name, weight in net.state_dict().items():
