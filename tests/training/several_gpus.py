@@ -1,11 +1,14 @@
 """Trains one small model again and again with all processes that torchrun started, one for each GPU:
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 several_gpus.py FOLDER
+    python -m torch.distributed.run --standalone --nproc-per-node 2 several_gpus.py FOLDER
+
+With `lost` after the folder it trains once, and process 1 kills itself on the way.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +27,8 @@ from longspan.training import distributed
 from longspan.training.ranks import ALONE, Ranks, joined
 
 CONTEXT, STEPS, STOPPED_AT = 256, 12, 7
+LOST_AT = 8
+"""The batch at which process 1 kills itself; graphs are replayed from the third on."""
 # name → how the model is shared, micro-batches a step, and whether layers are gathered again for the backward pass.
 RUNS: dict[str, tuple[str, int, bool]] = {
     "fsdp": ("fsdp", 1, False),
@@ -34,10 +39,12 @@ RUNS: dict[str, tuple[str, int, bool]] = {
 }
 
 
-def documents(rows: int) -> Any:
-    """Rows of documents whose number and boundaries change from row to row."""
+def documents(rows: int, last: int | None = None) -> Any:
+    """Rows of documents whose number and boundaries change from row to row; whoever draws batch `last` dies."""
 
     def make(number: int) -> Batch:
+        if number == last:
+            os.kill(os.getpid(), signal.SIGKILL)
         generator = numpy_generator(5, "documents", number)
         whole = small.rows_of(rows, CONTEXT, generator)
         starts = generator.random((rows, CONTEXT)) < 1 / 40
@@ -69,7 +76,7 @@ def run(
     sizes = {"width": 64, "heads": 4, "mamba_head_dim": 16, "state": 16, "chunk": 64}
     net = small.model(pattern="AM", **sizes)
     make = {"batches": lambda: documents(training.rows), "validation": validation}
-    small.run(folder, training, net, device=device, ranks=ranks, **make, **more)
+    small.run(folder, training, net, device=device, ranks=ranks, **{**make, **more})
 
 
 def stop(progress: Progress, /) -> None:
@@ -77,13 +84,16 @@ def stop(progress: Progress, /) -> None:
         raise Stopped("enough")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, lost: bool) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     # Every layer is a unit of its own.
     distributed.UNIT_BYTES = 1
     limit = distributed.GATHERED_BYTES
     with joined(rank, size, device) as ranks:
+        if lost:
+            last = LOST_AT if rank == 1 else None
+            run(folder, device, replace(ranks, parallel="fsdp"), batches=lambda: documents(8, last))
         if rank == 0:
             run(folder / "alone", device, ALONE, graph=False)
             run(folder / "alone, accumulating", device, ALONE, 4, graph=False)
@@ -100,4 +110,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["lost"])

@@ -27,13 +27,17 @@ RUNS = [
 ]
 
 
+SCRIPT = str(Path(__file__).with_name("several_gpus.py"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(longspan.__file__).parents[1])}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpus")
-    script = Path(__file__).with_name("several_gpus.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(longspan.__file__).parents[1])}
-    done = subprocess.run([*words, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    done = subprocess.run(
+        [*words, str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     return folder
@@ -51,3 +55,23 @@ def test_two_gpus_that_replay_graphs_train_as_one_that_does_not(trained: Path, n
         print(f"{name}, {kind}: apart by at most {max(abs(a - b) for a, b in zip(wanted, found, strict=True)):.3g}")
         # The gradients of queries are added in any order.
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_process_whose_graphs_wait_for_a_lost_one_ends_with_an_error_that_says_so(tmp_path: Path) -> None:
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29467"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(tmp_path), "lost"],
+            env={**ENVIRONMENT, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = started[0].communicate(timeout=120)[1]
+        assert "process 0 of 2 lost the others" in said
+        assert started[0].returncode == 1
+    finally:
+        for process in started:
+            process.kill()
