@@ -2,25 +2,29 @@
 
     python benchmarks/scaling_gpu.py                                   # 1 and 2 GPUs, about two minutes
     python benchmarks/scaling_gpu.py --processes 4 --compile no
+    python benchmarks/scaling_gpu.py --only "fp32.*(1 process|fsdp)" --layers 4     # parts whose names match
     python benchmarks/scaling_gpu.py --device cpu --width 64 --layers 2 --rows 2 --context 64 --vocab 500 --steps 12
 
 The real training loop (`longspan.training.loop.train`) trains a hybrid of about 130 M parameters on random tokens, one
 document per row, 8 × 4096 positions per GPU and step, bf16 autocast, fused AdamW: with one GPU while the others idle,
-then with all of them: replaying CUDA graphs as one does, with DDP sending gradients during the backward pass, and under
-FSDP2 (`--graph no`: one and all without graphs). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
+then with all of them under DDP and FSDP2, replaying CUDA graphs as one does, and without graphs (`--graph no`: one and
+all without). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
 efficiency is tokens/s with all over (processes × tokens/s with one). `exposed` is the time per step in which a NCCL
 kernel ran and no other kernel did, from a profile of 3 steps on rank 0. Last, the same global batches (fp32, short
-rows) give the same losses with one GPU (which accumulates) and with all. Each part prints as soon as it is measured;
+rows) give the same losses with one GPU (which accumulates) and with all, also where all accumulate and where FSDP2
+gathers a layer anew for its backward pass. Each part prints as soon as it is measured;
 the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import time
@@ -38,6 +42,7 @@ from longspan.foundation.progress import Progress
 from longspan.foundation.randomness import numpy_generator
 from longspan.models.budget import training_flops_per_token
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.training import distributed
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
 from longspan.training.metrics import read_metrics
@@ -196,11 +201,15 @@ def run(
 
 def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    # A collective that waits for ever says where.
+    faulthandler.dump_traceback_later(max(1.0, options.seconds - 8), exit=False)
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
     size, config = options.processes, model_config(options)
     per_gpu = options.rows * options.context
 
     def part(name: str, ranks: Ranks, measure: Callable[[], dict[str, Any]], everybody: bool = False) -> None:
+        if not re.search(options.only, name):
+            return
         # Alone is rank 0, while the others wait below; `everybody` is each for itself.
         if rank == 0 or ranks.size > 1 or everybody:
             try:
@@ -219,12 +228,21 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
         def timed(ranks: Ranks, **settings: Any) -> dict[str, Any]:
             return run(config, options, device, ranks, batch_tokens=per_gpu * ranks.size, **settings)
 
-        def checked(ranks: Ranks) -> dict[str, Any]:
+        def checked(ranks: Ranks, accumulation: int = 1, **more: Any) -> dict[str, Any]:
             """The same rows in the same steps; one process accumulates what several share."""
-            tokens = CHECKED_ROWS * CHECKED_CONTEXT * size
-            settings = {"batch_tokens": tokens, "context": CHECKED_CONTEXT, "accumulation": size // ranks.size}
+            accumulation *= size // ranks.size
+            tokens = CHECKED_ROWS * CHECKED_CONTEXT * ranks.size * accumulation
+            settings = {"batch_tokens": tokens, "context": CHECKED_CONTEXT, "accumulation": accumulation}
             settings |= {"dtype": "fp32", "steps": CHECKED_STEPS, "log_every": 1, "compile": False, "warmup": 2}
-            return run(config, options, device, ranks, **settings)
+            return run(config, options, device, ranks, **settings, **more)
+
+        def sparing(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            """As models above the limit are trained: what is gathered is given back after each forward pass."""
+            limit, distributed.GATHERED_BYTES = distributed.GATHERED_BYTES, 0
+            try:
+                return work()
+            finally:
+                distributed.GATHERED_BYTES = limit
 
         def warmed_up() -> dict[str, Any]:
             """Every rank by itself, at once: kernels and layers are compiled before anybody waits for another."""
@@ -234,10 +252,18 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
         part("1 process", ALONE, lambda: timed(ALONE))
         for kind, ranks in sharing.items():
             part(f"{size} processes, {kind}", ranks, lambda ranks=ranks: timed(ranks))
-        part(f"{size} processes, ddp, no graph", sharing["ddp"], lambda: timed(sharing["ddp"], graph=False))
+        fsdp = sharing["fsdp"]
+        part(f"{size} processes, fsdp, gathered twice", fsdp, lambda: sparing(lambda: timed(fsdp)))
+        for kind, ranks in sharing.items():
+            part(f"{size} processes, {kind}, no graph", ranks, lambda ranks=ranks: timed(ranks, graph=False))
         part("fp32 losses, 1 process", ALONE, lambda: checked(ALONE))
         for kind, ranks in sharing.items():
             part(f"fp32 losses, {size} processes, {kind}", ranks, lambda ranks=ranks: checked(ranks))
+        part(f"fp32 losses, {size} processes, fsdp, gathered twice", fsdp, lambda: sparing(lambda: checked(fsdp)))
+        part("fp32 losses, accumulating, 1 process", ALONE, lambda: checked(ALONE, 3))
+        for kind, ranks in sharing.items():
+            name = f"fp32 losses, accumulating, {size} processes, {kind}"
+            part(name, ranks, lambda ranks=ranks: checked(ranks, 3))
         if rank == 0:
             results.put((None, {}))
 
@@ -246,7 +272,7 @@ def show(name: str, found: dict[str, Any], whole: dict[str, dict[str, Any]], opt
     if "error" in found:
         print(f"{name}: FAILED\n  " + "\n  ".join(found["error"]), flush=True)
         return
-    alone = whole.get("fp32 losses, 1 process" if name.startswith("fp32") else "1 process", {})
+    alone = whole.get(re.sub(r"\d+ process.*", "1 process", name), {})
     words = [f"{found['seconds']:.0f} s in all"]
     if name.startswith("fp32"):
         words.insert(0, f"losses {', '.join(f'{loss:.6f}' for loss in found['losses'])}")
@@ -279,6 +305,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=63)
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on GPUs")
     parser.add_argument("--graph", choices=["auto", "no"], default="auto", help="auto: where there can be one")
+    parser.add_argument("--only", default="", help="a regular expression: parts whose names have it; default: all")
     parser.add_argument("--seconds", type=float, default=160, help="stop then, whatever is missing")
     options = parser.parse_args()
     began = time.monotonic()

@@ -66,13 +66,12 @@ class Spread:
             model: whole, equal on every rank, on `device`.
             ranks: at least two.
             device: of this rank.
-            graphed: whether forward and backward are captured, which only `ddp` can be.
+            graphed: whether forward and backward are captured.
         """
         self.model, self.ranks = model, ranks
         self.objective = Objective(model)
         self._ddp: DistributedDataParallel | None = None
         if ranks.parallel == "fsdp":
-            assert not graphed
             _shard(self.objective, ranks, device)
         elif not graphed:
             from torch.nn.parallel import DistributedDataParallel
