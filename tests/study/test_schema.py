@@ -251,7 +251,7 @@ def test_runs_that_are_a_file_are_refused(study_file: Path, tmp_path: Path) -> N
         (["vocab_size=100"], "vocab_size = 100", "at least 258", "raise"),
         (["positions=learned", "max_positions=8"], "model.max_positions = 8", "every token of a row", "to 32"),
         (["probes.perplexity.foo=1"], "unknown key `probes.perplexity.foo`", "stride", "remove"),
-        (["state=0"], "model.mixers.M.state = 0", "1 or more", "change `model.mixers.M.state`"),
+        (["state=0"], "model.state = 0", "1 or more", "change `model.state`"),
         (["probes.perplexity=3"], "probes.perplexity = 3", "a mapping", "perplexity: {"),
         (["corpus.path=x"], "`corpus.path` is no setting of the source `synthetic`", "num_documents", "text or jsonl"),
         (["study=../away"], "study = '../away'", "no slash", "rename"),

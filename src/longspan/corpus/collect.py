@@ -80,8 +80,9 @@ class CorpusConfig(Config):
         named = {str(kind.model_fields["source"].default): kind for kind in SOURCES}
         name = data["source"]
         if name not in named:
-            fix = did_you_mean(name, named, "name one of these")
-            raise ConfigError("source", f"{ConfigError.PLACE} = {name!r}", ", ".join(sorted(named)), fix)
+            fix = did_you_mean(name, [*named, "task"], "name one of these")
+            allowed = f"{', '.join(sorted(named))}, or task"
+            raise ConfigError("source", f"{ConfigError.PLACE} = {name!r}", allowed, fix)
         own = set(named[name].model_fields) - set(cls.model_fields)
         beside = {key: value for key, value in data.items() if key in own}
         rest = {key: value for key, value in data.items() if key not in beside}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from longspan.engines.native import Dtype, NativeEngine, torch_dtype
 from longspan.engines.run_index import SUBJECTS, find_run
 from longspan.engines.trained_run import SUBJECT, TrainedRun, Weights
+from longspan.foundation.config import nearest
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import digest, read_json, sha256_file
 from longspan.models.interchange import read_folder, read_tokenizer, resolve
@@ -174,6 +174,6 @@ def _check_place(folder: Path) -> None:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} holds no {SUBJECT}, {SUBJECTS} or {CONFIG}", ALLOWED, "check the path")
     elif folder.parent != Path() and folder.parent.is_dir():
-        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.iterdir()], n=1)
+        near = nearest(folder.name, [path.name for path in folder.parent.iterdir()])
         fix = f"did you mean `{folder.parent / near[0]}`?" if near else "check the path"
         raise UserError(f"{folder} is not there", ALLOWED, fix)

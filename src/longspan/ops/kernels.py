@@ -40,7 +40,7 @@ def choice() -> Choice:
         UserError: LONGSPAN_KERNELS names something else.
     """
     if _Setting.choice not in CHOICES:
-        given = f"kernels = {_Setting.choice!r}"
+        given = f"{VARIABLE} = {_Setting.choice!r}"
         raise UserError(given, ", ".join(CHOICES), f"set {VARIABLE} to one of these")
     return _Setting.choice  # type: ignore[return-value]
 
@@ -78,7 +78,7 @@ def wanted(device: torch.device) -> bool:
     _need_triton()
     if device.type == "cpu" and not _Setting.interpreted:
         raise UserError(
-            f"kernels = {setting!r} on a CPU",
+            f"{VARIABLE} = {setting!r} on a CPU",
             "a CUDA device; on a CPU only Triton's interpreter, slow and meant for tests",
             f"set {VARIABLE} to auto or plain, or TRITON_INTERPRET=1 beside it",
         )
@@ -99,7 +99,7 @@ def called(op: CustomOpDef) -> Callable[..., Any]:
 def _need_triton() -> None:
     if not _Setting.triton:
         raise UserError(
-            "kernels without Triton",
+            f"{VARIABLE} = {choice()!r} without Triton",
             "Triton, which comes with torch on Linux",
             f"install `triton`, or set {VARIABLE}=plain and accept plain torch, many times slower on a GPU",
         )

@@ -206,6 +206,17 @@ class Probe(Config, ABC):
         """
         del task
 
+    def check_before(self, context: int) -> None:
+        """Refuse settings, and files of its own, that cannot serve in a study, before anything is prepared.
+
+        Args:
+            context: training context of the study, as in `ProbeData`.
+
+        Raises:
+            UserError: with what to do.
+        """
+        del context
+
     def check(self, engine: Engine) -> None:
         """Refuse an engine that lacks what the probe needs."""
         for capability in sorted(self.requires - engine.capabilities):

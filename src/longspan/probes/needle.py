@@ -84,7 +84,7 @@ class Needle(Probe):
     values: tuple[Literal["number", "name"], ...] = ("number", "name")
     digits: int = Field(5, ge=3, le=12)
     longest_needle: int = Field(40, ge=8)
-    ways: tuple[Way, ...] | None = None
+    ways: tuple[Way, ...] | None = Field(None, min_length=1)
     min_documents: int = Field(5, ge=1)
 
     @property

@@ -26,6 +26,7 @@ from longspan.study.executors.processes import processes_of
 from longspan.study.failures import known_failures, standing, told
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan, PlannedSubject, make_plan
+from longspan.study.preflight import check_machine
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
 from longspan.study.stages import open_corpus, probe_data
@@ -93,7 +94,9 @@ def run_study(
     """
     started = time.monotonic()
     study = load_study(name, overrides)
+    places = _places(side_by_side)
     plan = make_plan(study, runs)
+    check_machine(plan, runs, until=until, devices=places)
     terminal.plan(plan)
     folder = study_folder(study, runs)
     if moved := claim_study_folder(study, folder):
@@ -121,7 +124,7 @@ def run_study(
         left = standing(jobs, [job.key for job, _ in failed])
         executor.run(left, runs, terminal.observe, finished, lost)
 
-    with letting_go(), _executor(side_by_side) as executor:
+    with letting_go(), _executor(places) as executor:
         run_all(executor, plan.jobs_until("prepare"))
         if until != "prepare":
             check_items(plan, runs)
@@ -145,20 +148,31 @@ def run_study(
     return replace(outcome, error=error)
 
 
+def _places(side_by_side: int) -> list[str]:
+    """The devices that jobs run on, once for each job at a time; with torchrun this process's own.
+
+    Raises:
+        UserError: more jobs at a time than there is room for.
+    """
+    if num_launched() == 1:
+        return devices(side_by_side)
+    if side_by_side > 1:
+        raise UserError(f"--jobs {side_by_side} with torchrun", "one job at a time, in all processes", "leave it out")
+    from longspan.study.executors.torchrun import own_device
+
+    return [own_device()]
+
+
 @contextmanager
-def _executor(side_by_side: int) -> Iterator[Executor]:
+def _executor(places: Sequence[str]) -> Iterator[Executor]:
     """All devices of this machine, or the processes that torchrun started."""
     if num_launched() > 1:
-        if side_by_side > 1:
-            raise UserError(
-                f"--jobs {side_by_side} with torchrun", "one job at a time, in all processes", "leave it out"
-            )
         from longspan.study.executors.torchrun import leading
 
         with leading() as executor:
             yield executor
     else:
-        yield LocalExecutor(devices(side_by_side))
+        yield LocalExecutor(places)
 
 
 def listed(planned: PlannedSubject, runs: Path) -> ListedRun:

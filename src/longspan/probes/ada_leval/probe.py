@@ -109,12 +109,18 @@ class AdaLEval(Probe):
         contents = {str(length): file_digest(Path(path)) for length, path in sorted(self.files.items())}
         return {**super().protocol(), "files": contents}
 
-    def items(self, data: ProbeData) -> list[Item]:
-        """The first items of every file, shortest length first."""
+    def check_before(self, context: int) -> None:
+        """Refuse to ask nothing, and files that hold other things."""
         if not self.files:
             raise UserError(
                 "no files", "`files: {2000: stackselect_2k.json, …}`", "get Ada-LEval's data (docs/benchmarks.md)"
             )
+        for length in self.files:
+            self._read(length)
+
+    def items(self, data: ProbeData) -> list[Item]:
+        """The first items of every file, shortest length first."""
+        self.check_before(data.context)
         return [
             Item(f"{each.id}@{length}", 0, length, {"length": length, "number": number})
             for length in sorted(self.files)

@@ -41,7 +41,7 @@ class LocalExecutor:
         pending = [job for job in jobs if not job.is_done(runs)]
         if not pending:
             return
-        places = _places(self.devices, max(map(processes_of, pending)))
+        places = places_for(self.devices, max(map(processes_of, pending)))
         if len(places) == 1 or len(pending) < 2:
 
             def here(job: Job) -> dict[str, Any]:
@@ -52,8 +52,12 @@ class LocalExecutor:
             _run_in_processes(pending, runs, observe, finished, failed, places)
 
 
-def _places(devices: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
-    """The devices, so many at a time; the CPU takes any number of processes."""
+def places_for(devices: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """The devices, so many at a time; the CPU takes any number of processes.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
     if devices[0] == "cpu" and size > 1:
         return [("cpu",) * size]
     if len(devices) < size:
@@ -62,7 +66,7 @@ def _places(devices: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
             f"at most one for each GPU here, that is {len(devices)}",
             f"set training.processes to {len(devices)}, or start the study with torchrun on several machines",
         )
-    return [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
+    return [tuple(devices[first : first + size]) for first in range(0, len(devices) - size + 1, size)]
 
 
 def _execute(job: Job, runs: Path, report: Report, place: tuple[str, ...]) -> dict[str, Any]:
