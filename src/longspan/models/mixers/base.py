@@ -171,13 +171,18 @@ class Mixer(nn.Module, ABC):
 
 def state_tensors(state: MixerState) -> list[Tensor]:
     """Every tensor of a state."""
+    return visited(state.map)
+
+
+def visited(visit: Callable[[Callable[[Tensor], Tensor]], object]) -> list[Tensor]:
+    """The tensors that `MixerState.map` or `MixerState.handed_over` calls its function with, in order."""
     found: list[Tensor] = []
 
     def add(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    state.map(add)
+    visit(add)
     return found
 
 
