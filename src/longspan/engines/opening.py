@@ -21,12 +21,13 @@ from longspan.engines.source import EndpointArguments, ModelSource, Transformers
 from longspan.engines.state_shapes import StateShape
 from longspan.foundation.errors import UserError, first_line
 from longspan.foundation.extras import require
-from longspan.foundation.files import digest, read_json, sha256_file
+from longspan.foundation.files import digest, sha256_file
 from longspan.foundation.progress import Report, silent
 from longspan.models.budget import Parameters
 from longspan.models.config import ModelConfig
 from longspan.models.interchange import DESCRIPTIONS, DTYPES, FETCHED, read_config, read_tokenizer, resolve
 from longspan.models.interchange.config_keys import CONFIG
+from longspan.models.interchange.json_object import read_object
 
 if TYPE_CHECKING:
     from longspan.engines.transformers import TransformersEngine
@@ -148,7 +149,7 @@ class Described:
         """The ids with which it ends a text."""
         if self.source.kind == "shape" or self.config is None:
             return frozenset()
-        return end_tokens(self.folder, read_json(self.folder / CONFIG))
+        return end_tokens(self.folder, read_object(self.folder / CONFIG))
 
 
 @cache
