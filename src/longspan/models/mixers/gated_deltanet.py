@@ -128,11 +128,7 @@ class GatedDeltaNet(Mixer):
         init_linear(self.out_proj, generator)
 
     def traceable(self, device: torch.device) -> bool:
-        """Plain torch would be unrolled chunk by chunk."""
-        return False
-
-    def capturable(self, device: torch.device) -> bool:
-        """As a kernel."""
+        """As a kernel; plain torch would be unrolled chunk by chunk."""
         return kernels.wanted(device) and self.settings.delta_head_dim <= LARGEST_KERNEL_KEY
 
     def initial_state(self) -> GatedDeltaNetState:
