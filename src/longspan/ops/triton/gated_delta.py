@@ -184,11 +184,11 @@ def _results(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def like(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Kept]:
     """What `run_forward` returns, without values."""
-    o, final, norms, *others = _results(v_BTHV, key_dim)
+    o, final, norms, inverses, u, states = _results(v_BTHV, key_dim)
     _, rows, heads, padded = norms.shape
-    planes = norms.new_empty(4, rows, heads, padded)
-    carry = norms.new_empty(rows, heads, others[0].shape[1])
-    return o, final, Kept(norms, *others, planes, carry, norms.new_empty(rows, padded, dtype=torch.int32))
+    planes, carry = norms.new_empty(4, rows, heads, padded), norms.new_empty(rows, heads, inverses.shape[1])
+    run = norms.new_empty(rows, padded, dtype=torch.int32)
+    return o, final, Kept(norms, inverses, u, states, planes, carry, run)
 
 
 @on_its_device
