@@ -24,7 +24,8 @@ from longspan.ops.triton.tiles import block
 class Cut(NamedTuple):
     """Tokens of a chunk, values of a tile with and without a state in flight, warps and stages, precisions.
 
-    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve` is that of the inverse, of fp32 operands always.
+    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve`: what the operands of the inverse are rounded to. Its
+    entries are 2 at most with keys of length 1 and beta up to 2, so that fp16 is as good as tf32, with half the bytes.
     """
 
     chunk: int
@@ -35,12 +36,12 @@ class Cut(NamedTuple):
     output_warps: tuple[int, int]
     gradient_warps: tuple[int, int]
     precision: str
-    solve: str
+    solve: tl.dtype
 
 
 CUTS = {
-    torch.bfloat16: Cut(64, 64, 64, (4, 2), (4, 1), (4, 2), (4, 1), "ieee", "tf32"),
-    torch.float32: Cut(16, 32, 32, (4, 1), (4, 1), (4, 1), (4, 1), "tf32x3", "tf32x3"),
+    torch.bfloat16: Cut(64, 64, 64, (4, 2), (4, 1), (4, 2), (4, 1), "ieee", tl.float16),
+    torch.float32: Cut(16, 32, 32, (4, 1), (4, 1), (4, 1), (4, 1), "tf32x3", tl.float32),
 }
 
 

@@ -30,7 +30,7 @@ def _decay(planes, run, i, plane):
 
 
 @triton.jit
-def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(system, i, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(I + system)^-1 of a strictly lower triangular system, from blocks of 1 to blocks of 2^LEVELS.
 
     Two inverted blocks make one of twice the size: their inverses, and below, minus inverse times system times inverse.
@@ -39,8 +39,8 @@ def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
     for level in tl.static_range(1, LEVELS):
         below = tl.where((apart >= 2**level) & (apart < 2 ** (level + 1)), system, 0.0)
-        solved = tl.dot(below, inverse, input_precision=PRECISION)
-        inverse -= tl.dot(inverse, solved, input_precision=PRECISION)
+        solved = dot(below, inverse, DTYPE, DTYPE, PRECISION)
+        inverse -= dot(inverse, solved, DTYPE, DTYPE, PRECISION)
     return inverse
 
 
@@ -73,7 +73,7 @@ def systems(
     run = tl.load(run_ptr + row * chunks * Q + t)
     overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
     system = tl.where(i[:, None] > i[None, :], overlap * beta[:, None], 0.0)
-    inverse = _inverse(system, i, LEVELS, SOLVE)
+    inverse = _inverse(system, i, LEVELS, SOLVE, PRECISION)
     store(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True, inverse)
 
     from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
