@@ -30,7 +30,7 @@ def _decay(planes, run, i, plane):
 
 
 @triton.jit
-def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(system, i, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(I + system)^-1 of a strictly lower triangular system, from blocks of 1 to blocks of 2^LEVELS.
 
     Two inverted blocks make one of twice the size: their inverses, and below, minus inverse times system times inverse.
@@ -39,8 +39,8 @@ def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
     for level in tl.static_range(1, LEVELS):
         below = tl.where((apart >= 2**level) & (apart < 2 ** (level + 1)), system, 0.0)
-        solved = tl.dot(below, inverse, input_precision=PRECISION)
-        inverse -= tl.dot(inverse, solved, input_precision=PRECISION)
+        solved = dot(below, inverse, DTYPE, DTYPE, PRECISION)
+        inverse -= dot(inverse, solved, DTYPE, DTYPE, PRECISION)
     return inverse
 
 
@@ -73,7 +73,7 @@ def systems(
     run = tl.load(run_ptr + row * chunks * Q + t)
     overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
     system = tl.where(i[:, None] > i[None, :], overlap * beta[:, None], 0.0)
-    inverse = _inverse(system, i, LEVELS, SOLVE)
+    inverse = _inverse(system, i, LEVELS, SOLVE, PRECISION)
     store(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True, inverse)
 
     from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
@@ -222,8 +222,8 @@ def state_gradients(
 @triton.jit
 def mixing_gradients(
     q_ptr, k_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, run_ptr, u_ptr, states_ptr, dstates_ptr,
-    dq_ptr, dk_ptr, dsums_ptr, time, plane,
-    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr,
+    dq_ptr, dk_ptr, dsums_ptr, time, plane, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr,
+    do_row, do_token: tl.constexpr, dq_row, dq_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +263,7 @@ def mixing_gradients(
     reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
     # Through the norm: what lies along q does not change its length.
     dq = (reads - q * (tl.sum(reads * q, 1) * K)[:, None]) * query_weight[:, None]
-    store(dq_ptr + row * time * H * K + h * K, t, H * K, c, time, K, WHOLE, dq)
+    store(dq_ptr + row * dq_row + h * K, t, dq_token, c, time, K, WHOLE, dq)
 
 
 @triton.jit
@@ -271,6 +271,7 @@ def system_gradients(
     k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, u_ptr, du_ptr, states_ptr, dk_part_ptr,
     dsums_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
     k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    dk_row, dk_token: tl.constexpr, dv_row, dv_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -287,7 +288,7 @@ def system_gradients(
         du = load(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
         dr = dot(transposed, du, DTYPE, OPERAND, PRECISION)
         dv = dr * beta[:, None]
-        store(dv_ptr + row * time * H * V + h * V, t, H * V, v, time, V, WHOLE, dv)
+        store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dv)
         values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
         dbeta += tl.sum(dr * values.to(tl.float32), 1)
         u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
@@ -317,4 +318,4 @@ def system_gradients(
     dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
     dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
     dk = (dk - k * tl.sum(dk * k, 1)[:, None]) * weight[:, None]
-    store(dk_ptr + row * time * H * K + h * K, t, H * K, c, time, K, WHOLE, dk)
+    store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
