@@ -10,7 +10,8 @@ document per row, 8 × 4096 positions per GPU and step, bf16 autocast, fused Ada
 then with all of them under DDP and FSDP2, replaying CUDA graphs as one does, and without graphs (`--graph no`: one and
 all without). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
 efficiency is tokens/s with all over (processes × tokens/s with one). `exposed` is the time per step in which a NCCL
-kernel ran and no other kernel did, from a profile of 3 steps on rank 0. Last, the same global batches (fp32, short
+kernel ran and no other kernel did, from a profile of 3 steps on rank 0, which also says on which kernels a process
+spends more or less than one alone. Last, the same global batches (fp32, short
 rows) give the same losses with one GPU (which accumulates) and with all, also where all accumulate and where FSDP2
 gathers a layer anew for its backward pass. Each part prints as soon as it is measured;
 the last line is one JSON object.
@@ -29,6 +30,7 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,9 +116,10 @@ class Profiled:
         self.calls += 1
 
 
-def communication(profiler: Any) -> dict[str, float]:
-    """Milliseconds per step of NCCL kernels, and of those moments in which nothing else ran."""
+def communication(profiler: Any) -> dict[str, Any]:
+    """Milliseconds per step of NCCL kernels, and of those moments in which nothing else ran; kernel → milliseconds."""
     nccl, others = [], []
+    kernels: dict[str, float] = defaultdict(float)
     for event in profiler.events():
         # Annotations span whole phases and would hide what stands idle inside.
         annotation = getattr(event, "is_user_annotation", False) or event.name.startswith(("nccl:", "FSDP::"))
@@ -124,11 +127,17 @@ def communication(profiler: Any) -> dict[str, float]:
             continue
         span = (event.time_range.start, event.time_range.end)
         (nccl if event.name.startswith("nccl") else others).append(span)
+        kernels[event.name[:90]] += (span[1] - span[0]) / 1e3 / PROFILED_STEPS
     busy = union(others)
     total = length(union(nccl))
     both = length(union(nccl)) + length(busy) - length(union(nccl + others))
     scale = 1e3 * PROFILED_STEPS
-    return {"nccl_ms": total / scale, "exposed_ms": (total - both) / scale, "compute_ms": length(busy) / scale}
+    return {
+        "nccl_ms": total / scale,
+        "exposed_ms": (total - both) / scale,
+        "compute_ms": length(busy) / scale,
+        "kernels": kernels,
+    }
 
 
 def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -167,7 +176,7 @@ def run(
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     folder = ranks.on_first(lambda: tempfile.mkdtemp(prefix="scaling-", dir=place))
     model = LanguageModel(config, options.vocab, 0)
-    report = Profiled(device.type == "cuda" and ranks.size > 1 and ranks.is_first and training.log_every == 5)
+    report = Profiled(device.type == "cuda" and ranks.is_first and training.log_every == 5)
     result = train(
         model,
         training,
@@ -290,7 +299,17 @@ def show(name: str, found: dict[str, Any], whole: dict[str, dict[str, Any]], opt
             words.insert(1, f"efficiency {found['efficiency']:.1%}")
         if "nccl_ms" in found:
             words.insert(2, f"NCCL {found['nccl_ms']:.2f} ms a step, {found['exposed_ms']:.2f} ms of it exposed")
+            words.insert(3, f"other kernels {found['compute_ms']:.2f} ms")
     print(f"{name}: " + "; ".join(words), flush=True)
+    if {"kernels"} <= found.keys() & alone.keys() and alone is not found:
+        compare(found["kernels"], alone["kernels"])
+
+
+def compare(found: dict[str, float], alone: dict[str, float], top: int = 14) -> None:
+    """Prints the kernels that take another time than with one process, the largest difference first."""
+    more = {kernel: found.get(kernel, 0.0) - alone.get(kernel, 0.0) for kernel in {**found, **alone}}
+    for kernel in sorted(more, key=lambda kernel: -abs(more[kernel]))[:top]:
+        print(f"    {more[kernel]:+7.3f} ms, {found.get(kernel, 0.0):7.3f} in all: {kernel}", flush=True)
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ RUNS = [
 
 
 SCRIPT = str(Path(__file__).with_name("several_gpus.py"))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(longspan.__file__).parents[1])}
+SOURCES = [str(Path(longspan.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(SOURCES)}
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ class TrainingConfig(Config):
         compile: `torch.compile` the layers; `auto` does on CUDA with Triton, and not on a CPU, where it hardly pays for
             its start.
         graph: replay each micro-batch's kernels as one CUDA graph, so that a busy host cannot slow them: `auto` does
-            on CUDA where no layer waits for the device, and not with `parallel: fsdp`, and says where it does not;
-            `true` demands it. The results are the same, so it is no part of a run's identity.
+            on CUDA where no layer waits for the device, and says where it does not; `true` demands it. The results are
+            the same, so it is no part of a run's identity.
         processes: processes that train one model together, each on a device of its own and with an equal share of every
             batch's rows. The update is that of one process, so this is no part of what identifies a run: it may be
             resumed with another number.

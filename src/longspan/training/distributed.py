@@ -2,6 +2,7 @@
 
 DDP sends gradients between the kernels of the backward pass. Where forward and backward are one CUDA graph, which
 cannot be entered, ranks exchange all gradients after it: that hides nothing, but needs nothing of the host either.
+What FSDP2 gathers and sends on streams of its own is captured with the passes that it belongs to.
 """
 
 from __future__ import annotations
