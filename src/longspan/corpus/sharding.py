@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.corpus.collect import Collected
+from longspan.corpus.collect import KEEP, Collected
 from longspan.corpus.document import Document
 from longspan.corpus.shards import OneShard, ShardEntry, write_index
 from longspan.corpus.spool import Part, read_part
@@ -58,7 +58,7 @@ def write_shards(
         _Task(
             part=part,
             spool=collected.folder,
-            keep=collected.folder / "keep.npy",
+            keep=collected.folder / KEEP,
             shards=folder / part.split,
             entry=entries / f"{part.name}.json",
         )
