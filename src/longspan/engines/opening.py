@@ -117,7 +117,7 @@ class Described:
                 "tokenizer": self.tokenizer.fingerprint,
                 "asked": self.source.asked_how(),
                 "arguments": self.source.engine_arguments().model_dump(mode="json"),
-                "versions": {name: _version(name) for name in (self.source.engine,) if name == "transformers"},
+                "versions": _versions(self.source),
             }
         facts = {
             "tokenizer": self.tokenizer.fingerprint,
@@ -128,8 +128,8 @@ class Described:
         if self.source.endpoint is not None:
             model = self.source.endpoint.model_dump(mode="json", exclude={"tokenizer"})
             return {**facts, "endpoint": model, "revision": self.source.revision, "template": _template_files(self)}
-        versions = {name: _version(name) for name in ("transformers",) if self.source.engine == "transformers"}
-        return {**facts, "weights": _weights(self.folder), "template": _template_files(self), "versions": versions}
+        weights, template = _weights(self.folder), _template_files(self)
+        return {**facts, "weights": weights, "template": template, "versions": _versions(self.source)}
 
     def prompting(self) -> Prompting | None:
         """How it is asked by text; None: the text as it is."""
@@ -364,8 +364,11 @@ def _absent(modules: Sequence[str]) -> list[str]:
     return [module for module in modules if importlib.util.find_spec(module) is None]
 
 
-def _version(package: str) -> str:
+def _versions(source: ModelSource) -> dict[str, str]:
+    """Of the package in this process whose code gives the answers; a server's is its own matter."""
+    if source.engine != "transformers":
+        return {}
     try:
-        return version(package)
+        return {"transformers": version("transformers")}
     except PackageNotFoundError:
-        return ""
+        return {"transformers": ""}
