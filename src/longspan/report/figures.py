@@ -53,7 +53,9 @@ def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> l
             # Of many subjects the first curve has the whole width.
             half = len(curves) > 1 and (len(arms) <= MOST_HALF or metric is not curves[0])
             found.append(_curve_figure(report, section, metric, arms, half=half))
-        if metric.y_name is not None and findings.cells(section, metric.name):
+        ys = {m.y for m in findings.cells(section, metric.name)} if metric.y_name is not None else set()
+        # One row of cells is the curve once more.
+        if len(ys) > 1 or (ys and len(xs) <= 1):
             found.append(_cell_figure(section, metric, arms))
     return found + [_derived_figure(section, metric, arms) for metric in derived if metric.bound]
 
@@ -132,7 +134,8 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
-    caption = f"{better} is better{_bars(metric, ranked)}. The axis does not start at zero."
+    caption = f"{better} is better{_bars(metric, ranked)}."
+    caption += "" if charts.dots_domain(rows, percent=percent)[0] == 0.0 else " The axis does not start at zero."
     if metric.chance is not None:
         caption = f"{better} is better{_bars(metric, ranked)}; the thin line is {_chance_name(metric)}."
     title = quantity(finding)

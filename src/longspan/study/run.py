@@ -18,6 +18,7 @@ from longspan.foundation.machine import num_launched
 from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
 from longspan.records.store import RECORDS, RecordStore
+from longspan.report.numbers import duration, scaled, share
 from longspan.study.asked import letting_go
 from longspan.study.environment import devices
 from longspan.study.executors.base import Executor
@@ -312,7 +313,6 @@ def _write_report(
 ) -> Outcome:
     from longspan.report import data as report_data
     from longspan.report.decision import decide
-    from longspan.report.numbers import duration
     from longspan.report.page import write_report
     from longspan.report.tables import summary_rows
     from longspan.study.results import collect
@@ -347,7 +347,7 @@ def _stage_outcome(jobs: list[Job], runs: Path, seconds: float) -> Outcome:
         ],
         "seconds": round(seconds, 1),
     }
-    return Outcome(("<job", "<result", "<folder"), rows, [f"took {seconds:.0f} s"], data)
+    return Outcome(("<job", "<result", "<folder"), rows, [f"took {duration(seconds)}"], data)
 
 
 def headline(job: Job, result: dict[str, Any]) -> str:
@@ -361,9 +361,9 @@ def headline(job: Job, result: dict[str, Any]) -> str:
     if job.kind == "train":
         training = result["training"]
         rate = training["tokens_per_second"]
-        speed = f", {rate:,.0f} tok/s" if rate else ""
+        speed = f", {scaled(rate, 'tok/s')}" if rate else ""
         if (strings := training["final"]["string_accuracy"]) is not None:
-            return f"{strings:.1%} of strings right after {training['samples']:,} samples{speed}"
+            return f"{share(strings, 1)} of strings right after {training['samples']:,} samples{speed}"
         return f"validation {training['best']['bits_per_byte']:.4f} bits/byte{speed}"
     if job.kind in ("import", "check"):
         differ = [check["name"] for check in result["oracle"] if check["verdict"] == "differs"]
