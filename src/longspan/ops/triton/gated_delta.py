@@ -148,17 +148,15 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     q, k, v, g, beta, doc, initial, initial_doc = inputs
     decays = Decays.of(g, None, None, doc, initial_doc, plan.cut.chunk)
     plane = decays.planes.stride(0)
-    size, key_dim, value_dim = plan.cut.chunk, k.shape[-1], v.shape[-1]
-    o, final, norms, inverses, u, states = _results(v, key_dim)
-    reading, free = plan.scratch(v, size, key_dim), plan.scratch(v, size, value_dim)
+    o, final, norms, inverses, u, states = _results(v, k.shape[-1])
     kernels.systems[plan.grid](
-        q, k, v, beta, decays.planes, norms, decays.run, inverses, reading, free, plan.time, plane,
-        *inputs.strides("q", "k", "v", "beta"), LEVELS=size.bit_length() - 1, SOLVE=plan.cut.solve,
+        q, k, beta, decays.planes, norms, decays.run, inverses, plan.time, plane,
+        *inputs.strides("q", "k", "beta"), LEVELS=plan.cut.chunk.bit_length() - 1, SOLVE=plan.cut.solve,
         **plan.tiled(plan.cut.values, plan.cut.system_warps),
     )  # fmt: skip
     kernels.states[plan.state_grid()](
-        k, decays.planes, norms, decays.carry, pointer(initial, v), reading, free, u, states, final,
-        plan.time, plan.chunks, plane, *inputs.strides("k"), INITIAL=initial is not None,
+        k, v, beta, decays.planes, norms, decays.carry, pointer(initial, v), inverses, u, states, final,
+        plan.time, plan.chunks, plane, *inputs.strides("k", "v", "beta"), INITIAL=initial is not None,
         **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
     )  # fmt: skip
     kernels.outputs[plan.grid](
@@ -204,30 +202,29 @@ def run_backward(
     do = _by_heads(do)
     decays = kept.decays
     plane = decays.planes.stride(0)
-    size, key_dim = plan.cut.chunk, k.shape[-1]
-    reading, du, dstates = plan.scratch(v, size, key_dim), torch.empty_like(u), torch.empty_like(states)
+    du, dstates = torch.empty_like(u), torch.empty_like(states)
     dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, beta))
     gradients = plan.tiled(plan.cut.values, plan.cut.gradient_warps)
     kernels.correction_gradients[plan.grid](
-        q, k, beta, do, decays.planes, norms, decays.run, inverses, reading, du, plan.time, plane,
-        *inputs.strides("q", "k"), *do.stride()[:2], *inputs.strides("beta"), **gradients,
+        q, k, do, decays.planes, norms, decays.run, du, plan.time, plane,
+        *inputs.strides("q", "k"), *do.stride()[:2], **gradients,
     )  # fmt: skip
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     kernels.state_gradients[plan.state_grid()](
-        q, k, do, decays.planes, norms, decays.carry, reading,
+        q, k, beta, do, decays.planes, norms, decays.carry, inverses,
         v if dfinal is None else dfinal.contiguous(), du, dstates, pointer(dinitial, v),
-        plan.time, plan.chunks, plane, *inputs.strides("q", "k"), *do.stride()[:2],
+        plan.time, plan.chunks, plane, *inputs.strides("q", "k", "beta"), *do.stride()[:2],
         FINAL=dfinal is not None, INITIAL=initial is not None,
         **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
     )  # fmt: skip
-    dk_part = plan.scratch(v, size, key_dim)
+    dk_part = plan.scratch(v, plan.cut.chunk, k.shape[-1])
     dsums = torch.empty_like(decays.planes[0])
     kernels.mixing_gradients[plan.grid](
         q, k, do, decays.planes, norms, decays.carry, decays.run, u, states, dstates, into.q, dk_part, dsums,
         plan.time, plane, *inputs.strides("q", "k"), *do.stride()[:2], *into.q.stride()[:2], **gradients,
     )  # fmt: skip
     kernels.system_gradients[plan.grid](
-        k, v, beta, decays.planes, norms, decays.run, inverses, u, du, states, dk_part, dsums,
+        k, v, beta, decays.planes, norms, decays.run, u, du, states, dk_part, dsums,
         into.k, into.v, dg, dbeta, plan.time, plane,
         *inputs.strides("k", "v", "beta"), *into.k.stride()[:2], *into.v.stride()[:2], **gradients,
     )  # fmt: skip
