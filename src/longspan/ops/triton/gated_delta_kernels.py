@@ -107,7 +107,10 @@ def states(
         inverse = load(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True)
         beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
         norm = tl.load(norms_ptr + KEY * plane + at)
-        read, written = norm * tl.load(planes_ptr + FROM_BEFORE * plane + at), norm * tl.load(planes_ptr + TO_END * plane + at)
+        read, written = (
+            norm * tl.load(planes_ptr + FROM_BEFORE * plane + at),
+            norm * tl.load(planes_ptr + TO_END * plane + at),
+        )
         error = values.to(tl.float32) - dot(k, state, DTYPE, OPERAND, PRECISION) * read[:, None]
         u = dot(inverse, error * beta[:, None], DTYPE, OPERAND, PRECISION)
         store(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE, u)
