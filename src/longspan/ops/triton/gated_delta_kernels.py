@@ -38,7 +38,7 @@ def _inverse(system, i, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl
     apart = i[:, None] ^ i[None, :]
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
     for level in tl.static_range(1, LEVELS):
-        below = tl.where((apart >= 2**level) & (apart < 2 ** (level + 1)), system, 0.0)
+        below = tl.where((apart >> level) == 1, system, 0.0)
         solved = dot(below, inverse, DTYPE, DTYPE, PRECISION)
         inverse -= dot(inverse, solved, DTYPE, DTYPE, PRECISION)
     return inverse
@@ -224,7 +224,11 @@ def mixing_gradients(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, and what outputs and states give to keys (of one length) and to sums of log decays."""
+    """The gradient of q, and what outputs and states give to keys, without the norm's part, and to sums of log decays.
+
+    What normalises queries and keys multiplies results here too: gradients through the norm of a key k of weight n are
+    P - k n^2 (P k), where P is the gradient of the normalised key times n.
+    """
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -242,24 +246,25 @@ def mixing_gradients(
         writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
         carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
     run = tl.load(run_ptr + row * chunks * Q + t)
-    dmixing *= _decay(planes_ptr + by_head, run, i, plane)
-    reads *= tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)[:, None]
-    writes *= tl.load(planes_ptr + TO_END * plane + by_head + i)[:, None]
-    query_weight = tl.load(norms_ptr + QUERY * plane + by_head + i)
-    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32) * query_weight[:, None]
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
-    k *= tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]
+    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
+    dmixing *= _decay(planes_ptr + by_head, run, i, plane) * queries[:, None] * keys[None, :]
+    reads *= (queries * tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i))[:, None]
+    writes *= (keys * tl.load(planes_ptr + TO_END * plane + by_head + i))[:, None]
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION)
-    kept = tl.sum(writes * k, 1)
+    kept = tl.sum(writes * k.to(tl.float32), 1)
     dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + tl.sum(reads * q, 1) - kept + tl.where(i == Q - 1, dend, 0.0)
+    read = tl.sum(reads * q.to(tl.float32), 1)
+    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + read - kept + tl.where(i == Q - 1, dend, 0.0)
     tl.store(dsums_ptr + by_head + i, dsums)
     dmixing = dmixing.to(DTYPE)
     writes += dot(tl.trans(dmixing), q, DTYPE, OPERAND, PRECISION)
     store(dk_ptr + here * Q * K, i, K, c, Q, K, WHOLE, writes)
     reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
     # Through the norm: what lies along q does not change its length.
-    dq = (reads - q * (tl.sum(reads * q, 1) * K)[:, None]) * query_weight[:, None]
+    q = q.to(tl.float32)
+    dq = reads - q * (tl.sum(reads * q, 1) * queries * queries * K)[:, None]
     store(dq_ptr + row * dq_row + h * K, t, dq_token, c, time, K, WHOLE, dq)
 
 
@@ -291,12 +296,13 @@ def system_gradients(
         store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dsolved * beta[:, None])
         dbeta += tl.sum(dsolved * values.to(tl.float32), 1)
     run = tl.load(run_ptr + row * chunks * Q + t)
-    dsystem = tl.where(i[:, None] > i[None, :], dsystem * _decay(planes_ptr + by_head, run, i, plane), 0.0)
-    reads *= tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)[:, None]
-    weight = tl.load(norms_ptr + KEY * plane + by_head + i)
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32) * weight[:, None]
+    keys = tl.load(norms_ptr + KEY * plane + by_head + i)
+    dsystem *= _decay(planes_ptr + by_head, run, i, plane) * keys[:, None] * keys[None, :]
+    dsystem = tl.where(i[:, None] > i[None, :], dsystem, 0.0)
+    reads *= (keys * tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i))[:, None]
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
-    read = tl.sum(reads * k, 1)
+    read = tl.sum(reads * k.to(tl.float32), 1)
     dbeta += tl.sum(overlaps, 1) - read
     overlaps *= beta[:, None]
     dsums = tl.load(dsums_ptr + by_head + i) + tl.sum(overlaps, 1) - tl.sum(overlaps, 0) - beta * read
@@ -311,5 +317,6 @@ def system_gradients(
     dk = load(dk_part_ptr + here * Q * K, i, K, c, Q, K, WHOLE).to(tl.float32) - reads * beta[:, None]
     dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
     dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
-    dk = (dk - k * tl.sum(dk * k, 1)[:, None]) * weight[:, None]
+    k = k.to(tl.float32)
+    dk -= k * (tl.sum(dk * k, 1) * keys * keys)[:, None]
     store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
