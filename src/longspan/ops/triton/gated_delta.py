@@ -54,11 +54,11 @@ class Cut(NamedTuple):
 STATEFUL = ("states", "state_gradients")
 CUTS = {
     torch.bfloat16: Cut(64, 64, 64, "ieee", tl.float16, {
-        "systems": Launch(4, 1),
-        "states": Launch(4, 2),
+        "systems": Launch(4, 1, 168),
+        "states": Launch(4, 3),
         "outputs": Launch(4, 2),
         "correction_gradients": Launch(4, 1),
-        "state_gradients": Launch(4, 2),
+        "state_gradients": Launch(4, 3),
         "mixing_gradients": Launch(4, 1),
         "system_gradients": Launch(4, 1),
     }),
