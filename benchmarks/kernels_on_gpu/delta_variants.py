@@ -19,8 +19,8 @@ LAUNCHES: dict[str, list[tuple[int, int, int | None]]] = {
     "outputs": [(4, 2, None), (4, 1, None), (4, 3, None), (8, 2, None)],
     "correction_gradients": [(4, 1, None), (4, 2, None), (8, 1, None), (4, 1, 80)],
     "state_gradients": [(4, 2, None), (4, 3, None), (8, 2, None), (8, 3, None)],
-    "mixing_gradients": [(4, 1, None), (8, 1, 128), (4, 2, None), (4, 1, 168)],
-    "system_gradients": [(4, 1, None), (8, 1, 128), (4, 2, None), (4, 1, 168)],
+    "mixing_gradients": [(4, 2, None), (8, 2, 128), (4, 1, None), (4, 2, 168)],
+    "system_gradients": [(4, 2, None), (8, 2, 128), (4, 1, None), (4, 2, 168)],
 }
 # Tiles of 64 tokens and 64 numbers that each kernel reads and writes for a chunk of one head.
 TILES = {

@@ -59,8 +59,8 @@ CUTS = {
         "outputs": Launch(4, 2),
         "correction_gradients": Launch(4, 1),
         "state_gradients": Launch(4, 3),
-        "mixing_gradients": Launch(4, 1),
-        "system_gradients": Launch(4, 1),
+        "mixing_gradients": Launch(4, 2),
+        "system_gradients": Launch(4, 2),
     }),
     torch.float32: Cut(16, 32, 32, "tf32x3", tl.float32, defaultdict(lambda: Launch(4, 1))),
 }  # fmt: skip

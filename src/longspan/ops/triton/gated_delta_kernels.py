@@ -22,9 +22,8 @@ QUERY, KEY = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
-def _decay(planes, run, i, plane):
+def _decay(sums, run, i):
     """(i, j): the decay from token j to token i, 0 where i does not see j."""
-    sums = tl.load(planes + SUM * plane + i)
     sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
     return tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
 
@@ -70,8 +69,8 @@ def systems(
     k *= inverse_length[:, None]
 
     beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(sums, run, i)
     system = tl.where(i[:, None] > i[None, :], overlap * beta[:, None], 0.0)
     inverse = _inverse(system, i, LEVELS, SOLVE, PRECISION)
     store(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True, inverse)
@@ -130,12 +129,12 @@ def outputs(
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
     q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
     k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
     from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i) * queries
-    scores = dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
+    scores = dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(sums, run, i)
     scores = (scores * queries[:, None] * keys[None, :]).to(DTYPE)
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
@@ -157,12 +156,11 @@ def correction_gradients(
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
     q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
     k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
     # With the token that is read first, (j, i), so that no product needs a transpose.
-    sums = tl.load(planes_ptr + SUM * plane + by_head + i)
     seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
     decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
     scores = dot(k, tl.trans(q), DTYPE, OPERAND, PRECISION) * decay
@@ -232,6 +230,9 @@ def mixing_gradients(
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    # On their way before the products begin; rows and columns of weights would take too many registers.
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     dmixing = tl.zeros((Q, Q), tl.float32)
     reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
     carried = tl.zeros((BLOCK_K,), tl.float32)
@@ -245,13 +246,11 @@ def mixing_gradients(
         reads += dot(do, tl.trans(before), DTYPE, OPERAND, PRECISION)
         writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
         carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
-    run = tl.load(run_ptr + row * chunks * Q + t)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
     queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
-    dmixing *= _decay(planes_ptr + by_head, run, i, plane) * queries[:, None] * keys[None, :]
+    dmixing *= _decay(sums, run, i) * queries[:, None] * keys[None, :]
     reads *= (queries * tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i))[:, None]
     writes *= (keys * tl.load(planes_ptr + TO_END * plane + by_head + i))[:, None]
-    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION)
     kept = tl.sum(writes * k.to(tl.float32), 1)
     dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
@@ -282,6 +281,8 @@ def system_gradients(
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+    dk_part = load(dk_part_ptr + here * Q * K, i, K, c, Q, K, WHOLE)
     dsystem, reads = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
     dbeta = tl.zeros((Q,), tl.float32)
     for first in range(0, V, BLOCK_V):
@@ -295,12 +296,11 @@ def system_gradients(
         dsolved = dsolved.to(tl.float32)
         store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dsolved * beta[:, None])
         dbeta += tl.sum(dsolved * values.to(tl.float32), 1)
-    run = tl.load(run_ptr + row * chunks * Q + t)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
     keys = tl.load(norms_ptr + KEY * plane + by_head + i)
-    dsystem *= _decay(planes_ptr + by_head, run, i, plane) * keys[:, None] * keys[None, :]
+    dsystem *= _decay(sums, run, i) * keys[:, None] * keys[None, :]
     dsystem = tl.where(i[:, None] > i[None, :], dsystem, 0.0)
     reads *= (keys * tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i))[:, None]
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
     read = tl.sum(reads * k.to(tl.float32), 1)
     dbeta += tl.sum(overlaps, 1) - read
@@ -314,7 +314,7 @@ def system_gradients(
     dg = tl.sum(tl.where(sees, square, 0.0), 1)
     tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=t < time)
     dsystem = (dsystem * beta[:, None]).to(DTYPE)
-    dk = load(dk_part_ptr + here * Q * K, i, K, c, Q, K, WHOLE).to(tl.float32) - reads * beta[:, None]
+    dk = dk_part.to(tl.float32) - reads * beta[:, None]
     dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
     dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
     k = k.to(tl.float32)
