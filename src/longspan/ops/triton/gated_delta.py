@@ -51,6 +51,7 @@ class Cut(NamedTuple):
     launches: Mapping[str, Launch]
 
 
+TOGETHER = True
 STATEFUL = ("states", "state_gradients")
 CUTS = {
     torch.bfloat16: Cut(64, 64, 64, "ieee", tl.float16, {
@@ -61,6 +62,7 @@ CUTS = {
         "state_gradients": Launch(4, 3),
         "mixing_gradients": Launch(4, 2),
         "system_gradients": Launch(4, 2),
+        "chunk_gradients": Launch(8, 2),
     }),
     torch.float32: Cut(16, 32, 32, "tf32x3", tl.float32, defaultdict(lambda: Launch(4, 1))),
 }  # fmt: skip
@@ -237,6 +239,13 @@ def run_backward(
         FINAL=dfinal is not None, INITIAL=initial is not None,
         **plan.of_kernel("state_gradients"),
     )  # fmt: skip
+    if TOGETHER:
+        kernels.chunk_gradients[plan.grid](
+            q, k, v, beta, do, decays.planes, norms, decays.carry, decays.run, u, du, states, dstates,
+            *into, dg, dbeta, plan.time, plane, *inputs.strides("q", "k", "v", "beta"), *do.stride()[:2],
+            *(size for z in into for size in z.stride()[:2]), **plan.of_kernel("chunk_gradients"),
+        )  # fmt: skip
+        return dg, dbeta, dinitial
     dk_part = plan.scratch(v, plan.cut.chunk, k.shape[-1])
     dsums = torch.empty_like(decays.planes[0])
     kernels.mixing_gradients[plan.grid](

@@ -320,3 +320,81 @@ def system_gradients(
     k = k.to(tl.float32)
     dk -= k * (tl.sum(dk * k, 1) * keys * keys)[:, None]
     store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
+
+
+@triton.jit
+def chunk_gradients(
+    q_ptr, k_ptr, v_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, run_ptr, u_ptr, dsolved_ptr, states_ptr,
+    dstates_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    do_row, do_token: tl.constexpr, dq_row, dq_token: tl.constexpr, dk_row, dk_token: tl.constexpr,
+    dv_row, dv_token: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`mixing_gradients` and `system_gradients` in one: what both read is read once, and nothing is handed on."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+    dmixing = tl.zeros((Q, Q), tl.float32)
+    dsystem = tl.zeros((Q, Q), tl.float32)
+    reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
+    kreads = tl.zeros((Q, BLOCK_K), tl.float32)
+    carried = tl.zeros((BLOCK_K,), tl.float32)
+    dbeta = tl.zeros((Q,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
+        u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dafter = load(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dsolved = load(dsolved_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
+        dmixing += dot(do, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        dsystem -= dot(dsolved, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        reads += dot(do, tl.trans(before), DTYPE, OPERAND, PRECISION)
+        kreads += dot(dsolved, tl.trans(before), DTYPE, OPERAND, PRECISION)
+        writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
+        carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
+        dsolved = dsolved.to(tl.float32)
+        store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dsolved * beta[:, None])
+        dbeta += tl.sum(dsolved * values.to(tl.float32), 1)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
+    decay = _decay(sums, run, i) * keys[None, :]
+    dmixing *= decay * queries[:, None]
+    dsystem = tl.where(i[:, None] > i[None, :], dsystem * decay * keys[:, None], 0.0)
+    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
+    reads *= (queries * from_before)[:, None]
+    kreads *= (keys * from_before)[:, None]
+    writes *= (keys * tl.load(planes_ptr + TO_END * plane + by_head + i))[:, None]
+    overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
+    kf = k.to(tl.float32)
+    read = tl.sum(kreads * kf, 1)
+    dbeta += tl.sum(overlaps, 1) - read
+    dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) + overlaps * beta[:, None]
+    kept = tl.sum(writes * kf, 1)
+    dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + tl.sum(reads * q.to(tl.float32), 1) - beta * read
+    dsums += tl.where(i == Q - 1, dend, 0.0) - kept
+    at = (row * time + t) * H + h
+    tl.store(dbeta_ptr + at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=t < time)
+    square = tl.zeros((Q, Q), tl.float32) + dsums[None, :]
+    sees = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    dg = tl.sum(tl.where(sees, square, 0.0), 1)
+    tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=t < time)
+    dmixing = dmixing.to(DTYPE)
+    dsystem = (dsystem * beta[:, None]).to(DTYPE)
+    dk = writes - kreads * beta[:, None]
+    dk += dot(tl.trans(dmixing), q, DTYPE, OPERAND, PRECISION)
+    dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
+    dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
+    dk -= kf * (tl.sum(dk * kf, 1) * keys * keys)[:, None]
+    store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
+    reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
+    q = q.to(tl.float32)
+    dq = reads - q * (tl.sum(reads * q, 1) * queries * queries * K)[:, None]
+    store(dq_ptr + row * dq_row + h * K, t, dq_token, c, time, K, WHOLE, dq)
