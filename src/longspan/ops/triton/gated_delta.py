@@ -8,6 +8,8 @@ Shapes: B rows, T tokens, J chunks of Q tokens, H heads, K key dim, V value dim.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +23,21 @@ from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import block
 
 
+class Launch(NamedTuple):
+    """Warps of a program, stages of its loops, and how many registers a thread may have where that is limited."""
+
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """For Triton."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
 class Cut(NamedTuple):
-    """Tokens of a chunk, values of a tile with and without a state in flight, warps and stages, precisions.
+    """Tokens of a chunk, values of a tile with and without a state in flight, precisions, and launches by kernel.
 
     Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve`: what the operands of the inverse are rounded to. Its
     entries are 2 at most with keys of length 1 and beta up to 2, so that fp16 is as good as tf32, with half the bytes.
@@ -31,18 +46,26 @@ class Cut(NamedTuple):
     chunk: int
     state_values: int
     values: int
-    state_warps: tuple[int, int]
-    system_warps: tuple[int, int]
-    output_warps: tuple[int, int]
-    gradient_warps: tuple[int, int]
     precision: str
     solve: tl.dtype
+    launches: Mapping[str, Launch]
 
 
+TOGETHER = True
+STATEFUL = ("states", "state_gradients")
 CUTS = {
-    torch.bfloat16: Cut(64, 64, 64, (4, 2), (4, 1), (4, 2), (4, 1), "ieee", tl.float16),
-    torch.float32: Cut(16, 32, 32, (4, 1), (4, 1), (4, 1), (4, 1), "tf32x3", tl.float32),
-}
+    torch.bfloat16: Cut(64, 64, 64, "ieee", tl.float16, {
+        "systems": Launch(4, 1, 168),
+        "states": Launch(4, 3),
+        "outputs": Launch(4, 2),
+        "correction_gradients": Launch(4, 1),
+        "state_gradients": Launch(4, 3),
+        "mixing_gradients": Launch(4, 2),
+        "system_gradients": Launch(4, 2),
+        "chunk_gradients": Launch(8, 2),
+    }),
+    torch.float32: Cut(16, 32, 32, "tf32x3", tl.float32, defaultdict(lambda: Launch(4, 1))),
+}  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -94,12 +117,12 @@ class Plan(NamedTuple):
         shared["PRECISION"] = cut.precision
         return Plan(cut, rows, time, triton.cdiv(time, cut.chunk), shared, block(inputs.v.shape[-1], inputs.v))
 
-    def tiled(self, values: int, warps: tuple[int, int]) -> dict[str, Any]:
-        """The shared arguments with tiles of so many values; WHOLE where every tile is full."""
-        block_v = min(values, self.block_v)
+    def of_kernel(self, name: str) -> dict[str, Any]:
+        """The shared arguments, the kernel's tiles and launch; WHOLE where every tile is full."""
+        block_v = min(self.cut.state_values if name in STATEFUL else self.cut.values, self.block_v)
         whole = self.time % self.cut.chunk == 0 and self.shared["K"] == self.shared["BLOCK_K"]
         whole = whole and self.shared["V"] % block_v == 0
-        return {**self.shared, "BLOCK_V": block_v, "WHOLE": whole, "num_warps": warps[0], "num_stages": warps[1]}
+        return {**self.shared, "BLOCK_V": block_v, "WHOLE": whole, **self.cut.launches[name].options()}
 
     def state_grid(self) -> tuple[int, int, int]:
         """Programs of the kernels that carry states."""
@@ -148,22 +171,20 @@ def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
     q, k, v, g, beta, doc, initial, initial_doc = inputs
     decays = Decays.of(g, None, None, doc, initial_doc, plan.cut.chunk)
     plane = decays.planes.stride(0)
-    size, key_dim, value_dim = plan.cut.chunk, k.shape[-1], v.shape[-1]
-    o, final, norms, inverses, u, states = _results(v, key_dim)
-    reading, free = plan.scratch(v, size, key_dim), plan.scratch(v, size, value_dim)
+    o, final, norms, inverses, u, states = _results(v, k.shape[-1])
     kernels.systems[plan.grid](
-        q, k, v, beta, decays.planes, norms, decays.run, inverses, reading, free, plan.time, plane,
-        *inputs.strides("q", "k", "v", "beta"), LEVELS=size.bit_length() - 1, SOLVE=plan.cut.solve,
-        **plan.tiled(plan.cut.values, plan.cut.system_warps),
+        q, k, beta, decays.planes, norms, decays.run, inverses, plan.time, plane,
+        *inputs.strides("q", "k", "beta"), LEVELS=plan.cut.chunk.bit_length() - 1, SOLVE=plan.cut.solve,
+        **plan.of_kernel("systems"),
     )  # fmt: skip
     kernels.states[plan.state_grid()](
-        k, decays.planes, norms, decays.carry, pointer(initial, v), reading, free, u, states, final,
-        plan.time, plan.chunks, plane, *inputs.strides("k"), INITIAL=initial is not None,
-        **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
+        k, v, beta, decays.planes, norms, decays.carry, pointer(initial, v), inverses, u, states, final,
+        plan.time, plan.chunks, plane, *inputs.strides("k", "v", "beta"), INITIAL=initial is not None,
+        **plan.of_kernel("states"),
     )  # fmt: skip
     kernels.outputs[plan.grid](
         q, k, decays.planes, norms, decays.run, u, states, o, plan.time, plane, *inputs.strides("q", "k"),
-        **plan.tiled(plan.cut.values, plan.cut.output_warps),
+        **plan.of_kernel("outputs"),
     )  # fmt: skip
     return o, final, Kept(norms, inverses, u, states, *decays)
 
@@ -204,32 +225,39 @@ def run_backward(
     do = _by_heads(do)
     decays = kept.decays
     plane = decays.planes.stride(0)
-    size, key_dim = plan.cut.chunk, k.shape[-1]
-    reading, du, dstates = plan.scratch(v, size, key_dim), torch.empty_like(u), torch.empty_like(states)
+    du, dstates = torch.empty_like(u), torch.empty_like(states)
     dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, beta))
-    gradients = plan.tiled(plan.cut.values, plan.cut.gradient_warps)
     kernels.correction_gradients[plan.grid](
-        q, k, beta, do, decays.planes, norms, decays.run, inverses, reading, du, plan.time, plane,
-        *inputs.strides("q", "k"), *do.stride()[:2], *inputs.strides("beta"), **gradients,
+        q, k, do, decays.planes, norms, decays.run, du, plan.time, plane,
+        *inputs.strides("q", "k"), *do.stride()[:2], **plan.of_kernel("correction_gradients"),
     )  # fmt: skip
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     kernels.state_gradients[plan.state_grid()](
-        q, k, do, decays.planes, norms, decays.carry, reading,
+        q, k, beta, do, decays.planes, norms, decays.carry, inverses,
         v if dfinal is None else dfinal.contiguous(), du, dstates, pointer(dinitial, v),
-        plan.time, plan.chunks, plane, *inputs.strides("q", "k"), *do.stride()[:2],
+        plan.time, plan.chunks, plane, *inputs.strides("q", "k", "beta"), *do.stride()[:2],
         FINAL=dfinal is not None, INITIAL=initial is not None,
-        **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
+        **plan.of_kernel("state_gradients"),
     )  # fmt: skip
-    dk_part = plan.scratch(v, size, key_dim)
+    if TOGETHER:
+        kernels.chunk_gradients[plan.grid](
+            q, k, v, beta, do, decays.planes, norms, decays.carry, decays.run, u, du, states, dstates,
+            *into, dg, dbeta, plan.time, plane, *inputs.strides("q", "k", "v", "beta"), *do.stride()[:2],
+            *(size for z in into for size in z.stride()[:2]), **plan.of_kernel("chunk_gradients"),
+        )  # fmt: skip
+        return dg, dbeta, dinitial
+    dk_part = plan.scratch(v, plan.cut.chunk, k.shape[-1])
     dsums = torch.empty_like(decays.planes[0])
     kernels.mixing_gradients[plan.grid](
         q, k, do, decays.planes, norms, decays.carry, decays.run, u, states, dstates, into.q, dk_part, dsums,
-        plan.time, plane, *inputs.strides("q", "k"), *do.stride()[:2], *into.q.stride()[:2], **gradients,
+        plan.time, plane, *inputs.strides("q", "k"), *do.stride()[:2], *into.q.stride()[:2],
+        **plan.of_kernel("mixing_gradients"),
     )  # fmt: skip
     kernels.system_gradients[plan.grid](
-        k, v, beta, decays.planes, norms, decays.run, inverses, u, du, states, dk_part, dsums,
+        k, v, beta, decays.planes, norms, decays.run, u, du, states, dk_part, dsums,
         into.k, into.v, dg, dbeta, plan.time, plane,
-        *inputs.strides("k", "v", "beta"), *into.k.stride()[:2], *into.v.stride()[:2], **gradients,
+        *inputs.strides("k", "v", "beta"), *into.k.stride()[:2], *into.v.stride()[:2],
+        **plan.of_kernel("system_gradients"),
     )  # fmt: skip
     return dg, dbeta, dinitial
 
