@@ -257,6 +257,8 @@ def test_runs_that_are_a_file_are_refused(study_file: Path, tmp_path: Path) -> N
         (["study=../away"], "study = '../away'", "no slash", "rename"),
         (["study=jobs"], "study = 'jobs'", "not downloads and jobs", "rename"),
         (["study="], "study = null", "a name", "rename"),
+        (["probe_context=true"], "probe_context = true", "at least 1", "change it"),
+        (["probe_context=0"], "probe_context = 0", "at least 1", "change it"),
         (["question="], "has no `question`", "one sentence", "question"),
         (["tokens=[1"], "a bracket of line 1 is not closed", "a YAML value", "for the shell"),
         (["pattern=[AM]"], "override 'pattern=[AM]'", "one layer with AM side by side", """'pattern="[AM]"'"""),

@@ -25,7 +25,8 @@ from longspan.foundation.progress import Progress, Report
 _EXAMPLES = 20
 _NO_DEDUP = DedupConfig(exact=False, near=False)
 _SUMMARY = "documents.json"
-_KEEP = "keep.npy"
+KEEP = "keep.npy"
+"""bool (documents,), see `Collected`."""
 
 
 class SplitConfig(Config):
@@ -142,7 +143,7 @@ class Collected:
     def __init__(self, folder: Path) -> None:
         summary = read_json(folder / _SUMMARY)
         self.folder = folder
-        self.keep: np.ndarray = np.load(folder / _KEEP, mmap_mode="r")
+        self.keep: np.ndarray = np.load(folder / KEEP, mmap_mode="r")
         self.parts = [Part(split, number) for split in SPLITS for number in range(summary["parts"][split])]
         self.text_bytes: dict[str, int] = summary["text_bytes"]
         self.facts: dict[str, Any] = summary["facts"]
@@ -204,7 +205,7 @@ def collect(config: CorpusConfig, folder: Path, cache: Path, part_bytes: int, re
         _remove(partial / "signatures")
         kept_sizes = np.where(duplicates.keep, np.frombuffer(sizes, np.int64) if sizes else np.zeros(0), 0)
         text_bytes = np.bincount(np.frombuffer(ranks, np.int8) if ranks else [], kept_sizes, minlength=len(SPLITS))
-        np.save(partial / _KEEP, duplicates.keep)
+        np.save(partial / KEEP, duplicates.keep)
         for reason, per_split in duplicates.counts.items():
             dropped.by_reason[f"duplicate_{reason}"] = {
                 "documents": sum(per_split.values()),

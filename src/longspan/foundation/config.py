@@ -79,6 +79,10 @@ class ConfigError(UserError):
         self.path, self._texts = path, (given, allowed, fix)
         super().__init__(*(text.replace(_PATH, path) for text in self._texts))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
+        """From process to process with the texts as they were given: the path may still grow."""
+        return type(self), (self.path, *self._texts)
+
     def under(self, where: str) -> ConfigError:
         """The same error as seen from a configuration that holds this one at `where`."""
         return self.at(_joined(where, self.path))

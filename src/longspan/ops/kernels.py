@@ -23,6 +23,8 @@ Choice = Literal["auto", "triton", "plain"]
 CHOICES = get_args(Choice)
 VARIABLE = "LONGSPAN_KERNELS"
 SERVED = (torch.float32, torch.bfloat16)
+WIDEST_ROW = 16_384
+"""Numbers of a row that one program takes at once, as a norm does: they have to fit its registers."""
 
 
 class _Setting:
@@ -64,6 +66,11 @@ def serve(x: Tensor) -> bool:
         UserError: it should, and cannot.
     """
     return x.dtype in SERVED and wanted(x.device)
+
+
+def serve_eagerly(x: Tensor) -> bool:
+    """`serve` for kernels that are launched past torch's dispatcher, where no compiler could follow."""
+    return not torch.compiler.is_compiling() and serve(x)
 
 
 def wanted(device: torch.device) -> bool:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from longspan.corpus.sources.compressed import read_lines
+from longspan.corpus.sources.jsonl import parse_object
 from longspan.engines.base import Engine
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.files import digest
 from longspan.probes.base import Item, Probe, ProbeData, register
-from longspan.probes.benchmark_files import parse_object
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 

@@ -24,9 +24,8 @@ from longspan.probes.asking import (
     floor_by_likelihood,
     ways_of,
 )
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
+from longspan.probes.base import Asked, Item, Probe, ProbeData, credit, register, shown
 from longspan.probes.gapped_sentences import FEWEST_WORDS, NEAR, Fact, facts_of, sentence_end
-from longspan.probes.suffix_identification import credit
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 

@@ -21,8 +21,7 @@ from longspan.probes.asking import (
     floor_by_likelihood,
     ways_of,
 )
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
-from longspan.probes.suffix_identification import credit
+from longspan.probes.base import Asked, Item, Probe, ProbeData, credit, register, shown
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 

@@ -305,9 +305,7 @@ def _fill() -> Any:
     return alt.Fill("c:N", scale=None, legend=None)
 
 
-def _end_labels(
-    rows: Sequence[Row], arms: Arms, y: Axis, domain: tuple[float, float], height: int
-) -> list[Row]:  # fmt: skip
+def _end_labels(rows: Sequence[Row], arms: Arms, y: Axis, domain: tuple[float, float], height: int) -> list[Row]:
     """A label and a leader for the last point of every line, spread apart in each panel."""
     last: dict[tuple[str, str], Row] = {}
     for row in rows:

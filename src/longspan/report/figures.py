@@ -134,18 +134,21 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
-    caption = f"{better} is better; bars {_bars(metric)}."
+    caption = f"{better} is better{_bars(metric, ranked)}."
     caption += "" if charts.dots_domain(rows, percent=percent)[0] == 0.0 else " The axis does not start at zero."
     if metric.chance is not None:
-        caption = f"{better} is better; bars are 95 % intervals; the thin line is {_chance_name(metric)}."
+        caption = f"{better} is better{_bars(metric, ranked)}; the thin line is {_chance_name(metric)}."
     title = quantity(finding)
     return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
 
 
-def _bars(metric: Metric) -> str:
+def _bars(metric: Metric, found: Sequence[Measurement]) -> str:
+    """What the bars of single numbers are; a number that was computed, or measured once, has none."""
+    if all(m.low is None or m.low == m.high for m in found):
+        return ""
     if metric.bound:
-        return "go from the lowest to the highest seed"
-    return "are quartiles over repeats" if metric.kind == "median" else "are 95 % intervals"
+        return "; bars go from the lowest to the highest seed"
+    return "; bars are quartiles over repeats" if metric.kind == "median" else "; bars are 95 % intervals"
 
 
 def _derived_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:

@@ -91,16 +91,14 @@ def _check_training(planned: PlannedSubject, devices: Sequence[str]) -> None:
     from longspan.training.compilation import check_compiler
     from longspan.training.micro_steps import why_no_graph
     from longspan.training.precision import resolve_dtype
-    from longspan.training.ranks import Ranks
     from longspan.training.trackers import make_trackers
 
-    processes = max(training.processes, num_launched())
     _check_processes(planned.train, devices)
     device = torch.device(devices[0])
     resolve_dtype(training.dtype, device)
     if training.graph is True:
         model = LanguageModel(planned.model, planned.vocab_size, device="meta")
-        why_no_graph(True, model, device, Ranks(size=processes, parallel=training.parallel))
+        why_no_graph(True, model, device)
     if training.compile is True:
         check_compiler(device)
     make_trackers(config.tracking, planned.subject.who)

@@ -270,8 +270,9 @@ def _plugins(value: Any) -> list[str]:
 
 
 def _context(value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise UserError(f"probe_context = {value!r}", "a number of tokens, at least 1", "change it")
+    # Python counts `true` as 1.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(f"probe_context = {shown_value(value)}", "a number of tokens, at least 1", "change it")
     return value
 
 

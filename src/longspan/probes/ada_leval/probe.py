@@ -22,7 +22,7 @@ from longspan.probes.ada_leval.extraction import (
     read_order,
 )
 from longspan.probes.ada_leval.items import AdaItem, Task, read_items
-from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register, share_of_best
+from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, credit, failure_of, register
 from longspan.probes.benchmark_files import file_digest
 from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
@@ -162,7 +162,7 @@ class AdaLEval(Probe):
         if "response" in answer:
             yield from self._of_reply(answer, sample, seen)
         if "nll" in answer:
-            yield seen("likelihood_accuracy", share_of_best(np.array(answer["nll"]), answer["right"]))
+            yield seen("likelihood_accuracy", credit(np.array(answer["nll"]), answer["right"]))
 
     def _of_reply(self, answer: dict[str, Any], sample: Any, seen: Any) -> Iterable[Observation]:
         text, candidates = answer["response"], answer.get("candidates")

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from longspan.foundation.errors import Stopped, SubjectError, UserError
+from longspan.foundation.errors import Stopped, SubjectError, UserError, sendable
 from longspan.foundation.failures import killed_process
 from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
@@ -98,7 +98,10 @@ def _work(job: Job, runs: Path) -> dict[str, Any]:
             raise Stopped(Stopped.GO_ON)
         _worker["events"].put((job.key, progress))
 
-    return _execute(job, runs, report, _worker["place"])
+    try:
+        return _execute(job, runs, report, _worker["place"])
+    except Exception as error:
+        raise sendable(error) from error
 
 
 def _run_in_processes(
