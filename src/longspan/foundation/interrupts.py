@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 BEFORE_ANYTHING = 130
@@ -28,6 +30,27 @@ def hold_interrupts() -> None:
     """Keep Ctrl-C waiting until the program that takes the place of this one calls `hear_interrupts`."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def children_do_not_hear() -> Iterator[None]:
+    """Processes that are started inside never hear Ctrl-C, not even while they import: the parent decides when to stop.
+
+    A terminal sends it to all of them. One that was struck while it began would print a traceback, and look as if it
+    had been killed.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    # It starts with the first process and lets signals through again while it does.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_before_anything() -> None:

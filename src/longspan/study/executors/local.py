@@ -15,6 +15,7 @@ from typing import Any
 
 from longspan.foundation.errors import Stopped, SubjectError, UserError, sendable
 from longspan.foundation.failures import killed_process
+from longspan.foundation.interrupts import children_do_not_hear
 from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
 from longspan.study.executors.base import Failed, Finished, Observe, one_by_one
@@ -81,12 +82,8 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(devices: Any, events: Any, stop: Any, threads: int | None) -> None:
-    import signal
-
     import torch
 
-    # Ctrl-C reaches the whole process group; only the parent decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker.update(place=devices.get(), events=events, stop=stop)
     if threads is not None:
         torch.set_num_threads(min(threads, torch.get_num_threads()))
@@ -114,7 +111,9 @@ def _run_in_processes(
 ) -> None:
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cores() // len(places)) if places[0] == ("cpu",) else None
-    with context.Manager() as manager:
+    with children_do_not_hear():
+        server = context.Manager()
+    with server as manager:
         free, events, stop = manager.Queue(), manager.Queue(), manager.Event()
         for place in places:
             free.put(place)
@@ -129,7 +128,8 @@ def _run_in_processes(
                     ready = [job for job in waiting.values() if not set(job.needs) & set(waiting | _keys(running))]
                     for job in ready[: len(places) - len(running)]:
                         del waiting[job.key]
-                        running[pool.submit(_work, job, runs)] = job
+                        with children_do_not_hear():
+                            running[pool.submit(_work, job, runs)] = job
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 try:
                     _drain(events, jobs, observe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.foundation.errors import Stopped, UserError, sendable
 from longspan.foundation.failures import killed_process
+from longspan.foundation.interrupts import children_do_not_hear
 from longspan.foundation.machine import available_cores
 from longspan.foundation.plugins import load_file
 from longspan.foundation.progress import Progress, Report
@@ -86,7 +86,8 @@ class _Members:
                 mine, theirs = context.Pipe(duplex=False)
                 arguments = (self.job, self.folder, self.runs, rank, self.devices, self.parallel, self.meeting)
                 process = context.Process(target=_member, args=(*arguments, theirs, stop), name=f"rank {rank}")
-                process.start()
+                with children_do_not_hear():
+                    process.start()
                 theirs.close()
                 self.processes.append(process)
                 self.pipes.append(mine)
@@ -139,8 +140,6 @@ def _member(
 ) -> None:
     import torch
 
-    # Ctrl-C reaches the whole process group; only the parent decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores() // len(devices))))
 
     def report(progress: Progress) -> None:
