@@ -149,6 +149,27 @@ def test_more_processes_than_gpus_are_refused(start: Any, monkeypatch: pytest.Mo
     assert "at most one for each GPU here, that is 1" in refused(start, "training.processes=2")
 
 
+def test_a_dtype_that_is_only_emulated_is_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspan.training.precision._native_bf16", lambda device: False)
+    assert "dtype = bf16 on cpu" in refused(start, "training.dtype=bf16")
+
+
+@pytest.mark.parametrize(
+    ("launched", "overrides", "said"),
+    [
+        ("2", ["training.processes=4"], "training.processes = 4 under torchrun with 2 processes"),
+        ("2", ["training.graph=true", "training.parallel=fsdp"], "training.graph = true, but cpu has none"),
+        ("1", ["training.parallel=fsdp"], "training.parallel = fsdp with one process"),
+    ],
+)
+def test_what_torchrun_cannot_do_is_refused(
+    start: Any, monkeypatch: pytest.MonkeyPatch, launched: str, overrides: list[str], said: str
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", launched)):
+        monkeypatch.setenv(name, value)
+    assert said in refused(start, *overrides)
+
+
 def test_compiling_without_a_compiler_is_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from longspan.engines import graphs
 from longspan.engines.source import VllmArguments
 from longspan.engines.vllm import find_python
 from longspan.foundation.errors import MachineError, UserError
 from longspan.foundation.extras import require
 from longspan.foundation.machine import num_launched
+from longspan.ops import kernels
 from longspan.probes.base import make_probe
 from longspan.report.numbers import byte_size
 from longspan.study.executors.local import places_for
@@ -24,6 +27,16 @@ from longspan.study.sections import SubjectConfig
 
 BYTES_KEPT, BYTES_REPLACED = 16, 12
 """For each parameter in fp32: a run keeps its best weights, and its last with two moments, which are replaced whole."""
+
+
+def check_environment() -> None:
+    """Refuse wrong values of the variables that ops and decoding follow, before input files are even looked at.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    kernels.choice()
+    graphs.choice()
 
 
 def check_machine(
@@ -48,7 +61,7 @@ def check_machine(
         return
     if all(job.is_done(runs) for job in plan.jobs_until(until)):
         return
-    _check_environment(devices)
+    kernels.wanted(torch.device(devices[0]))
     due = [planned for planned in plan.subjects if not planned.train.is_done(runs)]
     for planned in due:
         _check_training(planned, devices)
@@ -85,8 +98,6 @@ def _check_training(planned: PlannedSubject, devices: Sequence[str]) -> None:
     if training is None or planned.model is None or planned.vocab_size is None:
         return
     assert isinstance(config, SubjectConfig)
-    import torch
-
     from longspan.models.language_model import LanguageModel
     from longspan.training.compilation import check_compiler
     from longspan.training.micro_steps import why_no_graph
@@ -127,16 +138,6 @@ def _check_room(due: Sequence[PlannedSubject], runs: Path) -> None:
             "room for them, and for the corpus beside them",
             "free some space, choose a folder on another disk with --runs, or run a part of the study at a time",
         )
-
-
-def _check_environment(devices: Sequence[str]) -> None:
-    """The variables that ops and decoding follow."""
-    import torch
-
-    from longspan.ops import kernels
-
-    graphs.choice()
-    kernels.wanted(torch.device(devices[0]))
 
 
 def _check_asking(planned: PlannedSubject, jobs: Sequence[Job]) -> None:

@@ -27,7 +27,7 @@ from longspan.study.executors.processes import processes_of
 from longspan.study.failures import known_failures, standing, told
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan, PlannedSubject, make_plan
-from longspan.study.preflight import check_machine
+from longspan.study.preflight import check_environment, check_machine
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
 from longspan.study.stages import open_corpus, probe_data
@@ -95,6 +95,7 @@ def run_study(
     """
     started = time.monotonic()
     study = load_study(name, overrides)
+    check_environment()
     places = _places(side_by_side)
     plan = make_plan(study, runs)
     check_machine(plan, runs, until=until, devices=places)
