@@ -34,7 +34,7 @@ from longspan.ops.selective_scan import selective_scan
 
 def variants_ssd(run: Run) -> None:
     """The scan at four shapes, then how its rows and states are cut, kernel by kernel."""
-    from longspan.ops.triton import ssd as launched
+    from longspan.ops.triton import ssd_launches as launched
 
     usual = launched.CUTS[BF16]
     for shape in ((32, 2048), (4, 16_384), (8, 4096), (1, 32_768)):
@@ -76,7 +76,7 @@ def variants_ssd(run: Run) -> None:
 
 def _ssd_calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
     """Forward and backward with documents, without autograd."""
-    from longspan.ops.triton import ssd as launched
+    from longspan.ops.triton import ssd_launches as launched
 
     leaves = ssd_inputs(rows, time, HEADS, HEAD_DIM, STATE)
     inputs = launched.Inputs(*leaves, None, documents(rows, time, 700.0), None, None)

@@ -67,7 +67,7 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
 @pytest.mark.parametrize(("chance", "segments"), [(0.02, 2), (0.02, 7), (1.0, 3)])
 def test_rows_cut_into_segments(chance, segments, assert_same, device, documents, monkeypatch, normal, served):
     """The last is shorter, or they are one chunk each; states pass through several of them, or end inside."""
-    from longspan.ops.triton import ssd as kernels
+    from longspan.ops.triton import ssd_launches as kernels
 
     monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
     # Of one head the gradient of A is one number, which may happen to be small.
@@ -87,7 +87,7 @@ def test_rows_cut_into_segments(chance, segments, assert_same, device, documents
 @pytest.mark.parametrize(("enough", "groups"), [(1, 2), (1000, 2), (1, 1)])
 def test_groups_of_heads_and_whole_chunks(enough, groups, assert_same, monkeypatch, normal, served):
     """One program for the heads of a group in a chunk, or each head its own, or two heads each."""
-    from longspan.ops.triton import ssd as kernels
+    from longspan.ops.triton import ssd_launches as kernels
 
     monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
     monkeypatch.setattr(kernels, "KEEP_STATES", enough == 1)
