@@ -41,13 +41,14 @@ def variants_ssd(run: Run) -> None:
     for shape in ((32, 2048), (4, 16_384), (8, 4096), (1, 32_768)):
         forward, backward = _ssd_calls(*shape)
         run.add(f"ssd {shape[0]}x{shape[1]}", forward_ms=device_ms(forward), backward_ms=device_ms(backward))
+    for shape in ((4, 16_384), (1, 32_768)):
+        forward, backward = _ssd_calls(*shape, mean=1e9)
+        name = f"ssd {shape[0]}x{shape[1]} whole rows"
+        run.add(name, forward_ms=device_ms(forward), backward_ms=device_ms(backward))
     changes: list[dict[str, Any]] = [
         {},
-        {"PIECES": 1},
         {"SEGMENT_PROGRAMS": 528},
-        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 264},
-        {"part_heads": 24},
-        {"output_heads": 12},
+        {"states": usual.states._replace(registers=128)},
     ]
     calls = {shape: _ssd_calls(*shape) for shape in ((1, 32_768), (8, 4096))}
     expected: dict[tuple[int, int], list[Tensor]] = {}
@@ -75,12 +76,12 @@ def variants_ssd(run: Run) -> None:
                 setattr(launched, key, value)
 
 
-def _ssd_calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
-    """Forward and backward with documents, without autograd."""
+def _ssd_calls(rows: int, time: int, mean: float = 700.0) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
+    """Forward and backward with documents of `mean` tokens, without autograd."""
     from longspan.ops.triton import ssd_launches as launched
 
     leaves = ssd_inputs(rows, time, HEADS, HEAD_DIM, STATE)
-    inputs = launched.Inputs(*leaves, None, documents(rows, time, 700.0), None, None)
+    inputs = launched.Inputs(*leaves, None, documents(rows, time, mean), None, None)
     dy = normal(rows, time, HEADS, HEAD_DIM)
     into, ddt = launched.Gradients.like(inputs), torch.empty_like(inputs.dt)
     kept = launched.run_forward(inputs)[2]
