@@ -26,8 +26,8 @@ ENOUGH_PROGRAMS = 264
 # Below so many programs that carry states, two for each multiprocessor of an H100, rows are cut into segments, so that
 # there are at least the second number: most of the four that a multiprocessor holds.
 STATE_PROGRAMS, SEGMENT_PROGRAMS = 264, 384
-# A segment of fewer chunks is not worth its beginning. What it ends in is added up by so many programs.
-LEAST_CHUNKS, PIECES = 16, 2
+# A segment of fewer chunks is not worth its beginning.
+LEAST_CHUNKS = 16
 KEEP_STATES = True
 
 
@@ -151,32 +151,18 @@ class Walk(NamedTuple):
         rows, tiled = self.a.shape[0], plan.tiled(self.a.shape[1], plan.cut.state_tile)
         tiles = triton.cdiv(tiled["P"], tiled["BLOCK_P"]) * triton.cdiv(tiled["N"], tiled["BLOCK_N"])
         segments = plan.segments(rows, tiles)
-        alone, kept = self.a, self.a
+        a, b, alone, kept, told = self.a, self.b, self.a, self.a, self.a
         if segments > 1:
-            sizes = rows, segments * PIECES, tiled["H"]
-            alone = self.a.new_empty(*sizes, tiled["P"], tiled["N"], dtype=torch.float32)
-            kept = self.a.new_empty(*sizes, dtype=torch.float32)
-            self._launch(plan, decays, tiles, segments, tiled, (self.a, alone, kept), True)
-        self._launch(plan, decays, tiles, segments, tiled, (states, alone, kept), False)
-
-    def _launch(
-        self,
-        plan: Plan,
-        decays: Decays,
-        tiles: int,
-        segments: int,
-        tiled: dict[str, Any],
-        results: tuple[Tensor, Tensor, Tensor],
-        only_alone: bool,
-    ) -> None:
-        a, b, (rows, time) = self.a, self.b, self.a.shape[:2]
-        states, alone, kept = results
-        reach = triton.next_power_of_2(triton.cdiv(plan.chunks, segments))
-        ssd_kernels.states[(tiles, tiled["H"], rows * segments * (PIECES if only_alone else 1))](
-            a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept,
-            time, plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
-            BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, ALONE=only_alone,
-            SEGMENTS=segments, PIECES=PIECES, REACH=reach, FAST=plan.fast, **tiled, **plan.cut.states.options(),
+            sizes = rows, segments, tiled["H"]
+            alone = a.new_empty(*sizes, tiled["P"], tiled["N"], dtype=torch.float32)
+            kept = a.new_empty(*sizes, tiles, dtype=torch.float32)
+            told = a.new_zeros(*sizes, tiles, dtype=torch.int32)
+        ssd_kernels.states[(tiles, tiled["H"], rows * segments)](
+            a, b, decays.planes, decays.carry, pointer(self.begin, a), states, pointer(self.end, a), alone, kept, told,
+            self.a.shape[1], plan.chunks, decays.planes.stride(0), *a.stride()[:2], *b.stride()[:2],
+            BACK=self.back, BEGIN=self.begin is not None, END=self.end is not None, SEGMENTS=segments,
+            REACH=triton.next_power_of_2(triton.cdiv(plan.chunks, segments)), FAST=plan.fast, **tiled,
+            **plan.cut.states.options(),
         )  # fmt: skip
 
 
