@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_on_gpu.measuring import BF16, DELTA_HEADS, Run, delta_inputs, documents, kernel_times, normal
+from kernels_on_gpu.measuring import BF16, DELTA_HEADS, Run, apart, delta_inputs, documents, kernel_times, normal
 
 KEY_DIM, VALUE_DIM = 64, 128
 # By kernel: warps, stages, registers of a thread at most. Kernels do not wait for each other's launches, so that one
@@ -59,8 +59,7 @@ def variants_delta(run: Run) -> None:
                 for launched.TOGETHER in (False, True):
                     found = [z.clone() for z in (forward(), *backward())]
                     known = known or found
-                    apart = max(_apart(a, b) for a, b in zip(found, known, strict=True))
-                    run.add("delta", apart=apart, together=launched.TOGETHER)
+                    run.add("delta", apart=apart(found, known), together=launched.TOGETHER)
                     times |= kernel_times(lambda: (forward(), backward()))
             except Exception as error:
                 run.add("delta launches failed", turn=turn, error=f"{type(error).__name__}: {str(error)[:200]}")
@@ -100,10 +99,6 @@ def _compile(turn: int) -> None:
             torch.cuda.synchronize()
         except Exception as error:
             print(f"turn {turn}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).norm() / other.float().norm())
 
 
 def _calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
