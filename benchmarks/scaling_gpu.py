@@ -2,29 +2,35 @@
 
     python benchmarks/scaling_gpu.py                                   # 1 and 2 GPUs, about two minutes
     python benchmarks/scaling_gpu.py --processes 4 --compile no
+    python benchmarks/scaling_gpu.py --only "fp32.*(1 process|fsdp)" --layers 4     # parts whose names match
     python benchmarks/scaling_gpu.py --device cpu --width 64 --layers 2 --rows 2 --context 64 --vocab 500 --steps 12
 
 The real training loop (`longspan.training.loop.train`) trains a hybrid of about 130 M parameters on random tokens, one
 document per row, 8 × 4096 positions per GPU and step, bf16 autocast, fused AdamW: with one GPU while the others idle,
-then with all of them: replaying CUDA graphs as one does, with DDP sending gradients during the backward pass, and under
-FSDP2 (`--graph no`: one and all without graphs). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
+then with all of them under DDP and FSDP2, replaying CUDA graphs as one does, and without graphs (`--graph no`: one and
+all without). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
 efficiency is tokens/s with all over (processes × tokens/s with one). `exposed` is the time per step in which a NCCL
-kernel ran and no other kernel did, from a profile of 3 steps on rank 0. Last, the same global batches (fp32, short
-rows) give the same losses with one GPU (which accumulates) and with all. Each part prints as soon as it is measured;
+kernel ran and no other kernel did, from a profile of 3 steps on rank 0, which also says on which kernels a process
+spends more or less than one alone. Last, the same global batches (fp32, short
+rows) give the same losses with one GPU (which accumulates) and with all, also where all accumulate and where FSDP2
+gathers a layer anew for its backward pass. Each part prints as soon as it is measured;
 the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,7 @@ from longspan.foundation.progress import Progress
 from longspan.foundation.randomness import numpy_generator
 from longspan.models.budget import training_flops_per_token
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.training import distributed
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
 from longspan.training.metrics import read_metrics
@@ -109,9 +116,10 @@ class Profiled:
         self.calls += 1
 
 
-def communication(profiler: Any) -> dict[str, float]:
-    """Milliseconds per step of NCCL kernels, and of those moments in which nothing else ran."""
+def communication(profiler: Any) -> dict[str, Any]:
+    """Milliseconds per step of NCCL kernels, and of those moments in which nothing else ran; kernel → milliseconds."""
     nccl, others = [], []
+    kernels: dict[str, float] = defaultdict(float)
     for event in profiler.events():
         # Annotations span whole phases and would hide what stands idle inside.
         annotation = getattr(event, "is_user_annotation", False) or event.name.startswith(("nccl:", "FSDP::"))
@@ -119,11 +127,17 @@ def communication(profiler: Any) -> dict[str, float]:
             continue
         span = (event.time_range.start, event.time_range.end)
         (nccl if event.name.startswith("nccl") else others).append(span)
+        kernels[event.name[:90]] += (span[1] - span[0]) / 1e3 / PROFILED_STEPS
     busy = union(others)
     total = length(union(nccl))
     both = length(union(nccl)) + length(busy) - length(union(nccl + others))
     scale = 1e3 * PROFILED_STEPS
-    return {"nccl_ms": total / scale, "exposed_ms": (total - both) / scale, "compute_ms": length(busy) / scale}
+    return {
+        "nccl_ms": total / scale,
+        "exposed_ms": (total - both) / scale,
+        "compute_ms": length(busy) / scale,
+        "kernels": kernels,
+    }
 
 
 def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -162,7 +176,7 @@ def run(
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     folder = ranks.on_first(lambda: tempfile.mkdtemp(prefix="scaling-", dir=place))
     model = LanguageModel(config, options.vocab, 0)
-    report = Profiled(device.type == "cuda" and ranks.size > 1 and ranks.is_first and training.log_every == 5)
+    report = Profiled(device.type == "cuda" and ranks.is_first and training.log_every == 5)
     result = train(
         model,
         training,
@@ -196,11 +210,15 @@ def run(
 
 def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    # A collective that waits for ever says where.
+    faulthandler.dump_traceback_later(max(1.0, options.seconds - 8), exit=False)
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
     size, config = options.processes, model_config(options)
     per_gpu = options.rows * options.context
 
     def part(name: str, ranks: Ranks, measure: Callable[[], dict[str, Any]], everybody: bool = False) -> None:
+        if not re.search(options.only, name):
+            return
         # Alone is rank 0, while the others wait below; `everybody` is each for itself.
         if rank == 0 or ranks.size > 1 or everybody:
             try:
@@ -219,12 +237,21 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
         def timed(ranks: Ranks, **settings: Any) -> dict[str, Any]:
             return run(config, options, device, ranks, batch_tokens=per_gpu * ranks.size, **settings)
 
-        def checked(ranks: Ranks) -> dict[str, Any]:
+        def checked(ranks: Ranks, accumulation: int = 1, **more: Any) -> dict[str, Any]:
             """The same rows in the same steps; one process accumulates what several share."""
-            tokens = CHECKED_ROWS * CHECKED_CONTEXT * size
-            settings = {"batch_tokens": tokens, "context": CHECKED_CONTEXT, "accumulation": size // ranks.size}
+            accumulation *= size // ranks.size
+            tokens = CHECKED_ROWS * CHECKED_CONTEXT * ranks.size * accumulation
+            settings = {"batch_tokens": tokens, "context": CHECKED_CONTEXT, "accumulation": accumulation}
             settings |= {"dtype": "fp32", "steps": CHECKED_STEPS, "log_every": 1, "compile": False, "warmup": 2}
-            return run(config, options, device, ranks, **settings)
+            return run(config, options, device, ranks, **settings, **more)
+
+        def sparing(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            """As models above the limit are trained: what is gathered is given back after each forward pass."""
+            limit, distributed.GATHERED_BYTES = distributed.GATHERED_BYTES, 0
+            try:
+                return work()
+            finally:
+                distributed.GATHERED_BYTES = limit
 
         def warmed_up() -> dict[str, Any]:
             """Every rank by itself, at once: kernels and layers are compiled before anybody waits for another."""
@@ -234,10 +261,18 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
         part("1 process", ALONE, lambda: timed(ALONE))
         for kind, ranks in sharing.items():
             part(f"{size} processes, {kind}", ranks, lambda ranks=ranks: timed(ranks))
-        part(f"{size} processes, ddp, no graph", sharing["ddp"], lambda: timed(sharing["ddp"], graph=False))
+        fsdp = sharing["fsdp"]
+        part(f"{size} processes, fsdp, gathered twice", fsdp, lambda: sparing(lambda: timed(fsdp)))
+        for kind, ranks in sharing.items():
+            part(f"{size} processes, {kind}, no graph", ranks, lambda ranks=ranks: timed(ranks, graph=False))
         part("fp32 losses, 1 process", ALONE, lambda: checked(ALONE))
         for kind, ranks in sharing.items():
             part(f"fp32 losses, {size} processes, {kind}", ranks, lambda ranks=ranks: checked(ranks))
+        part(f"fp32 losses, {size} processes, fsdp, gathered twice", fsdp, lambda: sparing(lambda: checked(fsdp)))
+        part("fp32 losses, accumulating, 1 process", ALONE, lambda: checked(ALONE, 3))
+        for kind, ranks in sharing.items():
+            name = f"fp32 losses, accumulating, {size} processes, {kind}"
+            part(name, ranks, lambda ranks=ranks: checked(ranks, 3))
         if rank == 0:
             results.put((None, {}))
 
@@ -246,7 +281,7 @@ def show(name: str, found: dict[str, Any], whole: dict[str, dict[str, Any]], opt
     if "error" in found:
         print(f"{name}: FAILED\n  " + "\n  ".join(found["error"]), flush=True)
         return
-    alone = whole.get("fp32 losses, 1 process" if name.startswith("fp32") else "1 process", {})
+    alone = whole.get(re.sub(r"\d+ process.*", "1 process", name), {})
     words = [f"{found['seconds']:.0f} s in all"]
     if name.startswith("fp32"):
         words.insert(0, f"losses {', '.join(f'{loss:.6f}' for loss in found['losses'])}")
@@ -264,7 +299,17 @@ def show(name: str, found: dict[str, Any], whole: dict[str, dict[str, Any]], opt
             words.insert(1, f"efficiency {found['efficiency']:.1%}")
         if "nccl_ms" in found:
             words.insert(2, f"NCCL {found['nccl_ms']:.2f} ms a step, {found['exposed_ms']:.2f} ms of it exposed")
+            words.insert(3, f"other kernels {found['compute_ms']:.2f} ms")
     print(f"{name}: " + "; ".join(words), flush=True)
+    if {"kernels"} <= found.keys() & alone.keys() and alone is not found:
+        compare(found["kernels"], alone["kernels"])
+
+
+def compare(found: dict[str, float], alone: dict[str, float], top: int = 14) -> None:
+    """Prints the kernels that take another time than with one process, the largest difference first."""
+    more = {kernel: found.get(kernel, 0.0) - alone.get(kernel, 0.0) for kernel in {**found, **alone}}
+    for kernel in sorted(more, key=lambda kernel: -abs(more[kernel]))[:top]:
+        print(f"    {more[kernel]:+7.3f} ms, {found.get(kernel, 0.0):7.3f} in all: {kernel}", flush=True)
 
 
 def main() -> None:
@@ -279,6 +324,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=63)
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on GPUs")
     parser.add_argument("--graph", choices=["auto", "no"], default="auto", help="auto: where there can be one")
+    parser.add_argument("--only", default="", help="a regular expression: parts whose names have it; default: all")
     parser.add_argument("--seconds", type=float, default=160, help="stop then, whatever is missing")
     options = parser.parse_args()
     began = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,5 +144,78 @@ def test_ctrl_c_keeps_a_checkpoint_that_one_process_goes_on_from(
     assert code in (0, 3) if launcher == LONGSPAN else code is not None, said
     assert "run the same command again" in said or code == 0
     result = command(tmp_path, LONGSPAN, "train", "mini.yaml")
+    assert result.returncode == 0, result.stderr
+    assert trained(tmp_path)["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
+# --- several machines: an agent of torchrun on each -------------------------------------------------------------------
+
+
+class Machine:
+    """One of two machines: torchrun's agent and the one process that it starts."""
+
+    def __init__(self, folder: Path, number: int, *meeting: str) -> None:
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+        self.log = folder / f"machine-{number}.log"
+        self.process = subprocess.Popen(
+            [*words, *LONGSPAN, "run", "mini.yaml", "parallel=fsdp"],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("w"),
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what it said."""
+        code = self.process.wait(timeout=150)
+        return code, self.log.read_text()
+
+    def lose_power(self) -> None:
+        """Kills the agent before its process, so that nothing is told to the other machine."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in [self.process.pid, *map(int, children)]:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process(tmp_path: Path, alone: dict[str, Any]) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    port = free_port()
+    machines = [
+        Machine(tmp_path, node, "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port)
+        for node in range(2)
+    ]
+    (first, said), (second, others) = [machine.end() for machine in machines]
+    assert (first, second) == (0, 0), said + others
+    assert "not compiled, 2 processes (fsdp)" in said
+    assert (tmp_path / "runs" / "mini" / "report.html").is_file()
+    found = trained(tmp_path)
+    assert found["packing"] == alone["packing"]
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_lost_machine_ends_the_other_and_one_goes_on_from_the_checkpoint(
+    tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    (tmp_path / "mini.yaml").write_text(STUDY)
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    machines = [Machine(tmp_path, node, *meeting) for node in range(2)]
+    while not list((tmp_path / "runs").glob("jobs/train-*/training/checkpoints/last")):
+        assert machines[0].process.poll() is None, machines[0].log.read_text()
+        time.sleep(0.02)
+    machines[1].lose_power()
+    code, said = machines[0].end()
+    assert code != 0
+    assert "of 2 lost the others" in said
+    assert "run the same command again" in said
+    result = command(tmp_path, LONGSPAN, "run", "mini.yaml")
     assert result.returncode == 0, result.stderr
     assert trained(tmp_path)["losses"] == pytest.approx(alone["losses"], rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +68,13 @@ def test_no_step_between_log_lines_waits_for_the_device(
         small.run(tmp_path, training, small.model(pattern=pattern), rows_that(small, watch), device="cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pass_without_a_graph_goes_back_in_the_thread_that_called_it(small: ModuleType, tmp_path: Path) -> None:
+    net, threads = small.model(), set()
+    net.norm.weight.register_hook(lambda gradient: threads.add(threading.get_ident()))
+    small.run(tmp_path, small.settings(compile=False, graph=False), net, device="cuda")
+    assert threads == {threading.get_ident()}
 
 
 def test_the_device_holds_a_bad_update_back_and_the_right_step_is_named(small: ModuleType, tmp_path: Path) -> None:

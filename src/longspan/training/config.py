@@ -40,8 +40,8 @@ class TrainingConfig(Config):
         compile: `torch.compile` the layers; `auto` does on CUDA with Triton, and not on a CPU, where it hardly pays for
             its start.
         graph: replay each micro-batch's kernels as one CUDA graph, so that a busy host cannot slow them: `auto` does
-            on CUDA where no layer waits for the device, and not with `parallel: fsdp`, and says where it does not;
-            `true` demands it. The results are the same, so it is no part of a run's identity.
+            on CUDA where no layer waits for the device, and says where it does not; `true` demands it. The results are
+            the same, so it is no part of a run's identity.
         processes: processes that train one model together, each on a device of its own and with an equal share of every
             batch's rows. The update is that of one process, so this is no part of what identifies a run: it may be
             resumed with another number.
@@ -87,6 +87,8 @@ class TrainingConfig(Config):
         self.check_shares(self.processes)
         _check_share("warmup", self.warmup)
         _check_share("decay", self.decay)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas = {self.betas}", "two numbers in [0, 1)", "use the usual [0.9, 0.95]")
         if self.warmup_steps + self.decay_steps > self.num_steps:
             raise UserError(
                 f"warm-up of {self.warmup_steps} and decay of {self.decay_steps} steps in a run of {self.num_steps}",
@@ -123,8 +125,6 @@ class TrainingConfig(Config):
                 raise UserError(
                     f"{name} = {value} has no effect here", f"it together with {needed}", f"remove `{name}`"
                 )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas = {self.betas}", "two numbers in [0, 1)", "use the usual [0.9, 0.95]")
 
     @property
     def num_steps(self) -> int:

@@ -2,6 +2,7 @@
 
 DDP sends gradients between the kernels of the backward pass. Where forward and backward are one CUDA graph, which
 cannot be entered, ranks exchange all gradients after it: that hides nothing, but needs nothing of the host either.
+What FSDP2 gathers and sends on streams of its own is captured with the passes that it belongs to.
 """
 
 from __future__ import annotations
@@ -66,13 +67,12 @@ class Spread:
             model: whole, equal on every rank, on `device`.
             ranks: at least two.
             device: of this rank.
-            graphed: whether forward and backward are captured, which only `ddp` can be.
+            graphed: whether forward and backward are captured.
         """
         self.model, self.ranks = model, ranks
         self.objective = Objective(model)
         self._ddp: DistributedDataParallel | None = None
         if ranks.parallel == "fsdp":
-            assert not graphed
             _shard(self.objective, ranks, device)
         elif not graphed:
             from torch.nn.parallel import DistributedDataParallel

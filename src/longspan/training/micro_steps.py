@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from longspan.foundation.errors import UserError, first_line
+from longspan.foundation.errors import MachineError, UserError, first_line
 
 if TYPE_CHECKING:
     from longspan.models.language_model import LanguageModel
     from longspan.training.distributed import Loss
     from longspan.training.feeding import Fed
-    from longspan.training.ranks import Ranks
 
 PLAIN_STEPS = 2
 """Optimizer steps of a process before capturing: in these everything is compiled, loaded and tuned."""
@@ -29,9 +28,7 @@ Work = Callable[[], Tensor]
 Recorder = Callable[[Work], tuple[Callable[[], object], Tensor]]
 
 
-def why_no_graph(
-    choice: Literal["auto"] | bool, model: LanguageModel, device: torch.device, ranks: Ranks
-) -> str | None:
+def why_no_graph(choice: Literal["auto"] | bool, model: LanguageModel, device: torch.device) -> str | None:
     """What keeps the steps from being captured here, in words; None where they are.
 
     Raises:
@@ -43,8 +40,6 @@ def why_no_graph(
     reason = None
     if device.type != "cuda":
         reason = f"{device.type} has none"
-    elif ranks.size > 1 and ranks.parallel == "fsdp":
-        reason = "fsdp gathers layers between kernels"
     elif model.handover is not None:
         reason = "the state is handed over inside a row"
     elif waiting:
@@ -62,13 +57,14 @@ class PlainMicroSteps:
         self._loss, self._autocast = loss, autocast
         self._share = torch.ones((), device=device)
 
-    def run(self, fed: Fed, share: float, *, first: bool) -> Tensor:
+    def run(self, fed: Fed, share: float, *, first: bool, sends: bool = False) -> Tensor:
         """Adds the gradients of a micro-batch to `Parameter.grad`.
 
         Args:
             fed: the batch.
             share: what the summed NLL is divided by.
             first: of its step.
+            sends: the passes themselves send gradients to other ranks, which other micro-batches of the step do not.
 
         Returns:
             summed NLL, () fp32; the next call may overwrite it.
@@ -80,7 +76,10 @@ class PlainMicroSteps:
         """Forward and backward alone, with the share that was set last."""
         with self._autocast():
             nll_sum, _ = self._loss(fed.tokens, fed.targets, fed.segments)
-        (nll_sum / self._share).backward()  # type: ignore[no-untyped-call]
+        # In autograd's own thread for the device the host of an H200 took a third longer (docs/LOG.md). A captured pass
+        # is made once, so nothing is to be gained there.
+        with torch.autograd.set_multithreading_enabled(_is_capturing(nll_sum)):
+            (nll_sum / self._share).backward()  # type: ignore[no-untyped-call]
         return nll_sum.detach()
 
     def set_share(self, share: float) -> None:
@@ -95,7 +94,8 @@ class PlainMicroSteps:
 class GraphedMicroSteps:
     """Micro-batches of one shape as replays of graphs, after a few plain steps.
 
-    Two graphs at most: the first micro-batch of a step writes gradients, the others add to them.
+    Two graphs at most: the first micro-batch of a step writes gradients, the others add to them. Where the last one
+    also sends them, that is a graph of its own.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class GraphedMicroSteps:
             parameters: those that get gradients.
             record: captures work on fixed memory; gives back its replay, and where its outcome lies.
             quiet: around capturing, keeps other threads of this process from the device.
-            demanded: an error while capturing ends the run; else it is told, and steps go on without a graph.
+            demanded: where capturing fails the run ends; else it is told, and steps go on without a graph.
             tell: hears what became of capturing.
         """
         self._plain, self._parameters = plain, parameters
@@ -123,41 +123,46 @@ class GraphedMicroSteps:
         self._steps = 0
         self._failed = False
         self._place: Fed | None = None
-        self._graphs: dict[bool, tuple[Callable[[], object], Tensor]] = {}
+        self._graphs: dict[tuple[bool, bool], tuple[Callable[[], object], Tensor]] = {}
 
-    def run(self, fed: Fed, share: float, *, first: bool) -> Tensor:
+    def run(self, fed: Fed, share: float, *, first: bool, sends: bool = False) -> Tensor:
         """See `PlainMicroSteps.run`.
 
         Raises:
-            RuntimeError: capturing failed, and a graph was demanded.
+            MachineError: capturing failed, and a graph was demanded.
         """
         self._steps += first
         if self._failed or self._steps <= PLAIN_STEPS:
             return self._plain.run(fed, share, first=first)
-        if first not in self._graphs and not self._capture(fed, first):
+        if (first, sends) not in self._graphs and not self._capture(fed, first, sends):
             return self._plain.run(fed, share, first=first)
         self._load(fed)
         self._plain.set_share(share)
-        replay, nll_sum = self._graphs[first]
+        replay, nll_sum = self._graphs[first, sends]
         replay()
         return nll_sum
 
-    def _capture(self, fed: Fed, first: bool) -> bool:
+    def _capture(self, fed: Fed, first: bool, sends: bool) -> bool:
         if self._place is None:
             self._place = fed
         place = self._place
         try:
             with self._quiet():
-                self._graphs[first] = self._record(lambda: self._plain.passes(place))
+                self._graphs[first, sends] = self._record(lambda: self._plain.passes(place))
         except RuntimeError as error:
+            reason = f"capturing it failed ({type(error).__name__}: {first_line(error)[:200]})"
             if self._demanded:
-                raise
+                raise MachineError(
+                    f"no CUDA graph of a training step: {reason}",
+                    "steps that this device can capture",
+                    "set `training.graph` to false: slower where the host is busy, the same otherwise",
+                ) from error
             if first:
                 self._forget_gradients()
             self._graphs.clear()
             self._place = None
             self._failed = True
-            self._tell(f"no CUDA graph: capturing it failed ({type(error).__name__}: {first_line(error)[:200]})")
+            self._tell(f"no CUDA graph: {reason}")
             return False
         return True
 
@@ -200,6 +205,10 @@ class CudaRecorder:
         with torch.cuda.device(self._device), capture:
             outcome = work()
         return graph.replay, outcome
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tensors(fed: Fed) -> list[Tensor]:

@@ -155,6 +155,7 @@ class Run:
         except DivergenceError as error:
             raise DivergenceError(f"{error}\n  the last checkpoint is of step {self.saved[0]}") from None
         finally:
+            self.updates.release()
             self.feed.close()
             self.metrics.close()
             for tracker in self.trackers:

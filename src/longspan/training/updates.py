@@ -50,13 +50,15 @@ class Updates:
         """
         self._model, self._training, self._isolation = model, training, isolation
         self._device, self._autocast, self._ranks = device, autocast, ranks
-        no_graph = why_no_graph(training.graph, model, device, ranks)
+        no_graph = why_no_graph(training.graph, model, device)
         self.spread = Spread(model, ranks, device, graphed=no_graph is None) if ranks.size > 1 else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, training, device)
         self._plain = PlainMicroSteps(model.loss if self.spread is None else self.spread.loss, autocast, device)
         self._micro: PlainMicroSteps | GraphedMicroSteps = self._plain
         self._graphed = no_graph is None
+        # FSDP2 sends gradients within the passes of the last micro-batch; DDP, where they are a graph, after them.
+        self._sends = ranks.size > 1 and ranks.parallel == "fsdp"
         self.graph = ""
         if device.type == "cuda":
             self.graph = f"no CUDA graph ({no_graph})" if no_graph else "a CUDA graph for each micro-batch"
@@ -72,12 +74,13 @@ class Updates:
             tell: hears where capturing failed.
         """
         if self._graphed:
+            # What a rank has captured and another has not leaves both waiting for each other.
             self._micro = GraphedMicroSteps(
                 self._plain,
                 self._parameters,
                 record=CudaRecorder(self._device),
                 quiet=quiet,
-                demanded=self._training.graph is True,
+                demanded=self._training.graph is True or self._sends,
                 tell=tell,
             )
 
@@ -99,8 +102,9 @@ class Updates:
         # What comes out of several ranks is the mean of their gradients.
         share = max(1, sum(fed.num_targets for fed in micro_batches)) / self._ranks.size
         for fed in micro_batches:
-            with self._synchronising(fed is micro_batches[-1]):
-                nll += self._micro.run(fed, share, first=fed is micro_batches[0])
+            last = fed is micro_batches[-1]
+            with self._synchronising(last):
+                nll += self._micro.run(fed, share, first=fed is micro_batches[0], sends=last and self._sends)
         if self.spread is not None:
             self.spread.exchange(self._parameters)
         norm = clip_gradients(self.optimizer, self._parameters, self._training.clip)
@@ -139,14 +143,18 @@ class Updates:
             self._unchecked.clear()
             return
         batches = next(batches for step, batches in self._unchecked if step == first)
-        if isinstance(self._micro, GraphedMicroSteps):
-            self._micro.release()
+        self.release()
         raise DivergenceError(
             f"training stopped at step {first + 1} of {self._training.num_steps}: loss or gradient is not finite, "
             f"first seen in {self._locate(batches)}\n"
             f"  learning rate {learning_rate(self._training, first):.3g}; the update was not applied\n"
             f"  fix: lower `training.peak_lr`, lengthen `training.warmup` or lower `training.clip`"
         )
+
+    def release(self) -> None:
+        """Gives back what graphs hold: memory, and NCCL's connections, which cannot be closed before."""
+        if isinstance(self._micro, GraphedMicroSteps):
+            self._micro.release()
 
     def _locate(self, batches: list[Batch]) -> str:
         isolation, device, autocast = self._isolation, self._device, self._autocast
