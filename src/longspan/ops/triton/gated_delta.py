@@ -1,7 +1,8 @@
 """The gated delta rule on CUDA: how the kernels are cut, launched and made known to autograd and the compiler.
 
 Kept for the backward are the inputs, the decays and, per chunk and head, the inverse of the system, the corrections u
-and the state before the chunk, in the dtype of v; all else is computed again.
+and the state before the chunk, in the dtype of v; all else is computed again. Where few programs would carry the states
+of whole rows, rows are cut into segments: what each makes of any state is found first, for all of them at once.
 
 Shapes: B rows, T tokens, J chunks of Q tokens, H heads, K key dim, V value dim.
 """

@@ -2,8 +2,9 @@
 
 Inside a chunk the corrections u depend on each other through a unit lower triangular system, whose inverse turns the
 chunk into products (the UT transform of the WY representation; Yang, Kautz & Hatamizadeh 2024). States run from chunk
-to chunk inside one program (`states`, and `state_gradients` from the end); everything else is one program per chunk and
-head. Queries and keys count as vectors of one length: what they are multiplied by for that is kept beside the decays.
+to chunk of a segment inside one program (`states`, and `state_gradients` from the end); `joined` is one per row and
+head, everything else one per chunk and head. Queries and keys count as vectors of one length: what they are multiplied
+by for that is kept beside the decays.
 
 Shapes: B rows, T tokens, J chunks of a row, Q tokens of a chunk (i reads, j is read), H heads, K key dim, V value dim.
 Squares are (H of a chunk, Q, Q), states (B, J, H, K, V), all per-token scratch (B, J, H, Q, K or V).
