@@ -274,7 +274,7 @@ def state_gradients(
             store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, dsolved)
         dstate = dstate * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
         dstate += dot(tl.trans(q), do.to(tl.float32) * queried[:, None], DTYPE, OPERAND, PRECISION)
-        dstate -= dot(tl.trans(k), dsolved * (norm * beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
+        dstate += dot(tl.trans(k), dsolved * (-norm * beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
     if ENDS:
         store(dinitial_ptr + by_segment * K * V, c, V, v, K, V, WHOLE, dstate)
     elif INITIAL and segment == 0:
