@@ -26,6 +26,7 @@ import torch
 
 from longspan.models import budget
 from longspan.models.language_model import LanguageModel, ModelConfig
+from longspan.models.matrix_layout import lay_out_for_decoding
 from longspan.models.mixers import registered
 from longspan.models.state import ModelState
 from taking_turns import Subject, count, measure, ratio, rows_of
@@ -35,7 +36,9 @@ WIDTH, LAYERS, VOCAB, HEADS = 256, 4, 8192, 4
 
 def build(letter: str) -> LanguageModel:
     config = ModelConfig(pattern=letter * LAYERS, width=WIDTH, heads=HEADS, mlp="none")
-    return LanguageModel(config, VOCAB, seed=0).eval()
+    model = LanguageModel(config, VOCAB, seed=0).eval()
+    lay_out_for_decoding(model)
+    return model
 
 
 def prefill(model: LanguageModel, tokens: torch.Tensor, state: ModelState, chunk: int) -> ModelState:
@@ -56,7 +59,7 @@ def decoding(model: LanguageModel, state: ModelState, new_tokens: int) -> Callab
     return run
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Per letter its model, and per context rates, bytes of state and seconds of prefill."""
     tokens = torch.randint(0, VOCAB, (1, max(options.contexts)), generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,11 @@
 
 First the two ceilings of this card are measured: a copy of 2 GiB (bytes read plus bytes written) and an 8192-cubed bf16
 product. Kernels are checked against the plain ops in fp64 over the same rounded inputs, on fresh random documents, with
-every allocation poisoned beforehand, twice for the same bits. Times are medians of CUDA events (`do_bench`) at 65,536
-tokens in bf16; `floor` is the larger of fewest bytes over the copy's rate and operations over the product's. A part
-that fails says so and the next one runs; parts that would start after `--seconds` are left out and named. Prints a
-table and, as its last line, one JSON object, which also goes to $OUT/kernels_gpu.json where OUT is set.
+every allocation poisoned beforehand, twice for the same bits. Times are medians at 65,536 tokens in bf16, of calls that
+follow each other in a CUDA graph (whole layers and steps: of CUDA events, `do_bench`); `floor` is the larger of fewest
+bytes over the copy's rate and operations over the product's. A part that fails says so and the next one runs; parts
+that would start after `--seconds` are left out and named. Prints a table and, as its last line, one JSON object, which
+also goes to $OUT/kernels_gpu.json where OUT is set.
 """
 
 from __future__ import annotations

@@ -140,7 +140,11 @@ def inference_subjects(prompt: int, new_tokens: int) -> tuple[list[Subject], lis
         decode.append(Subject(name, run_decode, against))
 
     def add_own(pattern: str, *against: str) -> None:
+        from longspan.models.matrix_layout import lay_out_for_decoding
+
         model = own(pattern).eval()
+        # As the engine does that asks a model.
+        lay_out_for_decoding(model)
         add(
             f"longspan {pattern}",
             against,
@@ -189,7 +193,7 @@ def one_setting(options: argparse.Namespace) -> dict[str, Any]:
         show(f"training step, {options.rows} x {options.context}, forward + backward + AdamW fused", result["training"])
     result["inference"] = []
     for prompt in options.prompts:
-        with torch.no_grad():
+        with torch.inference_mode():
             prefill, decode = inference_subjects(prompt, options.new_tokens)
             measure(prefill, options.rounds)
             measure(decode, options.rounds)

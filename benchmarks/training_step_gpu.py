@@ -350,6 +350,7 @@ def parts(run: Run) -> dict[str, Callable[[], None]]:
         "A 1x32768 theirs eager": lambda: theirs(run, "A", *long, False),
         **{f"small {p} ours graph": lambda p=p: own(run, f"small {p}", *small, True) for p in ("M", "A", "AM")},
         "D 8x4096 ours graph": lambda: own(run, "D", *short, True, True),
+        "D 1x32768 ours graph": lambda: own(run, "D", *long, True, True),
         "D 8x4096 ours no graph": without("D", short),
         "A 8x4096 theirs eager": lambda: theirs(run, "A", *short, False),
         "AM 1x32768 ours graph": lambda: own(run, "AM", *long, True, True),

@@ -291,6 +291,11 @@ def test_the_documentation_shows_commands() -> None:
     assert any(command.is_study for command in COMMANDS)
 
 
+def test_every_command_is_documented() -> None:
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    assert names - {command.words[1] for command in COMMANDS if len(command.words) > 1} == set()
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0] == "longspan"], ids=str)
 def test_documented_command_works(
     command: Command,

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from longspan import __version__
+from longspan.study.shipped import list_studies
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -57,6 +60,19 @@ def test_an_unknown_study_names_the_nearest_one(command: str, tmp_path: Path) ->
     assert len(lines) == 3
     assert "quikstart" in lines[0]
     assert "did you mean `quickstart`?" in lines[2]
+
+
+def test_the_version_is_told() -> None:
+    result = longspan("--version")
+    assert (result.returncode, result.stdout) == (0, f"longspan {__version__}\n")
+
+
+def test_the_study_to_begin_with_comes_first_and_variants_that_are_compared_are_no_choice() -> None:
+    rows = list_studies()
+    assert rows[0]["study"] == "quickstart"
+    variants = {row["study"]: row["variants"] for row in rows}
+    assert variants["recall-bits"] == ""
+    assert variants["hybrid-patterns"] == "cpu"
 
 
 def test_wrong_use_exits_2() -> None:

@@ -23,7 +23,7 @@ def test_the_time_left_leaves_out_a_step_that_compiled(
     for now, steps in ((100.0, 0), (120.0, 1), (140.0, 21)):  # noqa: B007
         shown.observe(job, Progress("train", steps, 141, "steps", warming=warming and steps == 1))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train A seed 0: train  0%"
+    assert lines[0] == "train A seed 0: train  0 %"
     assert lines[-1].endswith(left)
     assert ("left" in lines[1]) == (not warming)
 

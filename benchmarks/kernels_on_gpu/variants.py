@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels_on_gpu.delta_variants import variants_delta
 from kernels_on_gpu.measuring import (
     BF16,
     CONVOLVED,
@@ -227,4 +228,5 @@ VARIANTS: dict[str, Callable[[Run], None]] = {
     "variants ssd": variants_ssd,
     "variants loss": variants_loss,
     "variants scan": variants_scan,
+    "variants delta": variants_delta,
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan import __version__
 from longspan.commands.ending import run_to_its_end
 from longspan.commands.options import (
     Debug,
@@ -23,6 +24,7 @@ from longspan.commands.options import (
     Subject,
 )
 from longspan.foundation.files import DEFAULT_RUNS
+from longspan.foundation.interrupts import hear_interrupts
 from longspan.foundation.machine import follows, tune_allocator
 
 if TYPE_CHECKING:
@@ -30,11 +32,28 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="longspan",
-    help="At this context length and this budget: attention, a state-space model, or a hybrid?",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    epilog="Begin with `longspan doctor` and `longspan run quickstart`, which takes a few minutes on two cores. A "
+    "command ends with 0 (done), 1 (failed), 2 (wrong use), 3 (stopped by Ctrl-C) or 130 (the same, before anything "
+    "began).",
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"longspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def longspan(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """At this context length and this budget: attention, a state-space model, or a hybrid?"""
 
 
 @app.command()
@@ -111,7 +130,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="keep so many tokens")] = None,
     seed: Annotated[int, typer.Option("--seed", help="of the draws")] = 0,
     weights: Annotated[str, typer.Option("--weights", help="best or last, of a run")] = "best",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16; default fp32")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default cuda where there is one")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")] = None,
     json: Json = False,
@@ -208,18 +227,29 @@ def budget(
 @app.command()
 def bench(
     patterns: Annotated[
-        str | None, typer.Option("--patterns", help="layers, with commas: AAAA,MMMM,AMAM; default by device")
+        str | None,
+        typer.Option("--patterns", help="layers, with commas; default AAAA,MMMM,AMAM, on a GPU A12,M12,(AM)6"),
     ] = None,
-    contexts: Annotated[str | None, typer.Option("--contexts", help="tokens, with commas: 256,1k")] = None,
+    contexts: Annotated[
+        str | None, typer.Option("--contexts", help="tokens, with commas; default 256,1k, on a GPU 4k,32k")
+    ] = None,
     parameters: Annotated[
-        str | None, typer.Option("--parameters", help="of each model, about, e.g. 1e6 or 130M")
+        str | None, typer.Option("--parameters", help="of each model, about; default 1M, on a GPU 110M")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default cuda where there is one")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16; default what is fast here")] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", min=1, help="for all of it, about")] = None,
-    vocab_size: Annotated[int | None, typer.Option("--vocab-size", min=258, help="rows of the embedding")] = None,
-    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="of a training step")] = None,
-    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="decoded after each prompt")] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=1, help="for all of it, about; default 60, on a GPU 240")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=258, help="rows of the embedding; default 2048, on a GPU 32768")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", min=1, help="of a training step; default 2048, on a GPU 32768")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", min=2, help="decoded after each prompt; default 16, on a GPU 64")
+    ] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="measure other packages too, if installed")] = True,
     json: Json = False,
     debug: Debug = False,
@@ -321,6 +351,7 @@ def studies(json: Json = False, debug: Debug = False) -> None:
         print_table(
             ("<study", "<question", "<variants"), [(row["study"], row["question"], row["variants"]) for row in rows]
         )
+        print("`longspan run STUDY`, or `longspan run STUDY variant=NAME`; what one costs: `longspan budget STUDY`")
 
 
 @app.command()
@@ -367,7 +398,8 @@ def _print_outcome(outcome: Any, json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use) or 3 (stopped by Ctrl-C)."""
+    """Entry point: exits 0 (done), 1 (failed), 2 (wrong use), 3 (stopped by Ctrl-C) or 130 (before anything began)."""
+    hear_interrupts()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     run_to_its_end(app)

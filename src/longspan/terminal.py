@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from longspan.foundation.errors import Stopped
 from longspan.foundation.progress import Progress
 from longspan.report.numbers import duration, scaled
+from longspan.report.numbers import share as percent
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -167,7 +168,7 @@ def _make_bars() -> Bars:
         TextColumn("{task.description}", markup=False),
         TextColumn("[dim]{task.fields[stage]}"),
         BarColumn(bar_width=20),
-        TaskProgressColumn(),
+        TaskProgressColumn("[progress.percentage]{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[numbers]}", markup=False),
         TextColumn("[dim]{task.fields[left]}"),
         console=Console(stderr=True),
@@ -182,7 +183,9 @@ def _rate(progress: Progress, shown: _Shown) -> float | None:
 
 
 def _numbers(progress: Progress, shown: _Shown) -> str:
-    parts = [f"{name} {_short(value)}" for name, value in progress.numbers.items()]
+    # What is a unit follows its number: `loss 3.21  12.3 k tok/s`.
+    parts = [f"{_short(value)} {name}" if "/s" in name else f"{name} {_short(value)}"
+             for name, value in progress.numbers.items()]  # fmt: skip
     rate = _rate(progress, shown)
     if rate is not None and progress.unit and not any("/s" in name for name in progress.numbers):
         parts.append(f"{_short(rate)} {progress.unit}/s")
@@ -197,7 +200,7 @@ def _left(progress: Progress, shown: _Shown) -> str:
 
 
 def _plain(progress: Progress, shown: _Shown) -> str:
-    share = f"{progress.done / progress.total:.0%}" if progress.total else _short(progress.done)
+    share = percent(progress.done / progress.total) if progress.total else _short(progress.done)
     return "  ".join(filter(None, (progress.stage, share, _numbers(progress, shown), _left(progress, shown))))
 
 

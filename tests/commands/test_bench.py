@@ -17,6 +17,7 @@ from longspan.commands.bench import limits as limiting
 from longspan.commands.bench import peers, run
 from longspan.commands.bench import plan as plans
 from longspan.commands.bench.ceilings import Ceilings
+from longspan.commands.bench.compared import times_as_fast
 from longspan.commands.bench.limits import Cut, Limits
 from longspan.commands.bench.measured import PARTS, Measured, share_of_ceiling
 from longspan.commands.bench.own import Generated
@@ -55,8 +56,8 @@ def test_patterns_are_measured_at_equal_parameters() -> None:
         ({"parameters": "1000"}, "--parameters 1,000"),
         ({"parameters": "many"}, "--parameters many"),
         ({"dtype": "fp8"}, "--dtype fp8"),
-        ({"contexts": "long"}, "--contexts long"),
-        ({"contexts": "0"}, "--contexts 0"),
+        ({"contexts": "long"}, "--contexts 'long'"),
+        ({"contexts": "0"}, "--contexts '0'"),
         ({"patterns": "AX"}, "X"),
         ({"device": "tpu"}, "tpu"),
     ],
@@ -127,8 +128,8 @@ def test_what_the_time_does_not_allow_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(run, "_measured", lambda task, *others: measured(task))
     found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
     # What comes first always is.
-    assert [each.rate for each in found] == [2000.0] * 3 + [None] * 3
-    assert all(each.late and "not measured: predicted to take" in each.failure for each in found[3:])
+    assert {each.pattern: each.rate for each in found} == {"AM": 2000.0, "MM": None}
+    assert all(each.late and "not measured: predicted to take" in each.failure for each in found if not each.rates)
     command = "longspan bench --patterns AM,MM --contexts 32 --seconds 10 --device cpu --parameters 130000 "
     own = "--vocab-size 258 --batch-tokens 64 --new-tokens 3 --no-peers"
     assert to_go_on(setting, models, AT_BEST, found) == f"{command}{own}"
@@ -152,11 +153,12 @@ def test_what_would_take_longer_than_is_left_gives_way_to_what_follows(monkeypat
     monkeypatch.setattr(plans, "expected_seconds", lambda cell, *others: 60.0 if cell.pattern != "AA" else 1.0)
     monkeypatch.setattr(run, "_measured", lambda task, *others: measured(task))
     found = measure(setting, models, AT_BEST, peers=False, say=lambda text: None)
-    assert [each.pattern for each in found if each.rates] == ["AM"] * 3 + ["AA"] * 3
-    assert [each.failure for each in found[3:6]] == ["not measured: predicted to take 1 min 00 s, 30 s left"] * 3
+    assert [each.pattern for each in found if each.rates] == ["AM", "AA", "AM", "AM", "AA", "AA"]
+    late = [each.failure for each in found if each.pattern == "MM"]
+    assert late == ["not measured: predicted to take 1 min 00 s, 30 s left"] * 3
 
 
-def test_a_part_may_take_half_of_what_no_other_needs_and_at_least_twice_its_prediction(
+def test_a_part_may_take_its_share_of_the_time_and_at_least_twice_its_prediction(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limits: list[float | None] = []
@@ -168,14 +170,115 @@ def test_a_part_may_take_half_of_what_no_other_needs_and_at_least_twice_its_pred
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(run, "_measured", noted)
     monkeypatch.setattr(plans, "expected_seconds", lambda *others: 2.0)
-    setting = tiny(patterns="AM,MM", contexts="32,64", seconds=20.0)
-    measure(setting, models_of(setting), AT_BEST, peers=False, say=lambda text: None)
-    # 20 s are left each time, since the clock stands: what follows at the same context needs 2 s a part.
-    assert limits == [None, None, *(2.0 + spare / 2 for spare in (16.0, 18.0, 12.0, 14.0, 16.0, 18.0))]
+    monkeypatch.setattr(plans, "peers_of", lambda config, setting: [PEER])
+    setting = tiny(patterns="AM,MM", seconds=40.0)
+    measure(setting, models_of(setting), AT_BEST, peers=True, say=lambda text: None)
+    # 40 s are left each time, since the clock stands; 2 s a part are needed for what is to come.
+    own = [None, 2 + 26 / 2, None, 2 + 30 / 2]
+    assert limits == [*own, 2 + 32 / 4, 2 + 34 / 3, 2 + 36 / 2, 40.0]
     limits.clear()
     tight = replace(setting, seconds=5.0)
-    measure(tight, models_of(tight), AT_BEST, peers=False, say=lambda text: None)
-    assert limits[4:] == [4.0] * 4
+    measure(tight, models_of(tight), AT_BEST, peers=True, say=lambda text: None)
+    assert limits[4:] == [4.0, 4.0, 4.0, 5.0]
+
+
+def test_every_pattern_is_compared_before_a_slow_peer_has_taken_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    begun: list[tuple[str, str, str]] = []
+
+    def work(task: Task, *others: Any) -> list[Measured]:
+        nonlocal now
+        slow = task.cell.peer is not None and task.cell.pattern == "AM"
+        limit = others[-1]
+        needed = 1000.0 if slow else task.seconds
+        now += needed if limit is None else min(needed, limit)
+        begun.append((task.cell.who, task.cell.pattern, task.parts[0]))
+        if limit is not None and needed > limit:
+            return list(run._missing(task, others[0], others[1], "cut off", late=True))
+        return measured(task)
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(run, "_measured", work)
+    monkeypatch.setattr(plans, "peers_of", lambda config, setting: [PEER])
+    monkeypatch.setattr(plans, "expected_seconds", lambda cell, *others: 4.0 if cell.peer else 1.0)
+    setting = tiny(patterns="AM,MM,AA", contexts="32,64", seconds=60.0)
+    found = measure(setting, models_of(setting), AT_BEST, peers=True, say=lambda text: None)
+    order = [(who, pattern, part) for who in ("longspan", "a peer") for part in ("train", "prefill")
+             for pattern in ("AM", "MM", "AA")]  # fmt: skip
+    assert begun[: len(order)] == order
+    compared = {each.pattern for each in found if each.who == "a peer" and each.rates and each.context == 32}
+    assert compared == {"MM", "AA"}
+    assert now <= 60.0
+    # The slow one was given its share and no more, so there was time for a longer context.
+    assert any(each.rates and each.context == 64 for each in found)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ratio"),
+    [
+        ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], (2.0, 2.0, 2.0)),
+        ([2.0, 2.0], [1.0, 1.0, 1.0], None),
+        ([2.0, 2.0, 2.0], [1.0], None),
+        ([], [1.0, 1.0, 1.0], None),
+    ],
+)
+def test_a_ratio_needs_repeats_of_both(ours: list[float], theirs: list[float], ratio: Any) -> None:
+    found = times_as_fast(ours, theirs)
+    assert (None if found is None else (found.value, found.low, found.high)) == pytest.approx(ratio)
+
+
+def test_a_ratio_of_few_repeats_is_less_certain_than_one_of_many() -> None:
+    wide, narrow = (times_as_fast([1.9, 2.0, 2.1] * n, [0.9, 1.0, 1.1] * n) for n in (1, 8))
+    assert wide is not None
+    assert narrow is not None
+    assert wide.value == narrow.value == 2.0
+    assert wide.low < narrow.low < 2.0 < narrow.high < wide.high
+    # Three repeats of each allow no less than all that they span.
+    assert (wide.low, wide.high) == pytest.approx((1.9 / 1.1, 2.1 / 0.9))
+
+
+@pytest.mark.parametrize(("n", "left_out"), [(4, 0), (5, 2), (10, 23), (20, 127)])
+def test_the_interval_of_a_ratio_is_that_of_mann_and_whitney(n: int, left_out: int) -> None:
+    # Critical values of U, two-sided 5 %, from the published table.
+    ours, theirs = ([base + step / 100 for step in range(n)] for base in (2.0, 1.0))
+    pairs = sorted(mine / other for mine in ours for other in theirs)
+    ratio = times_as_fast(ours, theirs)
+    assert ratio is not None
+    assert (ratio.low, ratio.high) == pytest.approx((pairs[left_out], pairs[-1 - left_out]))
+
+
+def test_a_few_slow_repeats_hardly_move_a_ratio() -> None:
+    rates = [1.0 + step / 1000 for step in range(30)]
+    ratio = times_as_fast([*rates, 0.1, 0.1, 0.1], [*rates, 1.0, 1.0, 1.0])
+    assert ratio is not None
+    assert 0.98 < ratio.low <= ratio.value <= ratio.high < 1.02
+
+
+def test_a_machine_that_does_other_work_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = tiny(patterns="AM")
+    steady = Measured("AM", 32, "train", "longspan", 1, (100.0, 101.0, 102.0, 103.0))
+    show(setting, models_of(setting), AT_BEST, [steady])
+    assert "other work" not in capsys.readouterr().out
+    show(
+        setting, models_of(setting), AT_BEST, [steady, replace(steady, who="a peer", rates=(50.0, 80.0, 100.0, 130.0))]
+    )
+    assert "note: in 1 of 2 rows repeats are more than 20 % apart" in capsys.readouterr().out
+
+
+def test_tables_and_json_say_how_many_repeats_a_ratio_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = tiny(patterns="AM")
+    own = Measured("AM", 32, "train", "longspan", 1, (1900.0, 2000.0, 2100.0))
+    peer = Measured("AM", 32, "train", "a peer", 1, (900.0, 1000.0, 1100.0))
+    show(setting, models_of(setting), AT_BEST, [own, peer, replace(peer, who="short", rates=(10.0, 11.0))])
+    shown = capsys.readouterr().out
+    (row,) = [line.split() for line in shown.splitlines() if " a peer " in line]
+    assert row[:9] == ["AM", "a", "peer", "1.00", "k", "900…1.10", "k", "3", "2.00×"]
+    assert "[1.73, 2.33]" in shown
+    (few,) = [line.split() for line in shown.splitlines() if " short " in line]
+    assert few[2:6] == ["10.5", "10…11", "2", "–"]
+    assert peer.to_json(own.rates)["longspan_is"] == pytest.approx({"value": 2.0, "low": 1.7273, "high": 2.3333})
+    assert peer.to_json(own.rates)["repeats"] == 3
+    assert own.to_json(own.rates)["longspan_is"] is None
 
 
 def test_peers_with_models_of_their_own_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,10 +336,10 @@ def test_whoever_stops_it_gets_what_was_measured(
         bench(tiny(seconds=60.0), peers=False, json_only=False)
     shown = capsys.readouterr().out
     assert "training step" in shown
-    assert shown.count(STOPPED) > 5
+    assert f"note: {STOPPED}: longspan at 32 tokens: AM prefill, decode; MM prefill, decode" in shown
     rows = json.loads(shown.splitlines()[-1])["measured"]
-    assert [row["rate"] for row in rows] == [1000.0] + [None] * 5
-    assert {row["failure"] for row in rows[1:]} == {STOPPED}
+    assert [row["rate"] for row in rows] == [1000.0] * 2 + [None] * 4
+    assert {row["failure"] for row in rows[2:]} == {STOPPED}
     assert signal.getsignal(number) == before
 
 
@@ -284,7 +387,7 @@ def test_why_a_peer_has_no_rate_stands_in_the_tables(capsys: pytest.CaptureFixtu
     show(setting, models_of(setting), AT_BEST, [Measured("AM", 32, "train", "longspan", 1, (1.0, 2.0)), broken])
     shown = capsys.readouterr().out
     (row,) = [line for line in shown.splitlines() if "a peer" in line and not line.startswith("note")]
-    assert row.rstrip().endswith("AssertionError: rotary requires flash_attn…")
+    assert row.rstrip().endswith("AssertionError: rotary requires f…")
     assert f"note: a peer, AM, train at 32 tokens: {reason}" in shown
     assert broken.to_json()["failure"] == reason
 
@@ -297,21 +400,21 @@ def test_tables_have_no_column_without_a_value_and_name_classes_once(capsys: pyt
         models_of(setting),
         AT_BEST,
         [
-            Measured("AM", 32, "train", "longspan", 1, (3.0, 4.0), memory_bytes=2**20),
-            Measured("AM", 32, "train", name, 1, (1.0, 2.0), memory_bytes=2**20),
+            Measured("AM", 32, "train", "longspan", 1, (3.0, 4.0, 5.0), memory_bytes=2**20),
+            Measured("AM", 32, "train", name, 1, (1.0, 2.0, 2.0), memory_bytes=2**20),
             replace(late, who="longspan", failure="", rates=(1.0, 2.0), state_bytes=1024),
             replace(late, late=True),
         ],
     )
     shown = capsys.readouterr().out
-    training, decoding = shown[shown.index("training step") :].split("prefill, one prompt")
+    training, decoding = shown[shown.index("training step") :].split("decoding, one sequence")
     assert "transformers: AM LlamaForCausalLM" in shown
     assert shown.count("LlamaForCausalLM") == 1
-    assert "peak memory" in training
+    assert "memory" in training
     assert "longspan is" in training
     assert "state" not in training
-    assert "peak memory" not in decoding
-    assert "predicted to take 3 min 20 s, 1 min 05 s left" in decoding
+    assert "memory" not in decoding
+    assert "note: not measured, the time was short: transformers at 32 tokens: AM decode" in decoding
 
 
 def test_a_peer_whose_batch_does_not_fit_trains_in_parts_of_it() -> None:
@@ -326,9 +429,9 @@ def test_a_peer_whose_batch_does_not_fit_trains_in_parts_of_it() -> None:
     setting = tiny(batch_tokens=128)
     peer: Any = SimpleNamespace(build=lambda dtype: torch.nn.Linear(32, 1), loss=loss)
     run_of = peers.peer_trained(peer, 32, setting, 0.0)
-    assert (run_of.parts, run_of.parameters, len(run_of.rates)) == (4, 33, 2)
-    # 4 rows, then 2, then one by one: two steps that are not counted and two that are.
-    assert asked == [4, 2, *[1] * 16]
+    assert (run_of.parts, run_of.parameters, len(run_of.rates)) == (4, 33, 3)
+    # 4 rows, then 2, then one by one: two steps that are not counted and three that are.
+    assert asked == [4, 2, *[1] * 20]
     too_large: Any = SimpleNamespace(build=peer.build, loss=lambda *given: loss(given[0], torch.zeros(2, 32), given[2]))
     with pytest.raises(torch.OutOfMemoryError):
         peers.peer_trained(too_large, 32, setting, 0.0)

@@ -53,9 +53,9 @@ def test_flash_linear_attention_is_asked_token_by_token_with_its_cache() -> None
         return SimpleNamespace(logits=torch.zeros(1, 1, 30), past_key_values=cache)
 
     found = packages.fla_generated(model, 6, tiny(), 0.0)
-    assert asked == [(6, False), *[(1, True)] * (NEW - 1)] * 3
+    assert asked == [(6, False), *[(1, True)] * (NEW - 1)] * 4
     assert found.state_bytes == 5 * 4
-    assert len(found.prefill) == len(found.decode) == 2
+    assert len(found.prefill) == len(found.decode) == 3
     assert min(found.prefill + found.decode) > 0
 
 
@@ -72,9 +72,9 @@ def test_mamba_ssm_generates_by_itself_with_a_graph() -> None:
     held = SimpleNamespace(key_value_memory_dict={0: (torch.zeros(4), None), 1: (torch.zeros(2), torch.zeros(1))})
     model = SimpleNamespace(generate=generate, _decoding_cache=SimpleNamespace(inference_params=held))
     found = packages.mamba_ssm_generated(model, 6, tiny(), 0.0)
-    assert lengths == [6 + NEW] * 3
+    assert lengths == [6 + NEW] * 4
     assert found.state_bytes == 7 * 4
-    assert len(found.decode) == 2
+    assert len(found.decode) == 3
 
 
 def test_flash_linear_attentions_mamba2_has_layers_for_as_many_parameters(monkeypatch: pytest.MonkeyPatch) -> None:

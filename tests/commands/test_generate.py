@@ -55,7 +55,7 @@ def test_text_goes_to_stdout_and_its_cost_to_stderr(study: Path, longspan: Longs
     shown = capsys.readouterr()
     assert shown.out == text + "\n"
     assert "tok/s" in shown.err
-    assert "bytes of state" in shown.err
+    assert "B of state" in shown.err
     assert longspan(*words[:-1], "4", "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"] != text
 

@@ -190,7 +190,7 @@ def test_one_request_is_timed_alone(tiny_model: MakeModel, tiny_engine: MakeEngi
 def test_numbers_that_are_none_are_refused(tiny_model: MakeModel, tiny_engine: MakeEngine) -> None:
     model = tiny_model("A")
     model.norm.weight.data[0] = float("nan")
-    with pytest.raises(UnusableAnswer):
+    with pytest.raises(UnusableAnswer, match="gave nan as the likelihood of token 1"):
         tiny_engine(model).generate(draw(4, 5), GREEDY)
 
 

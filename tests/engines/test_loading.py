@@ -162,6 +162,18 @@ def test_generation_ends_where_a_foreign_model_ends_a_text(
     assert timed.tokens.tolist() == whole.tokens.tolist()
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(("content", "words"), [("{", "is not readable JSON"), ("[]", "holds list")])
+def test_a_damaged_file_of_others_is_to_be_fetched_again_not_removed_with_its_folder(
+    name: str, content: str, words: str, tmp_path: Path, tiny_model: MakeModel, tokenizer: Tokenizer
+) -> None:
+    write_folder(tiny_model("MM"), tmp_path / "weights", context=96, tokenizer=tokenizer)
+    (tmp_path / "weights" / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name} {words}") as refused:
+        load(tmp_path / "weights")
+    assert refused.value.fix == "fetch it again"
+
+
 def test_what_is_not_there_is_answered_with_the_nearest_name(
     tmp_path: Path, tiny_model: MakeModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,3 +297,11 @@ def test_bf16_stays_close_to_fp32(tiny_model: MakeModel, tiny_engine: MakeEngine
     full = tiny_engine(tiny_model("AM")).nll(sequences)
     half = tiny_engine(tiny_model("AM"), dtype="bf16").nll(sequences)
     assert np.abs(full[0].mean() - half[0].mean()) < 0.05
+
+
+@pytest.mark.parametrize(("dtype", "moved"), [("fp32", True), ("bf16", False)])
+def test_on_a_cpu_matrices_of_fp32_lie_as_one_token_reads_them(tiny_model, tiny_engine, dtype, moved):
+    engine = tiny_engine(tiny_model("M"), dtype=dtype)
+    weight = engine.module.blocks[0].mixer.in_proj.weight
+    assert weight.shape[0] > weight.shape[1]
+    assert weight.t().is_contiguous() == moved

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from pydantic import Field, model_validator
 
-from longspan.foundation.config import MOST_KEYS, Config, unknown_key
+from longspan.foundation.config import MOST_KEYS, Config, nearest, unknown_key
 from longspan.foundation.errors import UserError
 
 
@@ -96,6 +96,26 @@ def test_many_allowed_keys_are_not_listed():
     assert "key_3" in error.allowed
     assert len(error.allowed) < 120
     assert "docs/write-a-study.md" in error.allowed
+
+
+KEYS = ("tied", "tokens", "peak_lr", "heads", "norm_eps", "match", "batch_tokens", "dedup", "splits", "none", "nope")
+
+
+@pytest.mark.parametrize("word", ["distributed", "nonsense", "dump", "plugins", "epochs", "rate_of_learning", "x", ""])
+def test_a_word_that_is_near_no_key_gets_no_suggestion(word):
+    assert nearest(word, KEYS) == []
+    assert "did you mean" not in unknown_key(word, word, KEYS).fix
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("tokns", "tokens"), ("Tokens", "tokens"), ("tide", "tied"), ("lr", "peak_lr"), ("batch", "batch_tokens"),
+        ("num_heads", "heads"), ("norm", "norm_eps"), ("mtach", "match"), ("non", "none"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_begun_or_partial_key_is_suggested_first(word, meant):
+    assert nearest(word, KEYS)[0] == meant
 
 
 def test_a_misspelt_choice_names_the_nearest_one():

@@ -202,7 +202,7 @@ def test_the_meta_device_allocates_nothing():
         ({"heads": 64}, "head dimension of 1"),
         ({"mamba_head_dim": 48}, "mamba_head_dim = 48"),
         ({"positions": "learned"}, "without `max_positions`"),
-        ({"conv": 40}, "mixers.M.conv = 40"),
+        ({"conv": 40}, "model.conv = 40"),
         ({"mixers": {"A": {"head": 2}}}, "unknown key `model.mixers.A.head`"),
         ({"mixers": {"B": {"positions": "nope"}}}, "mixers.B has no mixer"),
         ({"mixers": {"B": {"mixer": "attentive"}}}, "mixers.B.mixer: no mixer is called 'attentive'"),

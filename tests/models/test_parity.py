@@ -13,13 +13,15 @@ VOCAB = 101
 LENGTHS = (1, 37, 1500)
 
 
-def perturb(model: torch.nn.Module) -> None:
-    """Norm weights, biases and D away from one and zero, so that a swapped or missing one shows."""
-    generator = torch_generator(0, "perturb")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+@torch.no_grad()
+def model_of(config: ModelConfig) -> LanguageModel:
+    """Norm weights, biases and D away from one and zero, so that a swapped or missing one shows, and large logits."""
+    model, generator = LanguageModel(config, VOCAB, 3), torch_generator(0, "perturb")
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.head_weight.mul_(10)
+    return model
 
 
 def llama_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -68,10 +70,7 @@ def test_attention_equals_llama(kv_heads, bias, tied, tokens):
     config = ModelConfig(
         pattern="AA", width=32, heads=4, kv_heads=kv_heads, attention_bias=bias, mlp_width=48, tied=tied, rope_base=5e4
     )
-    model = LanguageModel(config, VOCAB, 3)
-    perturb(model)
-    with torch.no_grad():
-        model.head_weight.mul_(10)
+    model = model_of(config)
     reference = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
@@ -94,10 +93,7 @@ def test_attention_equals_llama(kv_heads, bias, tied, tokens):
 @pytest.mark.parametrize(("window", "kv_heads"), [(1, 4), (16, 2), (4096, 2)])
 def test_sliding_window_attention_equals_mistral(window, kv_heads, tokens):
     config = ModelConfig(pattern="SS", width=32, heads=4, kv_heads=kv_heads, window=window, mlp_width=48, tied=False)
-    model = LanguageModel(config, VOCAB, 3)
-    perturb(model)
-    with torch.no_grad():
-        model.head_weight.mul_(10)
+    model = model_of(config)
     reference = transformers.MistralForCausalLM(
         transformers.MistralConfig(
             vocab_size=VOCAB,
@@ -127,10 +123,7 @@ def test_sliding_window_attention_equals_mistral(window, kv_heads, tokens):
 @pytest.mark.parametrize("tied", [False, True])
 def test_mamba2_equals_transformers_mamba2(tied, tokens):
     config = ModelConfig(pattern="MM", width=32, state=16, mamba_head_dim=16, chunk=32, mlp="none", tied=tied)
-    model = LanguageModel(config, VOCAB, 3)
-    perturb(model)
-    with torch.no_grad():
-        model.head_weight.mul_(10)
+    model = model_of(config)
     reference = transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(
             vocab_size=VOCAB,

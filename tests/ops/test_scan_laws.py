@@ -94,3 +94,25 @@ def test_decoding_token_by_token_equals_one_pass(scan: Scan, documents: Any) -> 
         state, last_doc = after, doc[:, t]
         assert_same((y,), (whole[:, t : t + 1],))
     assert_same((state,), (final,))
+
+
+@pytest.mark.parametrize(
+    ("scan", "rounded", "sizes", "tolerance"),
+    [
+        (SSD, ("x", "B", "C"), {}, 2e-5),
+        (SELECTIVE_SCAN, ("x", "B", "C"), {}, 2e-6),
+        (GATED_DELTA, ("q", "k", "v"), {"key_dim": 16, "value_dim": 32}, 2e-5),
+    ],
+    ids=["ssd", "selective_scan", "gated_delta"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_low_precision_keep_their_sums_over_time_in_fp32(
+    dtype: torch.dtype, scan: Scan, rounded: tuple[str, ...], sizes: dict[str, int], tolerance: float, documents: Any
+) -> None:
+    exact, doc = scan.inputs(2, 150, **sizes), documents(2, 150, 0.03, 2)
+    low = {name: value.to(dtype if name in rounded else torch.float32) for name, value in exact.items()}
+    expected = scan.run({name: value.double() for name, value in low.items()}, doc, backend="reference")
+    got = scan.run(low, doc, chunk=64)
+    assert got[0].dtype == dtype
+    assert got[1].dtype == torch.float32
+    assert_same(got, expected, tolerance if dtype == torch.float32 else 2e-2)

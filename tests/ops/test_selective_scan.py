@@ -61,18 +61,6 @@ def test_gradients_pass_gradcheck(documents):
     assert torch.autograd.gradcheck(scan, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_inputs_keep_states_in_fp32(dtype, documents):
-    exact = inputs(2, 150)
-    doc = documents(2, 150, 0.03, 2)
-    rounded = {name: value.to(dtype if name in ("x", "B", "C") else torch.float32) for name, value in exact.items()}
-    expected = run({name: value.double() for name, value in rounded.items()}, doc, backend="reference")
-    got = run(rounded, doc, chunk=64)
-    assert got[0].dtype == dtype
-    assert got[1].dtype == torch.float32
-    assert_same(got, expected, 2e-6 if dtype == torch.float32 else 2e-2)
-
-
 @pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("rate", [0.0, 1e3])
 def test_no_decay_and_extreme_decays_are_exact_and_finite(rate, documents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from longspan.engines.base import UnusableAnswer
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
-from longspan.probes.base import Probe, ProbeData, make_probe, registered
+from longspan.probes.base import Probe, ProbeData, credit, make_probe, registered
 from longspan.records.store import Record, RecordStore
 
 ALL = {
@@ -165,3 +166,18 @@ def test_a_taken_name_is_refused(tmp_path: Path) -> None:
 def test_every_probe_is_a_probe() -> None:
     assert all(issubclass(probe, Probe) for probe in registered().values())
     assert np.all([probe.batch_tokens > 0 for probe in registered().values()])
+
+
+def test_nan_scores_are_refused() -> None:
+    with pytest.raises(UnusableAnswer, match="nan"):
+        credit(np.array([math.nan] * 4), 0)
+    with pytest.raises(UnusableAnswer):
+        credit(np.array([1.0, math.inf, 2.0]), 0)
+
+
+def test_credit_is_split_among_equals() -> None:
+    assert credit(np.array([1.0, 2.0, 3.0]), 0) == 1
+    assert credit(np.array([1.0, 2.0, 3.0]), 1) == 0
+    assert credit(np.array([1.0, 1.0 + 1e-8, 3.0]), 1) == 0.5
+    assert credit(np.array([5.0] * 4), 3) == 0.25
+    assert credit(np.array([1.0, 1.001]), 1) == 0

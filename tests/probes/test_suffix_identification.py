@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,11 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from longspan.engines.base import UnusableAnswer
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import UserError
 from longspan.probes.base import ProbeData, make_probe
-from longspan.probes.suffix_identification import SuffixIdentification, credit, spread, unigram_nll
+from longspan.probes.suffix_identification import SuffixIdentification, spread, unigram_nll
 from longspan.records.store import Record
 
 Ask = Callable[..., list[Record]]
@@ -37,21 +35,6 @@ def test_a_constant_subject_scores_chance_and_gains_nothing(
             assert measured.low < 0.25 < measured.high
     assert probe.metrics[0].chance == 0.25
     assert probe_with(candidates=8).metrics[0].chance == 0.125
-
-
-def test_nan_scores_are_refused() -> None:
-    with pytest.raises(UnusableAnswer, match="nan"):
-        credit(np.array([math.nan] * 4), 0)
-    with pytest.raises(UnusableAnswer):
-        credit(np.array([1.0, math.inf, 2.0]), 0)
-
-
-def test_credit_is_split_among_equals() -> None:
-    assert credit(np.array([1.0, 2.0, 3.0]), 0) == 1
-    assert credit(np.array([1.0, 2.0, 3.0]), 1) == 0
-    assert credit(np.array([1.0, 1.0 + 1e-8, 3.0]), 1) == 0.5
-    assert credit(np.array([5.0] * 4), 3) == 0.25
-    assert credit(np.array([1.0, 1.001]), 1) == 0
 
 
 def test_a_subject_that_knows_the_documents_is_right_and_its_opposite_wrong(

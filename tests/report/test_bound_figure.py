@@ -100,6 +100,22 @@ def test_a_name_stands_on_the_side_where_it_runs_over_no_other_subject(quickstar
     assert left == {first: True, second: True, third: False}
 
 
+def test_a_name_at_the_right_edge_stands_at_the_left_of_its_point(quickstart_report: ReportInput) -> None:
+    labels = [subject.label for subject in quickstart_report.subjects]
+    places = zip(labels, (100.0, 200.0, 1e6), strict=True)
+    found = [measured(name, who, bits, bits, bits) for who, bits in places for name in ("half", "state_bits")]
+    section = ProbeSection("recall", "MQAR", "", make_probe("mqar").metrics, Summary(tuple(found), (), ()))
+    (metric,) = (each for each in section.metrics if each.bound)
+    long = "a name that is as long as half of the chart is wide"
+    subjects = [*quickstart_report.subjects[:2], replace(quickstart_report.subjects[2], label=long)]
+    found = [replace(each, subject=long) if each.subject == labels[2] else each for each in found]
+    section = replace(section, summary=Summary(tuple(found), (), ()))
+    figure = bound_figure("half", section, metric, arrange(replace(quickstart_report, subjects=subjects)))
+    assert figure is not None
+    left = {row["name"]: row["left"] for row in figure.spec["data"]["values"] if "name" in row}
+    assert left == {labels[0]: False, labels[1]: False, long: True}
+
+
 def test_a_subject_whose_state_is_not_known_is_named_and_not_passed_over(quickstart_report: ReportInput) -> None:
     section, first = held(quickstart_report), quickstart_report.subjects[0].label
     kept = tuple(m for m in section.summary.measurements if (m.metric, m.subject) != ("state_bits", first))

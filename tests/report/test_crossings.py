@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from longspan.records.measures import Kind
 from longspan.records.observation import Measurement, Metric, Summary
 from longspan.report import page
 from longspan.report.crossings import crossing_table
@@ -103,12 +104,18 @@ def test_page_and_markdown_show_the_table_and_captions_point_to_it() -> None:
     assert "Crossover" not in page.html(bare)
 
 
-def test_bars_of_medians_are_told_as_quartiles() -> None:
-    number = replace(LATENCY, name="fixed", x_name=None, crossing=False)
-    found = Measurement("fixed", "A", None, 2.0, 1.5, 2.5, 3, 1, 3)
+@pytest.mark.parametrize(("kind", "low", "words"), [
+    ("median", 1.5, "Lower is better; bars are quartiles over repeats. The axis"),
+    ("median", 2.0, "Lower is better. The axis"),
+    ("exact", 2.0, "Lower is better. The axis"),
+    ("ratio", None, "Lower is better. The axis"),
+])  # fmt: skip
+def test_a_caption_tells_of_bars_only_where_there_are_some(kind: Kind, low: float | None, words: str) -> None:
+    number = replace(LATENCY, name="fixed", kind=kind, x_name=None, crossing=False)
+    found = Measurement("fixed", "A", None, 2.0, low, 2.0, 3, 1, 3)
     section = ProbeSection("efficiency", "Cost", "", (number,), Summary((found,), (), ()), place="cost")
     (figure,) = page.lay_out(replace(report(), probes=[section], subjects=[SubjectFacts("A", "")])).cost
-    assert "quartiles over repeats" in figure.caption
+    assert words in figure.caption
 
 
 @pytest.mark.parametrize(("runs", "words"), [

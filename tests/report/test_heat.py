@@ -66,6 +66,14 @@ def test_every_cell_of_every_subject_is_drawn_and_tabulated(report: ReportInput)
     assert figure.panels == 3
 
 
+def test_one_row_of_cells_is_the_curve_and_no_figure_of_its_own(report: ReportInput) -> None:
+    seen = [replace(each, y=DEPTHS[0]) if each.metric == "accuracy" else each for each in observations()]
+    section = replace(report.probes[0], summary=summarise(seen, [FOUND, FLOOR], resamples=2_000))
+    found = figures.quality_figures(replace(report, probes=[section]), section, arrange(report))
+    assert [figure.name for figure in found if "by" in figure.name] == []
+    assert "needle-accuracy" in [figure.name for figure in found]
+
+
 def test_the_curve_beside_it_shows_all_cells_of_an_x_together(report: ReportInput) -> None:
     found = figures.quality_figures(report, report.probes[0], arrange(report))
     curve = next(f for f in found if f.name == "needle-accuracy")

@@ -10,7 +10,7 @@ import pytest
 import vl_convert
 
 from longspan.records.observation import Summary
-from longspan.report import page
+from longspan.report import charts, page
 from longspan.report.content import compared_units
 from longspan.report.data import ReportInput, Reproduce, SubjectFacts
 from longspan.report.figure import static_spec
@@ -248,3 +248,17 @@ def test_the_lead_says_how_many_are_not_matched(quickstart_report: ReportInput) 
     unmatched = [replace(s, match_quantity="", match_residual=None) for s in rest]
     text = page.subjects_lead(replace(quickstart_report, subjects=[first, *unmatched]))
     assert "1 of them is matched in parameters; the worst match is off by 0.10 %. The others are not matched." in text
+
+
+def test_subjects_of_the_same_model_are_named_beside_its_bar(quickstart_report: ReportInput) -> None:
+    first, *others = quickstart_report.subjects
+    bars = page._parts(replace(quickstart_report, subjects=[first, replace(first, label="again"), *others]))
+    assert [bar["label"] for bar in bars] == [subject.label for subject in quickstart_report.subjects]
+    assert [bar["alike"] for bar in bars] == ["also again", "", ""]
+
+
+def test_an_axis_that_starts_at_zero_is_not_said_to_start_elsewhere() -> None:
+    rows = [{"value": 0.4, "low": 0.02, "high": 0.9}]
+    assert charts.dots_domain(rows, percent=True)[0] == 0.0
+    assert charts.dots_domain([{"value": 0.8, "low": 0.7, "high": 0.9}], percent=True)[0] > 0.6
+    assert charts.dots_domain(rows, percent=False)[0] < 0.0

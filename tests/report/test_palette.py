@@ -99,6 +99,26 @@ def test_crossed_factors_become_colours_and_panels(leakage_report: ReportInput) 
     assert arms["MMMM/full"].variable == arms["MMMM/none"].variable
 
 
+@pytest.mark.parametrize("number", [4, 6, 12])
+def test_subjects_that_share_no_panel_are_compared_in_one(quickstart_report: ReportInput, number: int) -> None:
+    one = quickstart_report.subjects[0]
+    kinds = [("attention", "AA"), ("mamba2", "MM"), ("gated_deltanet", "DD")]
+    subjects = [
+        replace(one, label=f"v{n}", letters=letters, mixers=(mixer, mixer), factors={"variant": f"v{n}"})
+        for n, (mixer, letters) in zip(range(number), kinds * number, strict=False)
+    ]
+    arms = arrange(replace(quickstart_report, subjects=subjects))
+    assert len(arms.panels) == 1
+    assert len({arms[subject.label].variable for subject in subjects}) == number
+    # Where a panel holds several of very many, there are panels.
+    crossed = [
+        replace(each, label=f"{each.label} {size}", factors={**each.factors, "width": size})
+        for each in subjects
+        for size in ("8", "16")
+    ]
+    assert (len(arrange(replace(quickstart_report, subjects=crossed)).panels) > 1) == (2 * number > 8)
+
+
 COPYING = {"AA": "attention", "HH": "attention", "BB": "attention", "RR": "attention", "NN": "attention",
            "MM": "mamba2", "LL": "lstm", "mm": "mamba1", "MH": "mamba2 attention"}  # fmt: skip
 RECALL = {"AA": "attention", "MM": "mamba2", "PP": "mamba2", "QQ": "mamba2", "mm": "mamba1", "DD": "gated_deltanet",

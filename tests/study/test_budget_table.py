@@ -90,7 +90,7 @@ def finish_training(file: Path, pattern: str, rate: float, **training: object) -
 def test_time_comes_from_earlier_runs_of_the_same_model_on_this_machine(file: Path) -> None:
     before = table(file)
     assert all(each.tokens_per_second is None for each in before.subjects)
-    assert any("assumes 35%" in note for note in before.notes)
+    assert any("assumes 35 %" in note for note in before.notes)
     finish_training(file, "AAAA", 640.0)
     finish_training(file, "AAAA", 10.0, context=32)
     finish_training(file, "AAAA", 20.0, dtype="bf16")
@@ -113,6 +113,31 @@ def test_a_tokenizer_that_is_not_at_hand_is_assumed_and_said_or_given(file: Path
     given = table(file, missing, vocab_size=500)
     assert given.subjects[0].parameters.embedding == 500 * 32
     assert not [note for note in given.notes if "assumed (" in note]
+
+
+def test_the_bits_of_a_rounded_state_are_shown(tmp_path: Path) -> None:
+    file = tmp_path / "bits.yaml"
+    file.write_text(
+        """
+question: What does a state of few bits hold?
+corpus: {source: task, task: mqar, vocab_size: 34, length: 32, border: 16, pairs: [2]}
+packing: {method: one_per_row}
+model: {width: 16, heads: 1, state: 8, expand: 1, mamba_head_dim: 16, state_bits: 2}
+training: {context: 32, batch_tokens: 256, tokens: 512, peak_lr: 1.0e-3}
+vary: {pattern: [M, MA]}
+"""
+    )
+    found = budget_table(load_study(str(file)), tmp_path / "runs", contexts=[16])
+    # 16 x 8 numbers of Mamba-2; keys and values of 16 tokens in width 16.
+    assert [each.handed_over for each in found.subjects] == [2 * 128, 2 * (128 + 2 * 16 * 16)]
+    columns, rows = found.tables()[1]
+    assert [row[columns.index("handed over")] for row in rows] == ["256 bit", "1,280 bit"]
+    assert any("after 16 tokens" in note for note in found.notes)
+    assert found.to_json()["subjects"][0]["handed_over_bits"] == 256
+
+
+def test_a_study_without_a_rounded_state_has_no_column_for_it(file: Path) -> None:
+    assert "handed over" not in table(file).tables()[1][0]
 
 
 def test_contexts_are_numbers_of_tokens() -> None:

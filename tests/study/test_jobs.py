@@ -43,7 +43,7 @@ def test_a_gpu_without_triton_is_no_reason_to_lose_a_finished_job(monkeypatch: p
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("longspan.ops.kernels._Setting.triton", False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    assert hardware()["kernels"] == "none: kernels without Triton"
+    assert hardware()["kernels"] == "none: LONGSPAN_KERNELS = 'auto' without Triton"
     advice = {topic: advice for topic, _, advice in doctor(Path("runs"))}["kernels"]
     assert "LONGSPAN_KERNELS=plain" in advice
 

@@ -12,6 +12,7 @@ import numpy as np
 from longspan.engines.base import Generation, Sampling
 from longspan.engines.native import NativeEngine
 from longspan.foundation.errors import DataError, Stopped, UserError
+from longspan.report.numbers import byte_size, duration, scaled
 from longspan.terminal import print_json
 
 STDIN = "-"
@@ -84,10 +85,10 @@ def _finish(engine: NativeEngine, prompt: str, written: Generation, json: bool) 
         return
     print(flush=True)
     rate = _rate(written)
-    speed = f", {rate:,.1f} tok/s after the first" if rate else ""
+    speed = f", {scaled(rate, 'tok/s')} after the first" if rate else ""
     print(
-        f"{written.prompt_tokens} prompt tokens in {written.first_token_seconds:.3f} s, {len(written.tokens)} tokens "
-        f"written{speed}; {written.state_bytes:,} bytes of state; ended by: {written.finish_reason}",
+        f"{written.prompt_tokens:,} prompt tokens in {duration(written.first_token_seconds)}, {len(written.tokens):,} "
+        f"tokens written{speed}; {byte_size(written.state_bytes)} of state; ended by: {written.finish_reason}",
         file=sys.stderr,
     )
 

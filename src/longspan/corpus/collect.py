@@ -25,7 +25,8 @@ from longspan.foundation.progress import Progress, Report
 _EXAMPLES = 20
 _NO_DEDUP = DedupConfig(exact=False, near=False)
 _SUMMARY = "documents.json"
-_KEEP = "keep.npy"
+KEEP = "keep.npy"
+"""bool (documents,), see `Collected`."""
 
 
 class SplitConfig(Config):
@@ -80,8 +81,9 @@ class CorpusConfig(Config):
         named = {str(kind.model_fields["source"].default): kind for kind in SOURCES}
         name = data["source"]
         if name not in named:
-            fix = did_you_mean(name, named, "name one of these")
-            raise ConfigError("source", f"{ConfigError.PLACE} = {name!r}", ", ".join(sorted(named)), fix)
+            fix = did_you_mean(name, [*named, "task"], "name one of these")
+            allowed = f"{', '.join(sorted(named))}, or task"
+            raise ConfigError("source", f"{ConfigError.PLACE} = {name!r}", allowed, fix)
         own = set(named[name].model_fields) - set(cls.model_fields)
         beside = {key: value for key, value in data.items() if key in own}
         rest = {key: value for key, value in data.items() if key not in beside}
@@ -141,7 +143,7 @@ class Collected:
     def __init__(self, folder: Path) -> None:
         summary = read_json(folder / _SUMMARY)
         self.folder = folder
-        self.keep: np.ndarray = np.load(folder / _KEEP, mmap_mode="r")
+        self.keep: np.ndarray = np.load(folder / KEEP, mmap_mode="r")
         self.parts = [Part(split, number) for split in SPLITS for number in range(summary["parts"][split])]
         self.text_bytes: dict[str, int] = summary["text_bytes"]
         self.facts: dict[str, Any] = summary["facts"]
@@ -203,7 +205,7 @@ def collect(config: CorpusConfig, folder: Path, cache: Path, part_bytes: int, re
         _remove(partial / "signatures")
         kept_sizes = np.where(duplicates.keep, np.frombuffer(sizes, np.int64) if sizes else np.zeros(0), 0)
         text_bytes = np.bincount(np.frombuffer(ranks, np.int8) if ranks else [], kept_sizes, minlength=len(SPLITS))
-        np.save(partial / _KEEP, duplicates.keep)
+        np.save(partial / KEEP, duplicates.keep)
         for reason, per_split in duplicates.counts.items():
             dropped.by_reason[f"duplicate_{reason}"] = {
                 "documents": sum(per_split.values()),

@@ -44,7 +44,7 @@ class DedupConfig(Config):
     near: bool = True
     threshold: float = Field(default=0.8, gt=0, le=1)
     shingle_words: int = Field(default=5, ge=1)
-    num_hashes: int = Field(default=128, ge=16)
+    num_hashes: int = Field(default=128, ge=16, le=4096)
 
 
 @dataclass(frozen=True, slots=True)

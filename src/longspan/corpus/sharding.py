@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from longspan.corpus.collect import Collected
+from longspan.corpus.collect import KEEP, Collected
 from longspan.corpus.document import Document
 from longspan.corpus.shards import OneShard, ShardEntry, write_index
 from longspan.corpus.spool import Part, read_part
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.foundation.errors import MachineError
+from longspan.foundation.failures import killed_process
 from longspan.foundation.files import read_json, write_json
 from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
@@ -58,7 +58,7 @@ def write_shards(
         _Task(
             part=part,
             spool=collected.folder,
-            keep=collected.folder / "keep.npy",
+            keep=collected.folder / KEEP,
             shards=folder / part.split,
             entry=entries / f"{part.name}.json",
         )
@@ -97,11 +97,8 @@ def _run(tasks: list[_Task], tokenizer_folder: Path, workers: int) -> Iterator[i
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
-        raise MachineError(
-            "a tokenizing process ended without a word: most likely it was out of memory and killed",
-            "what this machine has, see `longspan doctor`",
-            "free some memory, then run the same command again: finished shards are kept",
-        ) from error
+        fix = "free some memory, then run the same command again: it goes on after the finished shards"
+        raise killed_process("the tokens of the corpus", fix) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

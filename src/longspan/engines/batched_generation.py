@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.engines.base import OWN, Engine, FinishReason, Generation, Sampling, Tokens, UnusableAnswer
+from longspan.engines.base import OWN, Engine, FinishReason, Generation, Sampling, Tokens, require_finite
 from longspan.engines.generation import pick, synchronise
 from longspan.engines.graphs import Graphs
 from longspan.engines.text_stream import TextStream
@@ -203,12 +203,10 @@ class Rows:
         """
         # Rows beyond the tokenizer's vocabulary stand for nothing.
         logits = logits_BV[:, : self._engine.tokenizer.vocab_size]
-        if not bool(torch.isfinite(logits).all()):
-            raise UnusableAnswer(
-                f"{self._engine.name} gave likelihoods that are not finite while generating",
-                "finite numbers",
-                "look at the subject's training for divergence, or take it out of the study",
-            )
+        finite_B = logits.isfinite().all(-1)
+        if not bool(finite_B.all()):
+            worst = logits[~finite_B][0].double().cpu().numpy()
+            require_finite(worst, self._engine.name, "the vocabulary, while generating")
         if self._sampling.temperature == 0:
             found: list[int] = logits.argmax(-1).tolist()
             return found

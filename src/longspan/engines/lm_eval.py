@@ -7,7 +7,6 @@ where the subject was trained with one, and never twice.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from longspan.engines.base import Sampling
 from longspan.engines.loading import default_device, load
 from longspan.engines.native import Dtype, NativeEngine
 from longspan.engines.trained_run import Weights
+from longspan.foundation.config import misspelt
 from longspan.foundation.errors import UserError
 
 # Below the harness's own logger, so that its handler shows it.
@@ -344,7 +344,7 @@ def _check_names(select: Mapping[str, Any]) -> None:
     """A misspelt argument of this class would look like a selector."""
     arguments = [name for name in signature(LongspanLM).parameters if name != "select"]
     for key in select:
-        if near := difflib.get_close_matches(key, arguments, n=1, cutoff=0.7):
+        if near := misspelt(key, arguments):
             allowed = f"{', '.join(arguments)}, and what the study varies"
             raise UserError(f"model argument `{key}`", allowed, f"did you mean `{near[0]}`?")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 from longspan.engines.native import Dtype, NativeEngine, torch_dtype
 from longspan.engines.run_index import SUBJECTS, find_run
 from longspan.engines.trained_run import SUBJECT, TrainedRun, Weights
+from longspan.foundation.config import nearest
 from longspan.foundation.errors import UserError
-from longspan.foundation.files import digest, read_json, sha256_file
+from longspan.foundation.files import digest, sha256_file
 from longspan.models.interchange import read_folder, read_tokenizer, resolve
 from longspan.models.interchange.config_keys import CONFIG
+from longspan.models.interchange.json_object import read_object
 
 ALLOWED = "a run's folder, a study's folder, or a folder or hub id with Hugging Face weights"
 
@@ -125,7 +126,7 @@ def _from_hugging_face(folder: Path, name: str, *, dtype: Dtype, device: str, ba
     tokenizer, markers = read_tokenizer(folder)
     files = sorted([folder / CONFIG, *folder.glob("*.safetensors")])
     fingerprint = digest([{file.name: sha256_file(file) for file in files}, tokenizer.fingerprint, markers])
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     return NativeEngine(
         read_folder(folder, dtype=torch_dtype(dtype)),
         tokenizer,
@@ -148,9 +149,9 @@ def trained_context(folder: Path) -> int | None:
     Args:
         folder: with config.json.
     """
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     path = folder / "tokenizer_config.json"
-    beside = read_json(path).get("model_max_length") if path.is_file() else None
+    beside = read_object(path).get("model_max_length") if path.is_file() else None
     found = config.get("max_position_embeddings") or beside
     # Transformers writes a huge number where nothing is known.
     return int(found) if found and found < NO_LIMIT else None
@@ -159,7 +160,7 @@ def trained_context(folder: Path) -> int | None:
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
     """The ids that end a text, one or several, as generation of transformers takes them."""
     path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    found = read_object(path).get("eos_token_id") if path.is_file() else None
     ends = found if found is not None else config.get("eos_token_id")
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
@@ -174,6 +175,6 @@ def _check_place(folder: Path) -> None:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} holds no {SUBJECT}, {SUBJECTS} or {CONFIG}", ALLOWED, "check the path")
     elif folder.parent != Path() and folder.parent.is_dir():
-        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.iterdir()], n=1)
+        near = nearest(folder.name, [path.name for path in folder.parent.iterdir()])
         fix = f"did you mean `{folder.parent / near[0]}`?" if near else "check the path"
         raise UserError(f"{folder} is not there", ALLOWED, fix)

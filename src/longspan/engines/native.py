@@ -36,6 +36,7 @@ from longspan.engines.prefix_tree import SHARED_TOKENS, Fork, count_tokens, part
 from longspan.engines.room import largest_native_batch
 from longspan.foundation.errors import UserError
 from longspan.models.language_model import IGNORE, LanguageModel
+from longspan.models.matrix_layout import lay_out_for_decoding
 from longspan.models.segments import Isolation
 from longspan.models.state import ModelState
 from longspan.ops.linear_cross_entropy import linear_cross_entropy
@@ -118,6 +119,8 @@ class NativeEngine(InProcessEngine):
         self._model = model.to(self.device).eval()
         if self._dtype != torch.float32:
             self._model.cast(self._dtype)
+        elif self.device.type == "cpu":
+            lay_out_for_decoding(self._model)
         self.batch_tokens = batch_tokens
         self._graphs = Graphs(self._model)
         if self._model.handover is not None:

@@ -156,7 +156,7 @@ class OpenAIEngine(Engine):
             raise self.refuse_given()
         for i, prompt in enumerate(prompts):
             check_length(len(prompt), None, f"prompt {i}", self.name)
-        return self._all(lambda given: self._write(given[1], sampling, given[0]), list(enumerate(prompts)))
+        return self._all(lambda asked: self._write(asked[1], sampling, asked[0]), list(enumerate(prompts)))
 
     def state_bytes(self, context: int) -> int | None:
         """See `Engine.state_bytes`."""

@@ -21,12 +21,13 @@ from longspan.engines.source import EndpointArguments, ModelSource, Transformers
 from longspan.engines.state_shapes import StateShape
 from longspan.foundation.errors import UserError, first_line
 from longspan.foundation.extras import require
-from longspan.foundation.files import digest, read_json, sha256_file
+from longspan.foundation.files import digest, sha256_file
 from longspan.foundation.progress import Report, silent
 from longspan.models.budget import Parameters
 from longspan.models.config import ModelConfig
 from longspan.models.interchange import DESCRIPTIONS, DTYPES, FETCHED, read_config, read_tokenizer, resolve
 from longspan.models.interchange.config_keys import CONFIG
+from longspan.models.interchange.json_object import read_object
 
 if TYPE_CHECKING:
     from longspan.engines.transformers import TransformersEngine
@@ -116,7 +117,7 @@ class Described:
                 "tokenizer": self.tokenizer.fingerprint,
                 "asked": self.source.asked_how(),
                 "arguments": self.source.engine_arguments().model_dump(mode="json"),
-                "versions": {name: _version(name) for name in (self.source.engine,) if name == "transformers"},
+                "versions": _versions(self.source),
             }
         facts = {
             "tokenizer": self.tokenizer.fingerprint,
@@ -127,8 +128,8 @@ class Described:
         if self.source.endpoint is not None:
             model = self.source.endpoint.model_dump(mode="json", exclude={"tokenizer"})
             return {**facts, "endpoint": model, "revision": self.source.revision, "template": _template_files(self)}
-        versions = {name: _version(name) for name in ("transformers",) if self.source.engine == "transformers"}
-        return {**facts, "weights": _weights(self.folder), "template": _template_files(self), "versions": versions}
+        weights, template = _weights(self.folder), _template_files(self)
+        return {**facts, "weights": weights, "template": template, "versions": _versions(self.source)}
 
     def prompting(self) -> Prompting | None:
         """How it is asked by text; None: the text as it is."""
@@ -148,7 +149,7 @@ class Described:
         """The ids with which it ends a text."""
         if self.source.kind == "shape" or self.config is None:
             return frozenset()
-        return end_tokens(self.folder, read_json(self.folder / CONFIG))
+        return end_tokens(self.folder, read_object(self.folder / CONFIG))
 
 
 @cache
@@ -363,8 +364,11 @@ def _absent(modules: Sequence[str]) -> list[str]:
     return [module for module in modules if importlib.util.find_spec(module) is None]
 
 
-def _version(package: str) -> str:
+def _versions(source: ModelSource) -> dict[str, str]:
+    """Of the package in this process whose code gives the answers; a server's is its own matter."""
+    if source.engine != "transformers":
+        return {}
     try:
-        return version(package)
+        return {"transformers": version("transformers")}
     except PackageNotFoundError:
-        return ""
+        return {"transformers": ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,11 @@ KEY_TABLES = "docs/write-a-study.md"
 """Where every key of a study is explained."""
 MOST_KEYS = 24
 """More allowed keys than these are not listed in an error."""
+NEAR = 0.75
+"""Share of letters in common, in order, from which a word may be a misspelt other; of short ones all but one."""
+FEWEST_LETTERS = 3
+"""Of a word that may be misspelt, or begin an allowed one."""
+MOST_SUGGESTED = 3
 _PATH = "\0"
 
 
@@ -73,23 +79,58 @@ class ConfigError(UserError):
         self.path, self._texts = path, (given, allowed, fix)
         super().__init__(*(text.replace(_PATH, path) for text in self._texts))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
+        """From process to process with the texts as they were given: the path may still grow."""
+        return type(self), (self.path, *self._texts)
+
     def under(self, where: str) -> ConfigError:
         """The same error as seen from a configuration that holds this one at `where`."""
-        return ConfigError(_joined(where, self.path), *self._texts)
+        return self.at(_joined(where, self.path))
+
+    def at(self, path: str) -> ConfigError:
+        """The same error of another key."""
+        return ConfigError(path, *self._texts)
 
 
 def unknown_key(path: str, key: str, allowed: Iterable[str]) -> ConfigError:
     """The error for an unknown key: names the nearest allowed one, and all of them where they are few."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=3, cutoff=0.5)
     fix = did_you_mean(key, allowed, f"remove it; {KEY_TABLES} explains every key")
-    return ConfigError(path, f"unknown key `{_PATH}`", listed_keys(allowed, near), fix)
+    return ConfigError(path, f"unknown key `{_PATH}`", listed_keys(allowed, nearest(key, allowed)), fix)
 
 
 def did_you_mean(word: str, allowed: Iterable[str], otherwise: str) -> str:
     """The question after the nearest allowed word, or `otherwise` where none is near."""
-    near = difflib.get_close_matches(word, sorted(allowed), n=1, cutoff=0.5)
+    near = nearest(word, allowed)
     return f"did you mean `{near[0]}`?" if near else otherwise
+
+
+def nearest(word: str, allowed: Iterable[str]) -> list[str]:
+    """The allowed words that may be meant, nearest first: begun, misspelt, or told apart by whole words (`lr`).
+
+    A word that shares no more than some letters is not among them: a wrong suggestion costs more than none.
+    """
+    words = set(allowed)
+    alike = {each: _likeness(word, each) for each in words}
+    related = [each for each in words if _related(word.casefold(), each.casefold())]
+    near = sorted(related, key=lambda each: (-alike[each], each))
+    return [*near, *(each for each in misspelt(word, words) if each not in near)][:MOST_SUGGESTED]
+
+
+def misspelt(word: str, allowed: Iterable[str]) -> list[str]:
+    """The allowed words that this one may be a misspelling of, nearest first."""
+    enough = min(NEAR, (len(word) - 1) / len(word)) if len(word) >= FEWEST_LETTERS else 1.0
+    alike = sorted((-_likeness(word, each), each) for each in set(allowed))
+    return [each for less, each in alike if -less >= enough]
+
+
+def _likeness(word: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, other.casefold(), word.casefold(), autojunk=False).ratio()
+
+
+def _related(word: str, other: str) -> bool:
+    mine, theirs = (set(re.split(r"[\W_]+", text)) for text in (word, other))
+    return mine <= theirs or theirs <= mine or (len(word) >= FEWEST_LETTERS and other.startswith(word))
 
 
 def listed_keys(allowed: Sequence[str], near: Sequence[str] = ()) -> str:
@@ -120,15 +161,27 @@ def _explain(error: ValidationError, config: type[BaseModel], where: str) -> Use
     # An unknown key is almost always the cause of whatever else is wrong with the section.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     keys, annotation = _locate(config, detail)
+    if detail["type"].endswith("_type"):
+        # Of the members of a union the one that got further into what was given is the one that was meant.
+        further = (d for d in details if len(inner := _locate(config, d)[0]) > len(keys) and inner[: len(keys)] == keys)
+        detail = next(further, detail)
+        keys, annotation = _locate(config, detail)
     path = _joined(where, ".".join(keys))
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         # A component that knows its own place in a study has said it.
         return cause if path and f"{cause.path}.".startswith(f"{path}.") else cause.under(path)
     if isinstance(cause, UserError):
-        return UserError(f"{path}: {cause.given}" if path else cause.given, cause.allowed, cause.fix)
+        said = not path or cause.given.startswith((f"{path}.", f"{path}:", f"{path} "))
+        return UserError(cause.given if said else f"{path}: {cause.given}", cause.allowed, cause.fix)
     if detail["type"] == "extra_forbidden":
         return unknown_key(path, keys[-1], _keys_of(annotation))
+    if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
+        holder = ".".join(keys[:-1])
+        number = f"a list of at least {detail['loc'][-1] + 1}"
+        return ConfigError(
+            _joined(where, holder), f"{_PATH} = {shown_value(detail['input'])}", number, f"change `{_PATH}`"
+        )
     if detail["type"] == "missing":
         return ConfigError(path, f"{_PATH} is missing", "a value: it has no default", f"add `{_PATH}`")
     # The members of a union fail one by one; each says what it would have taken.
@@ -217,6 +270,8 @@ def _locate(config: type[BaseModel], detail: ErrorDetails) -> tuple[list[str], A
     annotation: Any = config
     for at, part in enumerate(detail["loc"]):
         members = _members(annotation)
+        if _names_a_member(part, members):
+            continue
         models = [each for each in members if isinstance(each, type) and issubclass(each, BaseModel)]
         owners = [model for model in models if part in model.model_fields]
         if owners:
@@ -228,6 +283,13 @@ def _locate(config: type[BaseModel], detail: ErrorDetails) -> tuple[list[str], A
             keys.append(str(part))
             annotation = next(each for each in reversed(typing.get_args(holder)) if each is not Ellipsis)
     return keys, annotation
+
+
+def _names_a_member(part: int | str, members: Sequence[Any]) -> bool:
+    """Whether a part of a path says which kind of value a union tried, as in `hub_splits.str`."""
+    others = [each for each in members if each is not types.NoneType]
+    kinds = {getattr(each, "__name__", "") for each in others if typing.get_origin(each) is None}
+    return len(others) > 1 and isinstance(part, str) and (part in kinds or "[" in part)
 
 
 def _holder(members: Sequence[Any], part: int | str) -> Any:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import ClassVar
 
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def sendable(error: BaseException) -> BaseException:
+    """The error itself where another process can read it, else what it says: an error that cannot is a lost process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever reading or writing it raises
+        return LongspanError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class LongspanError(Exception):

@@ -38,6 +38,10 @@ class MissingExtra(UserError):
         )
         self.extra = extra
 
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str]]:
+        """From process to process by the name alone: what is said follows from it."""
+        return type(self), (self.extra,)
+
 
 def require(extra: str, module: str | None = None) -> ModuleType:
     """Import the module that `extra` brings.

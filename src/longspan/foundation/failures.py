@@ -41,12 +41,17 @@ def out_of_memory(detail: str = "") -> MachineError:
     return MachineError(f"not enough memory{told}", "what this machine has, see `longspan doctor`", LESS_MEMORY)
 
 
-def killed_process(what: str) -> MachineError:
-    """The error for a worker process that the system ended."""
+def killed_process(what: str, fix: str = LESS_MEMORY) -> MachineError:
+    """The error for a worker process that the system ended.
+
+    Args:
+        what: it worked on.
+        fix: what takes less memory there.
+    """
     return MachineError(
         f"a process ended without a word while it worked on {what}: most likely it was out of memory and killed",
         "what this machine has, see `longspan doctor`; what was finished is kept",
-        LESS_MEMORY,
+        fix,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from longspan.foundation.config import Config
+from longspan.foundation.config import Config, ConfigError
 from longspan.foundation.errors import UserError
 from longspan.foundation.registry import unknown_name
 from longspan.models.mixers import Mixer, registered
@@ -159,7 +159,12 @@ class ModelConfig(Config):
             allowed = f"a registered letter ({', '.join(sorted(known))}), or settings that name their mixer"
             raise UserError(f"mixers.{letter} has no mixer", allowed, f"add `mixer: NAME` to mixers.{letter}")
         inherited = {key: getattr(self, key) for key in mixer.Settings.model_fields if key in ModelConfig.model_fields}
-        settings = mixer.Settings.parse({**inherited, **given}, f"mixers.{letter}")
+        try:
+            settings = mixer.Settings.parse({**inherited, **given}, f"mixers.{letter}")
+        except ConfigError as error:
+            key = error.path.removeprefix(f"mixers.{letter}.")
+            # What the model says for all its mixers stands there.
+            raise error.at(key) if key in inherited and key not in given else error from None
         if given.get("positions") == "learned" and self.positions != "learned":
             allowed = "other positions, or learned ones for the whole model"
             raise UserError(f"mixers.{letter}.positions = 'learned'", allowed, "set `positions: learned` on the model")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.foundation.errors import UserError
-from longspan.models.mixers.base import MixerState
+from longspan.models.mixers.base import visited
 from longspan.models.state import ModelState
 
 SMALLEST_RANGE = 1e-6
@@ -55,7 +55,7 @@ class Handover(nn.Module):
         Raises:
             UserError: a mixer's state has another number of tensors than it says.
         """
-        tensors = [tensor for layer in state.layers for tensor in handed_over(layer)]
+        tensors = [tensor for layer in state.layers for tensor in visited(layer.handed_over)]
         if len(tensors) != self.log_range.numel():
             given = f"states of {len(tensors)} tensors where mixers say {self.log_range.numel()}"
             raise UserError(given, "as many as `carried` says", "set `carried` of your mixer")
@@ -64,7 +64,7 @@ class Handover(nn.Module):
 
     def num_bits(self, state: ModelState) -> int:
         """Bits in which one row of a state is handed over."""
-        return self.bits * sum(tensor[0].numel() for layer in state.layers for tensor in handed_over(layer))
+        return self.bits * sum(tensor[0].numel() for layer in state.layers for tensor in visited(layer.handed_over))
 
 
 def rounded(values: Tensor, *, largest: Tensor, bits: int) -> Tensor:
@@ -75,15 +75,3 @@ def rounded(values: Tensor, *, largest: Tensor, bits: int) -> Tensor:
     level = ((clipped * steps).floor().clamp(max=steps - 1) + 0.5) / steps
     through: Tensor = clipped + (level - clipped).detach()
     return largest * through
-
-
-def handed_over(layer: MixerState) -> list[Tensor]:
-    """What a layer carries over, rows first."""
-    found: list[Tensor] = []
-
-    def seen(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    layer.handed_over(seen)
-    return found

@@ -6,7 +6,6 @@ Legend: B rows, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -18,7 +17,7 @@ from longspan.foundation.randomness import torch_generator
 from longspan.models.block import Block, build_norm
 from longspan.models.config import ModelConfig
 from longspan.models.handover import Handover
-from longspan.models.mixers import Mixer
+from longspan.models.initialisation import draw_parameters
 from longspan.models.mixers.base import MixerState
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import Isolation, Segments
@@ -29,9 +28,6 @@ from longspan.ops.linear_cross_entropy import default_chunk, linear_cross_entrop
 __all__ = ["IGNORE", "LanguageModel", "ModelConfig"]
 
 IGNORE = -100
-INIT_STD = 0.02
-CALIBRATION_ROWS = 8
-"""Of drawn tokens, from whose state the ranges of a rounded one start."""
 
 
 class TokenEmbedding(nn.Embedding):
@@ -79,7 +75,7 @@ class LanguageModel(nn.Module):
                 self.handover = Handover(config.carried(), config.handover, config.state_bits)
         if torch.device(device).type != "meta":
             self.to_empty(device="cpu")
-            self.init_weights(seed)
+            draw_parameters(self, seed)
             self.to(device)
 
     @classmethod
@@ -93,7 +89,7 @@ class LanguageModel(nn.Module):
         model = cls(config, vocab_size, seed, device="meta")
         model.cast(dtype)
         model.to_empty(device=device)
-        model.init_weights(seed)
+        draw_parameters(model, seed)
         return model
 
     @property
@@ -108,36 +104,7 @@ class LanguageModel(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw every parameter from named streams of `seed`, on the device where they are.
-
-        Raises:
-            UserError: a mixer left a parameter without a value.
-        """
-        for parameter in self.parameters():
-            parameter.fill_(torch.nan)
-        draws = partial(torch_generator, seed, "init", device=self.embedding.weight.device)
-        self.embedding.weight.normal_(0.0, INIT_STD, generator=draws("embedding"))
-        if self.position_embedding is not None:
-            self.position_embedding.weight.normal_(0.0, INIT_STD, generator=draws("positions"))
-        if self.head is not None:
-            self.head.weight.normal_(0.0, INIT_STD, generator=draws("head"))
-        blocks = self.blocks
-        num_residuals = sum(1 if block.mlp is None else 2 for block in blocks)
-        for i, block in enumerate(blocks):
-            mixer_stream, mlp_stream = (draws(i, part) for part in (block.mixer.name, "mlp"))
-            block.init_weights(mixer_stream, mlp_stream, num_residuals)
-            if self.config.init == "normal":
-                _normal_linears(block, draws(i, "normal"))
-        self.norm.init_weights()
-        if self.handover is not None:
-            self.handover.calibrate(self._state_to_hand_over(draws("handover"), CALIBRATION_ROWS))
-        for name, parameter in self.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise UserError(f"`{name}` has no value after initialisation", "a value in every entry", "set it there")
-
-    def _state_to_hand_over(self, generator: torch.Generator, rows: int) -> ModelState:
+    def state_to_hand_over(self, generator: torch.Generator, rows: int) -> ModelState:
         """The state after drawn tokens, as many as a row has before it is handed over, not rounded."""
         assert self.handover is not None
         shape, device = (rows, self.handover.at), self.embedding.weight.device
@@ -152,7 +119,7 @@ class LanguageModel(nn.Module):
         if self.handover is None:
             return None
         generator = torch_generator(0, "handover", device=self.embedding.weight.device)
-        return self.handover.num_bits(self._state_to_hand_over(generator, 1))
+        return self.handover.num_bits(self.state_to_hand_over(generator, 1))
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Have every layer compiled where it is trained; evaluation, prefill and decoding stay as they are.
@@ -394,14 +361,3 @@ class LanguageModel(nn.Module):
         for parameter, value in zip(kept, values, strict=True):
             parameter.data = value
         return self
-
-
-def _normal_linears(block: Block, generator: torch.Generator) -> None:
-    kept = {
-        part for mixer in block.modules() if isinstance(mixer, Mixer) and mixer.keeps_init for part in mixer.modules()
-    }
-    for module in block.modules():
-        if isinstance(module, nn.Linear) and module not in kept:
-            module.weight.normal_(0.0, INIT_STD, generator=generator)
-            if module.bias is not None:
-                module.bias.zero_()

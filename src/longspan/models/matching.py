@@ -264,7 +264,7 @@ def _impossible(
     match = measured.match
     free = match.free
     others = [each for each in _PROBLEMS if each != free and not (each == "mlp_width" and config.mlp == "none")]
-    goal = f"{target:,.0f} {measured.shown} within {match.tolerance:.2%}"
+    goal = f"{target:,.0f} {measured.shown} within {100 * match.tolerance:.2f} %"
     fix = f"set another target, a larger tolerance, or `free: {' or '.join(others)}`"
     because = problem.step_because if finest == problem.step else f"{problem.step_because}, step {match.step}"
     if nearest is None:
@@ -286,7 +286,7 @@ def _off(count: float, target: float) -> str:
     ratio = count / target
     if ratio >= 10:
         return f"{ratio:,.0f} times the target"
-    return f"{ratio:.1f} times the target" if ratio >= 2 else f"{ratio - 1:+.2%}"
+    return f"{ratio:.1f} times the target" if ratio >= 2 else f"{100 * (ratio - 1):+.2f} %"
 
 
 def _changed(config: ModelConfig, **update: object) -> ModelConfig:

@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from longspan.ops import kernels
 
-# A row has to fit the registers of a kernel's program.
-WIDEST_KERNEL = 16_384
 Stream = Tensor | tuple[Tensor, Tensor]
 """The residual stream (..., D) between compiled layers: a tensor, or the pair that `ops.triton.residual` has."""
 
@@ -99,7 +97,7 @@ def _has_kernel(x: Tensor) -> bool:
     """A compiler fuses the plain norm with what stands before and after it, so it gets that one."""
     if torch.compiler.is_compiling():
         return False
-    return x.shape[-1] <= WIDEST_KERNEL and kernels.serve(x)
+    return x.shape[-1] <= kernels.WIDEST_ROW and kernels.serve(x)
 
 
 def _kernel(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

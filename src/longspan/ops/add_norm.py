@@ -11,15 +11,13 @@ from torch import Tensor
 
 from longspan.ops import kernels
 
-WIDEST_KERNEL = 16_384
-
 
 def add_norm(x: Tensor, branch: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x + branch` and `sum / rms(sum) * weight`, both (..., D) in the dtype of `x`; no gradients.
 
     Statistics are fp32, as in `RMSNorm`.
     """
-    if x.shape[-1] <= WIDEST_KERNEL and x.dtype == branch.dtype and kernels.serve(x):
+    if x.shape[-1] <= kernels.WIDEST_ROW and x.dtype == branch.dtype and kernels.serve(x):
         from longspan.ops.triton.add_norm import run_add_norm
 
         return run_add_norm(x, branch, weight_D, eps)

@@ -29,7 +29,7 @@ def conv_step(
         (B, E).
     """
     dtype = dtype or x_BE.dtype
-    if kernels.serve(x_BE) and not torch.compiler.is_compiling():
+    if kernels.serve_eagerly(x_BE):
         from longspan.ops.triton.conv_step import run_conv
 
         return run_conv(x_BE, weight_EK, bias_E, tail_BKE, dtype)

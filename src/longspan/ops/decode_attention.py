@@ -43,7 +43,7 @@ def place_token(
     """
     groups = k_BCGP.shape[2]
     heads = qkv_BKP.shape[1] - 2 * groups
-    if _served(qkv_BKP):
+    if kernels.serve_eagerly(qkv_BKP):
         from longspan.ops.triton.decode_attention import run_place
 
         return run_place(qkv_BKP, rotation, unrotated, k_BCGP, v_BCGP, newest_1)
@@ -91,7 +91,7 @@ def decode_attention(
     slots = k_BCGP.shape[1]
     if window is not None and window > slots:
         raise UserError(f"a window of {window} over {slots} slots", "a slot for every place in it", "make more slots")
-    if _served(q_BHP) and q_BHP.shape[2] <= WIDEST_HEAD:
+    if kernels.serve_eagerly(q_BHP) and q_BHP.shape[2] <= WIDEST_HEAD:
         from longspan.ops.triton.decode_attention import run_attention
 
         return run_attention(q_BHP, k_BCGP, v_BCGP, newest_1, first_B, alibi_slopes_H, window, head_windows_H)
@@ -109,7 +109,3 @@ def decode_attention(
     repeats = q_BHP.shape[1] // k_BCGP.shape[2]
     k, v = (z.transpose(1, 2).repeat_interleave(repeats, dim=1) for z in (k_BCGP, v_BCGP))
     return F.scaled_dot_product_attention(q_BHP[:, :, None], k, v, attn_mask=mask)[:, :, 0]
-
-
-def _served(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and kernels.serve(x)

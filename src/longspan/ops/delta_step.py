@@ -53,7 +53,7 @@ def delta_step(
     heads, keys, values = memory_BHKV.shape[1:]
     compute = memory_BHKV.dtype
     convolved_BE = conv_step(qkv_BE, conv_weight_ET, None, tail_BTE, compute)
-    if kernels.serve(qkv_BE) and not torch.compiler.is_compiling() and _fits(keys, values):
+    if kernels.serve_eagerly(qkv_BE) and _fits(keys, values):
         from longspan.ops.triton.delta_step import run_step
 
         gates = (z_BHV, b_BH, a_BH, dt_bias_H, A_log_H, norm_weight_V)

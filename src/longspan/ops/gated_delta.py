@@ -58,7 +58,8 @@ def gated_delta(
         o (B, T, H, V) in the dtype of v, and the state after the last token (B, H, K, V) in fp32 (fp64 for fp64 input).
 
     Raises:
-        UserError: shapes that do not fit, a chunk below 1, an unknown backend, or (T > 1, on CPU) a positive g.
+        UserError: shapes that do not fit, a chunk below 1, an unknown backend, or (T > 1, on CPU, not compiled) a
+            positive g.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, chunk, backend)
     arguments = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_state_BHKV, initial_doc_B)
@@ -90,8 +91,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int,
         shapes = ", ".join(str(tuple(z.shape)) for z in (q, k, v, g, beta))
         allowed = "(B,T,H,K), (B,T,H,K), (B,T,H,V), (B,T,H), (B,T,H)"
         raise UserError(f"q, k, v, g, beta of shapes {shapes}", allowed, "align them")
-    # One token is the decode step, where reading g would cost as much as using it.
-    if time > 1 and not g.is_cuda and bool((g > 0).any()):
+    # One token is the decode step, where reading g would cost as much as using it; a compiler reads no values.
+    if time > 1 and not g.is_cuda and not torch.compiler.is_compiling() and bool((g > 0).any()):
         raise UserError(f"a log decay g of {float(g.max()):g}", "0 or below", "pass -exp(A_log) * softplus(..)")
 
 

@@ -23,6 +23,8 @@ Choice = Literal["auto", "triton", "plain"]
 CHOICES = get_args(Choice)
 VARIABLE = "LONGSPAN_KERNELS"
 SERVED = (torch.float32, torch.bfloat16)
+WIDEST_ROW = 16_384
+"""Numbers of a row that one program takes at once, as a norm does: they have to fit its registers."""
 
 
 class _Setting:
@@ -40,7 +42,7 @@ def choice() -> Choice:
         UserError: LONGSPAN_KERNELS names something else.
     """
     if _Setting.choice not in CHOICES:
-        given = f"kernels = {_Setting.choice!r}"
+        given = f"{VARIABLE} = {_Setting.choice!r}"
         raise UserError(given, ", ".join(CHOICES), f"set {VARIABLE} to one of these")
     return _Setting.choice  # type: ignore[return-value]
 
@@ -66,6 +68,11 @@ def serve(x: Tensor) -> bool:
     return x.dtype in SERVED and wanted(x.device)
 
 
+def serve_eagerly(x: Tensor) -> bool:
+    """`serve` for kernels that are launched past torch's dispatcher, where no compiler could follow."""
+    return not torch.compiler.is_compiling() and serve(x)
+
+
 def wanted(device: torch.device) -> bool:
     """Whether ops run as kernels there, as far as the setting and the device decide.
 
@@ -78,7 +85,7 @@ def wanted(device: torch.device) -> bool:
     _need_triton()
     if device.type == "cpu" and not _Setting.interpreted:
         raise UserError(
-            f"kernels = {setting!r} on a CPU",
+            f"{VARIABLE} = {setting!r} on a CPU",
             "a CUDA device; on a CPU only Triton's interpreter, slow and meant for tests",
             f"set {VARIABLE} to auto or plain, or TRITON_INTERPRET=1 beside it",
         )
@@ -99,7 +106,7 @@ def called(op: CustomOpDef) -> Callable[..., Any]:
 def _need_triton() -> None:
     if not _Setting.triton:
         raise UserError(
-            "kernels without Triton",
+            f"{VARIABLE} = {choice()!r} without Triton",
             "Triton, which comes with torch on Linux",
             f"install `triton`, or set {VARIABLE}=plain and accept plain torch, many times slower on a GPU",
         )

@@ -37,7 +37,7 @@ def mamba1_step(
         y (B, E) in the dtype of `x_BE`.
     """
     size = state_BNE.shape[1]
-    if kernels.serve(x_BE) and not torch.compiler.is_compiling() and size <= LARGEST_KERNEL_STATE:
+    if kernels.serve_eagerly(x_BE) and size <= LARGEST_KERNEL_STATE:
         from longspan.ops.triton.mamba1_step import run_step
 
         return run_step(x_BE, dt_BE, BC_B2N, z_BE, dt_bias_E, A_log_EN, D_E, state_BNE)

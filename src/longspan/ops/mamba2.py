@@ -12,14 +12,11 @@ from longspan.ops import kernels
 from longspan.ops.causal_conv import LARGEST_KERNEL_TAPS
 from longspan.ops.ssd import LARGEST_KERNEL_SIZE
 
-# A row of the norm has to fit the registers of a kernel's program.
-WIDEST_KERNEL = 16_384
-
 
 def serves(x_BTD: Tensor, inner: int, taps: int, head_dim: int, state: int) -> bool:
     """Whether `between_projections` can run for a layer of `x`: where kernels are chosen, over more than one token, at
     these sizes."""
-    fits = taps <= LARGEST_KERNEL_TAPS and max(head_dim, state) <= LARGEST_KERNEL_SIZE and inner <= WIDEST_KERNEL
+    fits = taps <= LARGEST_KERNEL_TAPS and max(head_dim, state) <= LARGEST_KERNEL_SIZE and inner <= kernels.WIDEST_ROW
     return fits and x_BTD.shape[1] > 1 and kernels.serve(x_BTD)
 
 

@@ -44,7 +44,7 @@ def mamba2_step(
     compute = state_BHPN.dtype
     # Read by the scan alone, which computes in fp32.
     convolved_BE = conv_step(xBC_BE, conv_weight_EK, conv_bias_E, tail_BKE, compute)
-    if kernels.serve(xBC_BE) and not torch.compiler.is_compiling() and size <= LARGEST_STATE:
+    if kernels.serve_eagerly(xBC_BE) and size <= LARGEST_STATE:
         from longspan.ops.triton.mamba2_step import run_step
 
         return run_step(convolved_BE, dt_BH, dt_bias_H, A_log_H, D_H, state_BHPN)

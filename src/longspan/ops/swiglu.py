@@ -10,13 +10,10 @@ from torch import Tensor
 
 from longspan.ops import kernels
 
-# A row has to fit the registers of a kernel's program.
-WIDEST_KERNEL = 16_384
-
 
 def swiglu(hidden: Tensor) -> Tensor:
     """(..., F), of (..., 2 F): first the gates, then what they let through. The kernel rounds once, in the end."""
-    if hidden.shape[-1] <= 2 * WIDEST_KERNEL and kernels.serve(hidden):
+    if hidden.shape[-1] <= 2 * kernels.WIDEST_ROW and kernels.serve(hidden):
         from longspan.ops.triton.swiglu import swiglu as kernel
 
         product: Tensor = kernels.called(kernel)(hidden)

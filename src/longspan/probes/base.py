@@ -30,12 +30,15 @@ from longspan.corpus.packing import PackingConfig
 from longspan.corpus.shards import TokenShards
 from longspan.corpus.tasks import Task
 from longspan.corpus.tokenizer import Tokenizer
-from longspan.engines.base import Engine, Generation
+from longspan.engines.base import Engine, Generation, UnusableAnswer
 from longspan.foundation.config import Config, shown_value
 from longspan.foundation.errors import UserError
 from longspan.foundation.registry import Registry
 from longspan.records.observation import Measurement, Metric, Observation, Summary
 from longspan.records.store import Record
+
+SAME_SCORE = 1e-6
+"""Scores closer than this share of their size are equal: float32 sums of equal terms differ by rounding."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,17 @@ class Probe(Config, ABC):
         """
         del task
 
+    def check_before(self, context: int) -> None:
+        """Refuse settings, and files of its own, that cannot serve in a study, before anything is prepared.
+
+        Args:
+            context: training context of the study, as in `ProbeData`.
+
+        Raises:
+            UserError: with what to do.
+        """
+        del context
+
     def check(self, engine: Engine) -> None:
         """Refuse an engine that lacks what the probe needs."""
         for capability in sorted(self.requires - engine.capabilities):
@@ -267,19 +281,23 @@ def shown(data: ProbeData, tokens: NDArray[Any], limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
-def share_of_best(nll: NDArray[np.float64], right: int, same: float = 1e-6) -> float:
-    """1 where the right one of several answers is the likeliest; those equally likely share the point.
+def credit(scores: NDArray[np.float64], right: int) -> float:
+    """1 where the right one of several answers alone has the lowest score, 1/k where k share it, else 0.
 
-    An argmin would give it to the first, and to a NaN.
+    An argmin would give the point to the first of them, and to a NaN.
 
     Args:
-        nll: nats of each answer, finite.
+        scores: of each answer, the lower the likelier, e.g. nats.
         right: which one is right.
-        same: nats, or share of the least, within which two count as equal.
+
+    Raises:
+        UnusableAnswer: a score that is not finite.
     """
-    least = float(nll.min())
-    best = np.flatnonzero(nll <= least + same * max(1.0, abs(least)))
-    return float(right in best) / len(best)
+    if not np.isfinite(scores).all():
+        raise UnusableAnswer(f"scores {scores.tolist()}", "finite numbers", "the subject's answer is not usable")
+    best = float(scores.min())
+    tied = scores <= best + SAME_SCORE * max(1.0, abs(best))
+    return 1.0 / int(tied.sum()) if tied[right] else 0.0
 
 
 def failure_of(written: Generation) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.corpus.sources.compressed import read_chunks, read_lines
+from longspan.corpus.sources.jsonl import parse_object
 from longspan.foundation.errors import DataError, UserError, first_line
 from longspan.foundation.extras import require
 from longspan.foundation.files import sha256_file
@@ -62,17 +63,6 @@ def _read(path: str, changed: int) -> Rows:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file} is not a list of objects", "a JSON list of objects, or JSON lines (.jsonl)", "mend it")
     return rows
-
-
-def parse_object(line: str, where: str) -> dict[str, Any]:
-    """One line of a JSON-lines file; `where` names it in errors."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg})", "one JSON object a line", "mend the line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}", "one JSON object a line", "mend the line")
-    return row
 
 
 def file_digest(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -70,7 +70,7 @@ class Efficiency(Probe):
     warm_ups: int = Field(2, ge=0)
     once_above: float | None = Field(None, gt=0)
     longest: float | None = Field(None, gt=0)
-    largest_batch: bool | tuple[int, ...] = False
+    largest_batch: bool | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = False
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -59,7 +59,7 @@ class EntityRecurrence(Probe):
     longest: int | None = Field(None, ge=2 * NEAREST)
     per_bin: int = Field(100, ge=1)
     rare: float = Field(0.05, gt=0, le=1)
-    kinds: tuple[MentionKind, ...] = ("name", "number", "word")
+    kinds: tuple[MentionKind, ...] = Field(("name", "number", "word"), min_length=1)
     max_documents: int = Field(200, ge=2)
     min_documents: int = Field(5, ge=1)
 

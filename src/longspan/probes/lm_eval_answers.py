@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from longspan.corpus.sources.compressed import read_lines
+from longspan.corpus.sources.jsonl import parse_object
 from longspan.engines.base import Engine
 from longspan.foundation.errors import DataError, UserError
 from longspan.foundation.files import digest
 from longspan.probes.base import Item, Probe, ProbeData, register
-from longspan.probes.benchmark_files import parse_object
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -52,13 +52,18 @@ class LmEvalAnswers(Probe):
             *(Metric(name, f"log loss of {name}", "nats/unit", "ratio", "lower") for name in self.sums),
         )
 
-    def items(self, data: ProbeData) -> list[Item]:
+    def check_before(self, context: int) -> None:
         """Refused: these answers come from elsewhere."""
         raise UserError(
             f"a study asks the probe `{KIND}`",
             "probes that Longspan asks itself",
             "run the harness's tasks with `longspan lm-eval --log_samples`, then `longspan import`",
         )
+
+    def items(self, data: ProbeData) -> list[Item]:
+        """Refused as before."""
+        self.check_before(data.context)
+        return []
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """Never called: there are no items."""

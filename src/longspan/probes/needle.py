@@ -24,9 +24,8 @@ from longspan.probes.asking import (
     floor_by_likelihood,
     ways_of,
 )
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
+from longspan.probes.base import Asked, Item, Probe, ProbeData, credit, register, shown
 from longspan.probes.gapped_sentences import FEWEST_WORDS, NEAR, Fact, facts_of, sentence_end
-from longspan.probes.suffix_identification import credit
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -84,7 +83,7 @@ class Needle(Probe):
     values: tuple[Literal["number", "name"], ...] = ("number", "name")
     digits: int = Field(5, ge=3, le=12)
     longest_needle: int = Field(40, ge=8)
-    ways: tuple[Way, ...] | None = None
+    ways: tuple[Way, ...] | None = Field(None, min_length=1)
     min_documents: int = Field(5, ge=1)
 
     @property

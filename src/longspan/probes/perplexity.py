@@ -79,6 +79,10 @@ class Perplexity(Probe):
                 "ask the probe `task` how many strings are right instead",
             )
 
+    def check_before(self, context: int) -> None:
+        """Refuse windows that would leave tokens out."""
+        self._window(context)
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """In order of importance."""
@@ -90,7 +94,7 @@ class Perplexity(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """One item per document with a token to score."""
-        self._window(data)
+        self._window(data.context)
         lengths = data.shards.lengths[: self.max_documents]
         if self.max_tokens is not None:
             lengths = lengths.clip(max=self.max_tokens)
@@ -139,7 +143,7 @@ class Perplexity(Probe):
 
     def _windows(self, document: Tokens, engine: Engine, data: ProbeData) -> Iterator[tuple[Tokens, int, int]]:
         """What is shown, and which tokens of the document are scored: those from `first` to `end`, its last ones."""
-        context, stride = self._window(data)
+        context, stride = self._window(data.context)
         if self.mode == "rolling":
             # As the engine sees them: the windows run over the boundary token and the document.
             whole = np.concatenate([[engine.tokenizer.special.boundary], document])
@@ -150,8 +154,8 @@ class Perplexity(Probe):
             part = document[start:end]
             yield part if start else np.concatenate([engine.document_prefix, part]), first, end
 
-    def _window(self, data: ProbeData) -> tuple[int, int]:
-        context = data.context if self.context is None else self.context
+    def _window(self, context: int) -> tuple[int, int]:
+        context = context if self.context is None else self.context
         stride = context - 1 if self.stride is None else self.stride
         if stride >= context:
             raise UserError(

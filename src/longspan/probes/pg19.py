@@ -72,14 +72,17 @@ class PG19(Probe):
 
     @model_validator(mode="after")
     def _windows_move(self) -> Self:
-        for window in self.windows or ():
+        self._check_windows(self.windows or ())
+        return self
+
+    def _check_windows(self, windows: Sequence[int]) -> None:
+        for window in windows:
             if window < 2 or (self.stride is not None and self.stride >= window):
                 raise UserError(
                     f"windows = [{window}] with stride {self.stride}",
                     "windows of at least 2 tokens that move by less than their length",
                     "lower the stride or raise the window",
                 )
-        return self
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -140,6 +143,12 @@ class PG19(Probe):
         """The settings, with the books' content in place of where they lie."""
         content = file_digest(Path(self.data)) if self.data else f"{HUB}@{self.revision or 'main'}"
         return {**super().protocol(), "data": content}
+
+    def check_before(self, context: int) -> None:
+        """Refuse a file that holds other things, and windows that do not move."""
+        if self.data:
+            self._books()
+        self._check_windows(self.windows or (context,))
 
     def items(self, data: ProbeData) -> list[Item]:
         """Each book with each window, then streaming."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longspan.engines.base import Engine
 from longspan.foundation.errors import UserError
@@ -21,8 +21,7 @@ from longspan.probes.asking import (
     floor_by_likelihood,
     ways_of,
 )
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
-from longspan.probes.suffix_identification import credit
+from longspan.probes.base import Asked, Item, Probe, ProbeData, credit, register, shown
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -57,7 +56,18 @@ class PhoneBook(Probe):
     per_size: int = Field(100, ge=1)
     candidates: int = Field(4, ge=2, le=64)
     depths: int = Field(5, ge=1, le=20)
-    ways: tuple[Way, ...] | None = None
+    ways: tuple[Way, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _books_hold_the_candidates(self) -> Self:
+        least = EXAMPLES + self.candidates
+        if min(self.entries, default=0) < least:
+            raise UserError(
+                f"entries = {list(self.entries)}",
+                f"one or more sizes of at least {least}: {EXAMPLES} examples and {self.candidates} candidates",
+                "raise `entries` or use fewer `candidates`",
+            )
+        return self
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -77,15 +87,7 @@ class PhoneBook(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """One book an item; an item is about no document of the split."""
-        sizes = sorted(set(self.entries))
-        least = EXAMPLES + self.candidates
-        if not sizes or sizes[0] < least:
-            raise UserError(
-                f"entries {list(self.entries)}",
-                f"one or more sizes of at least {least}: {EXAMPLES} examples and {self.candidates} candidates",
-                "raise `entries` or use fewer `candidates`",
-            )
-        return [self._book(data, size, number) for size in sizes for number in range(self.per_size)]
+        return [self._book(data, size, number) for size in sorted(set(self.entries)) for number in range(self.per_size)]
 
     def answer(self, engine: Engine, items: Sequence[Item], data: ProbeData) -> list[dict[str, Any]]:
         """Sums of NLL of every candidate, with and without the book, and what was written."""

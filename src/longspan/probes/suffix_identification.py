@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from longspan.engines.base import Engine, UnusableAnswer
+from longspan.engines.base import Engine
 from longspan.foundation.errors import UserError
 from longspan.foundation.randomness import numpy_generator
-from longspan.probes.base import Asked, Item, Probe, ProbeData, register, shown
+from longspan.probes.base import Asked, Item, Probe, ProbeData, credit, register, shown
 from longspan.records.observation import Metric, Observation
 from longspan.records.store import Record
 
@@ -24,9 +24,6 @@ SPANS_FOR_EDGES = 2_000
 
 TRIES_PER_CANDIDATE = 40
 """Random spans tried for each wrong candidate and bin before the corpus counts as too uniform."""
-
-SAME_SCORE = 1e-6
-"""Scores closer than this share of their size are equal: float32 sums of equal terms differ by rounding."""
 
 
 @register("suffix_identification")
@@ -241,19 +238,6 @@ class SuffixIdentification(Probe):
             f"at least {needed} for contexts up to {reach}",
             f"{fix}, or lower `min_documents`",
         )
-
-
-def credit(scores: NDArray[np.float64], truth: int) -> float:
-    """1 for the truth alone with the lowest score, 1/k where k share it, else 0.
-
-    Raises:
-        UnusableAnswer: a score that is not finite.
-    """
-    if not np.isfinite(scores).all():
-        raise UnusableAnswer(f"scores {scores.tolist()}", "finite numbers", "the subject's answer is not usable")
-    best = float(scores.min())
-    tied = scores <= best + SAME_SCORE * max(1.0, abs(best))
-    return 1.0 / int(tied.sum()) if tied[truth] else 0.0
 
 
 def unigram_nll(data: ProbeData) -> NDArray[np.float64]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longspan.engines.base import Engine, Sampling
 from longspan.foundation.errors import UserError
@@ -45,7 +45,17 @@ class TextCopy(Probe):
     per_length: int = Field(60, ge=1)
     given: int = Field(2, ge=1)
     order: Literal["standard", "shuffled"] = "standard"
-    ways: tuple[Way, ...] | None = None
+    ways: tuple[Way, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _something_is_left_to_write(self) -> Self:
+        if min(self.lengths, default=0) <= self.given:
+            raise UserError(
+                f"lengths = {list(self.lengths)}",
+                f"one or more, each longer than the {self.given} tokens that are given",
+                "mend `lengths`, or lower `given`",
+            )
+        return self
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -64,12 +74,6 @@ class TextCopy(Probe):
     def items(self, data: ProbeData) -> list[Item]:
         """Passages at random places, the same documents and places at every length."""
         lengths = sorted(set(self.lengths))
-        if not lengths or lengths[0] <= self.given:
-            raise UserError(
-                f"lengths {list(self.lengths)}",
-                f"one or more, each longer than the {self.given} tokens that are given",
-                "mend `lengths`",
-            )
         fitting = np.flatnonzero(data.shards.lengths >= lengths[-1])
         if not len(fitting):
             longest = int(data.shards.lengths.max(initial=0))

@@ -181,11 +181,7 @@ class RecordStore:
             self._lines += 1
             record = _parse(line, self.path, self._lines)
             if record.key in self._keys:
-                raise DataError(
-                    f"{self.path}:{self._lines} repeats the record of an earlier line",
-                    "every record once",
-                    "restore the file from a copy, or remove that line",
-                )
+                raise _damaged(self.path, self._lines, "repeats the record of an earlier line")
             self._keys.add(record.key)
         self._size += complete
         if complete < len(tail):

@@ -10,6 +10,8 @@ from longspan.report.data import ReportInput, SubjectFacts
 
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (12, 3))
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
+MOST_TOGETHER = 8
+"""Subjects of colours of their own that one panel holds."""
 _STYLES = {str(style): dash for style, dash in enumerate(DASHES)}
 """`Arm.stroke` -> dashes, where no factor is shown as dashes."""
 
@@ -98,6 +100,10 @@ def arrange(report: ReportInput) -> Arms:
     colours = {s.label: s.factors[colour_by] if colour_by else s.label for s in subjects}
     if len({(colours[s.label], *(s.factors.get(name, "") for name in others)) for s in subjects}) < len(subjects):
         colours, colour_by, others = {s.label: s.label for s in subjects}, "", []
+    one_each = len(others) == 1 and len(levels[others[0]]) == len(subjects)
+    if not colour_by and (one_each or len(subjects) <= MOST_TOGETHER):
+        # Every subject has its own colour already: apart they could not be compared.
+        others = []
     dash_by = others.pop() if len(others) >= 2 and len(levels[others[-1]]) < len(DASHES) else ""
     panel_of = {s.label: " · ".join(_level_text(name, s.factors[name]) for name in others) for s in subjects}
     dash_of = {s.label: s.factors[dash_by] if dash_by else "" for s in subjects}

@@ -121,7 +121,7 @@ def _meets(
         marked = [pixel(other[key], domain_y, "log", HEIGHT) for key in ("y", "low", "high") if other[key]]
         if 0 < across < abs(end - here) + 8 and min(marked) - 12 < height < max(marked) + 12:
             return True
-    return side < 0 and end < 0
+    return not 0 <= end <= WIDTH
 
 
 def _lines(domain_x: tuple[float, float], domain_y: tuple[float, float]) -> list[Row]:

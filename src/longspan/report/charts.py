@@ -77,6 +77,13 @@ def lines(rows: Sequence[Row], arms: Arms, x: Axis, y: Axis, *, chance: float | 
     return finish(layers, values, panels, arms, height, width_of([r["text"] for r in labels if r["kind"] == "label"]))
 
 
+def dots_domain(rows: Sequence[Row], also: Sequence[float] = (), *, percent: bool) -> tuple[float, float]:
+    """What the axis of `dots` spans: all estimates with their intervals; shares do not go below 0."""
+    known = [row[key] for row in rows for key in ("value", "low", "high") if row.get(key) is not None] + [*also]
+    low, high = padded(min(known), max(known), 0.05)
+    return (max(low, 0.0) if percent and min(known) >= 0 else low), high
+
+
 def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference: float | None = None,
          ) -> dict[str, Any]:  # fmt: skip
     """One row per estimate, in the order given: name and number above, point with its 95 % interval below.
@@ -89,16 +96,13 @@ def dots(rows: Sequence[Row], x: Axis, *, chance: float | None = None, reference
     values = [{"i": index, **row} for index, row in enumerate(rows)]
     # The estimate stands nearer to its own name than to the next one.
     step, below, zone_height = (38, 5, 16) if len(values) <= 16 else (30, 3, 12)
-    known = [row[key] for row in values for key in ("value", "low", "high") if row.get(key) is not None]
-    known += [each for each in (chance, reference) if each is not None]
     zones = [row["zone"] for row in values if row.get("zone")]
+    also = [each for each in (chance, reference) if each is not None]
     if reference is not None and zones:
-        known += [reference - max(zones), reference + max(zones)]
-    low, high = padded(min(known), max(known), 0.05)
+        also += [reference - max(zones), reference + max(zones)]
+    low, high = dots_domain(values, also, percent=x.form == "~%")
     if x.zero:
         low = 0.0
-    elif x.form == "~%" and min(known) >= 0:
-        low = max(low, 0.0)
     encode_y = alt.Y("i:O", axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
     scale, axis = alt.Scale(domain=[low, high], nice=False, zero=False), axis_of(x, (low, high), grid=True, count=6)
 
@@ -301,9 +305,7 @@ def _fill() -> Any:
     return alt.Fill("c:N", scale=None, legend=None)
 
 
-def _end_labels(
-    rows: Sequence[Row], arms: Arms, y: Axis, domain: tuple[float, float], height: int
-) -> list[Row]:  # fmt: skip
+def _end_labels(rows: Sequence[Row], arms: Arms, y: Axis, domain: tuple[float, float], height: int) -> list[Row]:
     """A label and a leader for the last point of every line, spread apart in each panel."""
     last: dict[tuple[str, str], Row] = {}
     for row in rows:

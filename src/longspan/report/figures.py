@@ -53,7 +53,9 @@ def quality_figures(report: ReportInput, section: ProbeSection, arms: Arms) -> l
             # Of many subjects the first curve has the whole width.
             half = len(curves) > 1 and (len(arms) <= MOST_HALF or metric is not curves[0])
             found.append(_curve_figure(report, section, metric, arms, half=half))
-        if metric.y_name is not None and findings.cells(section, metric.name):
+        ys = {m.y for m in findings.cells(section, metric.name)} if metric.y_name is not None else set()
+        # One row of cells is the curve once more.
+        if len(ys) > 1 or (ys and len(xs) <= 1):
             found.append(_cell_figure(section, metric, arms))
     return found + [_derived_figure(section, metric, arms) for metric in derived if metric.bound]
 
@@ -132,17 +134,21 @@ def _dot_figure(name: str, finding: Finding, arms: Arms) -> Figure:
     width = charts.width_of([row["text"] for row in rows]) + 8
     table = tables.scalar_table(finding.section, [metric], arms.labels) if finding.x is None else _at_x(finding, arms)
     better = "Lower" if metric.better == "lower" else "Higher"
-    caption = f"{better} is better; bars {_bars(metric)}. The axis does not start at zero."
+    caption = f"{better} is better{_bars(metric, ranked)}."
+    caption += "" if charts.dots_domain(rows, percent=percent)[0] == 0.0 else " The axis does not start at zero."
     if metric.chance is not None:
-        caption = f"{better} is better; bars are 95 % intervals; the thin line is {_chance_name(metric)}."
+        caption = f"{better} is better{_bars(metric, ranked)}; the thin line is {_chance_name(metric)}."
     title = quantity(finding)
     return Figure(name, title[:1].upper() + title[1:], caption, spec, table, 1, width)
 
 
-def _bars(metric: Metric) -> str:
+def _bars(metric: Metric, found: Sequence[Measurement]) -> str:
+    """What the bars of single numbers are; a number that was computed, or measured once, has none."""
+    if all(m.low is None or m.low == m.high for m in found):
+        return ""
     if metric.bound:
-        return "go from the lowest to the highest seed"
-    return "are quartiles over repeats" if metric.kind == "median" else "are 95 % intervals"
+        return "; bars go from the lowest to the highest seed"
+    return "; bars are quartiles over repeats" if metric.kind == "median" else "; bars are 95 % intervals"
 
 
 def _derived_figure(section: ProbeSection, metric: Metric, arms: Arms) -> Figure:

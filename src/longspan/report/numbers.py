@@ -7,6 +7,7 @@ import math
 MINUS = "−"
 MISSING = "–"
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SYMBOLS = ("FLOP", "FLOP/s", "B/s")
 _BINARY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
 
 
@@ -16,14 +17,17 @@ def finite(value: float | None) -> bool:
 
 
 def scaled(value: float | None, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: `25.6 M`, `1.32 M tok/s`, `863`."""
+    """Three significant digits with a decimal prefix: `25.6 M`, `1.32 M tok/s`, `103 GFLOP/s`, `863`.
+
+    A prefix belongs to the symbol of a unit, and stands before words (`tok/s`) by itself.
+    """
     if value is None or not math.isfinite(value):
         return MISSING
     tail = f" {unit}" if unit else ""
     size = abs(value)
     for base, prefix in _DECIMAL:
         if size >= base * 0.9995:
-            return f"{significant(value / base)} {prefix}{tail}"
+            return f"{significant(value / base)} {prefix}{unit if unit in _SYMBOLS else tail}"
     return f"{significant(value) if value != int(value) or size >= 1000 else format_signed(int(value))}{tail}"
 
 
@@ -130,6 +134,11 @@ def p_value(value: float | None) -> str:
     if value < 0.001:
         return "< 0.001"
     return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def share(value: float | None, decimals: int = 0) -> str:
+    """A share as per cent: `21.5 %`."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f} %"
 
 
 def relative(value: float | None) -> str:

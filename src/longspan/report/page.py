@@ -17,7 +17,7 @@ from longspan.foundation.files import atomic_directory, atomic_write
 from longspan.report import crossings, numbers, palette, tables
 from longspan.report.arms import Arms
 from longspan.report.content import VERDICTS, Content, compared_units, lay_out, same, subject_notes, subjects_lead
-from longspan.report.data import ReportInput, to_json
+from longspan.report.data import ReportInput, SubjectFacts, to_json
 from longspan.report.figure import FONT, THEMES, Figure, static_spec
 from longspan.report.markdown import markdown
 from longspan.report.tables import Table
@@ -234,15 +234,17 @@ _PARTS = (("embedding", "var(--line)"), ("mixers", "var(--ink)"), ("MLP", "var(-
 
 
 def _parts(report: ReportInput) -> list[dict[str, Any]]:
-    """Bars of parameters by part, one for each different model."""
+    """Bars of parameters by part, one for each different model; subjects of the same model are named beside it."""
     largest = max((s.parameters.total for s in report.subjects if s.parameters), default=0)
-    bars: dict[Any, dict[str, Any]] = {}
+    models: dict[Any, list[SubjectFacts]] = {}
     for s in report.subjects:
-        p = s.parameters
-        if p is None or (s.letters, p) in bars:
-            continue
+        if s.parameters is not None:
+            models.setdefault((s.letters, s.parameters), []).append(s)
+    bars = []
+    for (_, p), (first, *others) in models.items():
         sizes = (p.embedding, p.mixers, p.mlp, max(0, p.total - p.embedding - p.mixers - p.mlp))
         shares = [(f"{name}: {numbers.scaled(size)}", round(100 * size / largest, 2), shade)
                   for (name, shade), size in zip(_PARTS, sizes, strict=True)]  # fmt: skip
-        bars[s.letters, p] = {"label": s.label, "shares": shares, "total": numbers.scaled(p.total)}
-    return list(bars.values())
+        alike = f"also {others[0].label}" if len(others) == 1 else f"and {len(others)} others" if others else ""
+        bars.append({"label": first.label, "shares": shares, "total": numbers.scaled(p.total), "alike": alike})
+    return bars

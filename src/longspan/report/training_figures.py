@@ -11,6 +11,9 @@ from longspan.report.axes import Axis, Row, Scale
 from longspan.report.data import ReportInput
 from longspan.report.figure import Figure
 
+MOST_POINTS = 240
+"""Points drawn of one series; the table's data has every logged step."""
+
 
 def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
     """Loss (smoothed over raw, with validation), learning rate, gradient norm, throughput."""
@@ -45,7 +48,7 @@ def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
             "loss": "Thin: every logged step; thick: smoothed; points: full validation. The steep start is cut off, "
             "and the axis does not start at zero.",
             "lr": "Colours as in the loss chart.",
-            "grad_norm": "Before clipping, smoothed over raw; logarithmic axis.",
+            "grad_norm": "Before clipping, smoothed over raw" + ("; logarithmic axis." if scale == "log" else "."),
             "tokens_per_second": "Every logged step and smoothed; evaluation and checkpoints excluded.",
         }[key]
         table = _training_table(report, key)
@@ -63,9 +66,6 @@ def training_figures(report: ReportInput, arms: Arms) -> list[Figure]:
             )
         )
     return found
-
-
-MOST_POINTS = 240
 
 
 def _training_rows(

@@ -19,7 +19,8 @@ from longspan.models.budget import (
     training_flops_per_token,
 )
 from longspan.models.config import ModelConfig
-from longspan.report.numbers import byte_size, count, duration, relative, scaled
+from longspan.models.language_model import LanguageModel
+from longspan.report.numbers import MISSING, byte_size, count, duration, relative, scaled, share
 from longspan.study.checks import check_primary, check_probes
 from longspan.study.environment import hardware
 from longspan.study.expand import Match, Subject, expand, match_model
@@ -54,6 +55,7 @@ class SubjectBudget:
         training_flops: of one training.
         tokens: positions of one training.
         state: context → bytes of one row's state, caches in fp32.
+        handed_over: bits in which a row's state is handed over rounded, None where it is not (`model.state_bits`).
         seconds: predicted time of one training, with its validation where `validates` is known.
         validates: FLOPs of all validations as a share of those of training; None for text, whose amount is not known.
         tokens_per_second: of earlier runs of this model on this machine, None where there are none.
@@ -72,6 +74,7 @@ class SubjectBudget:
     training_flops: float
     tokens: int
     state: dict[int, int]
+    handed_over: int | None
     seconds: float
     validates: float | None
     tokens_per_second: float | None
@@ -95,6 +98,7 @@ class SubjectBudget:
             "training_context": self.context,
             "forward_flops_per_token": self.forward_flops,
             "state_bytes_fp32": {str(context): size for context, size in self.state.items()},
+            "handed_over_bits": self.handed_over,
             "tokens_per_run": self.tokens,
             "training_flops_per_run": self.training_flops,
             "predicted_seconds_per_run": self.seconds,
@@ -136,14 +140,16 @@ class BudgetTable:
     def _costs(self) -> Table:
         contexts = list(self.subjects[0].state)
         columns = ("<subject", "FLOPs/token", *(f"state at {short(context)}" for context in contexts))
-        columns += ("tokens", "training FLOPs", "time a run")
+        rounded = any(each.handed_over is not None for each in self.subjects)
+        columns += (*(["handed over"] if rounded else []), "tokens", "training FLOPs", "time a run")
         rows: list[tuple[str, ...]] = []
         for each in self.subjects:
             sizes = tuple(byte_size(each.state[context]) for context in contexts)
             measured = "" if each.tokens_per_second is None else " *"
             time = f"{duration(each.seconds)}{measured}"
-            row = (each.label, scaled(each.forward_flops), *sizes, scaled(each.tokens), scaled(each.training_flops))
-            rows.append((*row, time))
+            bits = MISSING if each.handed_over is None else f"{count(each.handed_over)} bit"
+            row = (each.label, scaled(each.forward_flops), *sizes, *([bits] if rounded else []))
+            rows.append((*row, scaled(each.tokens), scaled(each.training_flops), time))
         return columns, rows
 
     def to_json(self) -> dict[str, Any]:
@@ -164,11 +170,8 @@ def budget_table(
             said.
 
     Raises:
-        UserError: a combination that cannot be built or matched, or a context below 1.
+        UserError: a combination that cannot be built or matched.
     """
-    for context in contexts:
-        if context < 1:
-            raise UserError(f"context {context}", "at least 1 token", "e.g. --contexts 512,4096")
     expansion = expand(study)
     check_primary(study, expansion)
     check_probes(expansion)
@@ -240,6 +243,7 @@ def _budget(
         training_flops=flops,
         tokens=tokens,
         state={context: state_bytes(model, context) for context in contexts},
+        handed_over=None if model.state_bits is None else LanguageModel(model, rows).handed_over_bits(),
         seconds=seconds * (1 + (validates or 0.0)),
         validates=validates,
         tokens_per_second=tokens_per_second,
@@ -300,9 +304,12 @@ def _explained(budgets: Sequence[SubjectBudget], rate: float) -> list[str]:
         f"FLOPs/token: forward at the training context of {contexts}; training counts three forwards",
         "state: one row, caches and recurrent states in fp32",
     ]
+    if places := sorted({each.model.handover for each in budgets if each.model.handover is not None}):
+        after = " or ".join(f"{place:,}" for place in places)
+        notes.append(f"handed over: bits of a row's state where it is rounded, after {after} tokens (model.state_bits)")
     if any(each.tokens_per_second is None for each in budgets):
         notes.append(
-            f"time: assumes {ASSUMED_EFFICIENCY:.0%} of {scaled(rate, 'FLOP/s')}, "
+            f"time: assumes {share(ASSUMED_EFFICIENCY)} of {scaled(rate, 'FLOP/s')}, "
             "the rate of matrix products just measured on this machine"
         )
     if any(each.tokens_per_second is not None for each in budgets):
@@ -332,10 +339,15 @@ def parse_contexts(text: str) -> list[int]:
     try:
         found = [int(part[:-1]) * 1024 if part[-1:] in ("k", "K") else int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(
-            f"--contexts {text}", "whole numbers of tokens with commas, e.g. 512,4k,131072", "write them so"
-        ) from None
+        raise _no_contexts(text) from None
+    if min(found) < 1:
+        raise _no_contexts(text)
     return sorted(set(found))
+
+
+def _no_contexts(text: str) -> UserError:
+    allowed = "numbers of tokens of 1 or more with commas, e.g. 512,4k,131072"
+    return UserError(f"--contexts {text!r}", allowed, "write them so, or leave `--contexts` out")
 
 
 def short(context: int) -> str:

@@ -16,11 +16,16 @@ from pathlib import Path
 from longspan.foundation.errors import UserError
 from longspan.foundation.extras import EXTRAS
 from longspan.foundation.machine import ALLOCATOR, available_cores
+from longspan.report.numbers import byte_size
 
 PACKAGES = (
     "longspan", "torch", "numpy", "scipy", "tokenizers", "safetensors", "pydantic", "altair", "vl-convert-python",
     "mwparserfromhell", "rensa", "zstandard",
 )  # fmt: skip
+
+
+LITTLE_DISK = 2 * 2**30
+"""Bytes free under which `doctor` says something."""
 
 
 @functools.cache
@@ -43,7 +48,7 @@ def hardware() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": str(available_cores()),
-        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
+        "memory": byte_size(_memory_bytes()),
         "torch threads": str(torch.get_num_threads()),
         "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") else "default",
         "kernels": _kernels()[0],
@@ -99,10 +104,9 @@ def doctor(runs: Path) -> list[tuple[str, str, str]]:
     rows.append(("allocator", facts["allocator"], "" if facts["allocator"] == "tuned" or sys.platform != "linux" else
                  "`longspan run` sets it by itself; for your own scripts: GLIBC_TUNABLES=" + ALLOCATOR))  # fmt: skip
     anchor = next(parent for parent in (runs.absolute(), *runs.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(anchor).free / 2**30
-    rows.append(
-        (f"disk under {runs}", f"{free:.1f} GiB free", "" if free > 2 else "free some space: quickstart needs 0.2 GiB")
-    )
+    free = shutil.disk_usage(anchor).free
+    advice = "" if free > LITTLE_DISK else "free some space: quickstart needs 0.2 GiB"
+    rows.append((f"disk under {runs}", f"{byte_size(free)} free", advice))
     for extra, (module, purpose) in EXTRAS.items():
         present = importlib.util.find_spec(module) is not None
         advice = "" if present else f"pip install 'longspan[{extra}]' brings {purpose}"

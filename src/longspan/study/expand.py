@@ -133,7 +133,7 @@ def _combinations(study: Study) -> Iterator[tuple[dict[str, str], int, SubjectCo
         # A part lies over everything that the study and the command line say, and varies what it shares with it.
         base = copy.deepcopy(dict(study.base))
         vary: dict[str, Any] = {key: values for key, values in study.vary.items() if key in SHARED}
-        apply_variant(name, {name: overlay}, base, vary)
+        apply_variant(name, {name: overlay}, base, vary, where="also")
         for factors, seed, config in _product(replace(study, base=base, vary=vary, also={})):
             yield {**factors, PART: name}, seed, config
 

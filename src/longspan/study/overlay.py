@@ -19,14 +19,23 @@ from longspan.study.sections import SECTIONS, SubjectConfig
 
 OF_THE_WHOLE = ("subjects", "probe_context", "primary")
 """What a variant that is chosen for the whole study may replace beside sections."""
+OF_THE_FILE = ("plugins", "variants")
+"""What a command line cannot change."""
 RIVALS = {"tokens": "steps", "steps": "tokens"}
 """Settings of training of which exactly one is given: the later takes the place of the other."""
 
 
 def apply_variant(
-    names: str, variants: Mapping[str, Mapping[str, Any]], base: dict[str, Any], vary: dict[str, Any]
+    names: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    base: dict[str, Any],
+    vary: dict[str, Any],
+    where: str = "variants",
 ) -> None:
-    """Lay the named variants (comma-separated, in order) over the sections in `base` and the lists in `vary`."""
+    """Lay the named variants (comma-separated, in order) over the sections in `base` and the lists in `vary`.
+
+    `where` is where they stand in the study, for errors.
+    """
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in variants:
             if not variants:
@@ -34,7 +43,7 @@ def apply_variant(
             raise unknown_name("variant", name, variants)
         for key, value in variants[name].items():
             if key == "vary":
-                vary.update(copy.deepcopy(dict(checked_mapping(f"variants.{name}.vary", value))))
+                vary.update(copy.deepcopy(dict(checked_mapping(f"{where}.{name}.vary", value))))
             elif key == "probes":
                 base["probes"] = named_probes(value)
             elif key in SECTIONS:
@@ -45,7 +54,7 @@ def apply_variant(
             elif key in SubjectConfig.model_fields:
                 base[key] = copy.deepcopy(value)
             elif key not in OF_THE_WHOLE:
-                raise unknown_key(f"variants.{name}.{key}", key, (*SubjectConfig.model_fields, "vary", *OF_THE_WHOLE))
+                raise unknown_key(f"{where}.{name}.{key}", key, (*SubjectConfig.model_fields, "vary", *OF_THE_WHOLE))
 
 
 def apply_settings(settings: Iterable[tuple[tuple[str, ...], Any]], base: dict[str, Any]) -> None:
@@ -67,6 +76,8 @@ def apply_settings(settings: Iterable[tuple[tuple[str, ...], Any]], base: dict[s
 def resolve_key(key: str) -> tuple[str, ...]:
     """The path of a setting: `training.tokens` → (training, tokens); `tokens` → the one section that has it."""
     parts = tuple(key.split("."))
+    if parts[0] in OF_THE_FILE:
+        raise UserError(f"override `{key}`", f"`{parts[0]}` in the study file alone", "write it there")
     if parts[0] in ("weights", "probes"):
         return parts
     if parts[0] in SECTIONS:

@@ -18,6 +18,7 @@ from longspan.foundation.machine import num_launched
 from longspan.foundation.progress import Progress
 from longspan.probes.base import make_probe
 from longspan.records.store import RECORDS, RecordStore
+from longspan.report.numbers import duration, scaled, share
 from longspan.study.asked import letting_go
 from longspan.study.environment import devices
 from longspan.study.executors.base import Executor
@@ -26,6 +27,7 @@ from longspan.study.executors.processes import processes_of
 from longspan.study.failures import known_failures, standing, told
 from longspan.study.jobs import DONE, Job
 from longspan.study.plan import Plan, PlannedSubject, make_plan
+from longspan.study.preflight import check_machine
 from longspan.study.run_folder import claim_study_folder, study_folder
 from longspan.study.schema import load_study
 from longspan.study.stages import open_corpus, probe_data
@@ -93,7 +95,9 @@ def run_study(
     """
     started = time.monotonic()
     study = load_study(name, overrides)
+    places = _places(side_by_side)
     plan = make_plan(study, runs)
+    check_machine(plan, runs, until=until, devices=places)
     terminal.plan(plan)
     folder = study_folder(study, runs)
     if moved := claim_study_folder(study, folder):
@@ -121,7 +125,7 @@ def run_study(
         left = standing(jobs, [job.key for job, _ in failed])
         executor.run(left, runs, terminal.observe, finished, lost)
 
-    with letting_go(), _executor(side_by_side) as executor:
+    with letting_go(), _executor(places) as executor:
         run_all(executor, plan.jobs_until("prepare"))
         if until != "prepare":
             check_items(plan, runs)
@@ -145,20 +149,31 @@ def run_study(
     return replace(outcome, error=error)
 
 
+def _places(side_by_side: int) -> list[str]:
+    """The devices that jobs run on, once for each job at a time; with torchrun this process's own.
+
+    Raises:
+        UserError: more jobs at a time than there is room for.
+    """
+    if num_launched() == 1:
+        return devices(side_by_side)
+    if side_by_side > 1:
+        raise UserError(f"--jobs {side_by_side} with torchrun", "one job at a time, in all processes", "leave it out")
+    from longspan.study.executors.torchrun import own_device
+
+    return [own_device()]
+
+
 @contextmanager
-def _executor(side_by_side: int) -> Iterator[Executor]:
+def _executor(places: Sequence[str]) -> Iterator[Executor]:
     """All devices of this machine, or the processes that torchrun started."""
     if num_launched() > 1:
-        if side_by_side > 1:
-            raise UserError(
-                f"--jobs {side_by_side} with torchrun", "one job at a time, in all processes", "leave it out"
-            )
         from longspan.study.executors.torchrun import leading
 
         with leading() as executor:
             yield executor
     else:
-        yield LocalExecutor(devices(side_by_side))
+        yield LocalExecutor(places)
 
 
 def listed(planned: PlannedSubject, runs: Path) -> ListedRun:
@@ -298,7 +313,6 @@ def _write_report(
 ) -> Outcome:
     from longspan.report import data as report_data
     from longspan.report.decision import decide
-    from longspan.report.numbers import duration
     from longspan.report.page import write_report
     from longspan.report.tables import summary_rows
     from longspan.study.results import collect
@@ -333,7 +347,7 @@ def _stage_outcome(jobs: list[Job], runs: Path, seconds: float) -> Outcome:
         ],
         "seconds": round(seconds, 1),
     }
-    return Outcome(("<job", "<result", "<folder"), rows, [f"took {seconds:.0f} s"], data)
+    return Outcome(("<job", "<result", "<folder"), rows, [f"took {duration(seconds)}"], data)
 
 
 def headline(job: Job, result: dict[str, Any]) -> str:
@@ -347,9 +361,9 @@ def headline(job: Job, result: dict[str, Any]) -> str:
     if job.kind == "train":
         training = result["training"]
         rate = training["tokens_per_second"]
-        speed = f", {rate:,.0f} tok/s" if rate else ""
+        speed = f", {scaled(rate, 'tok/s')}" if rate else ""
         if (strings := training["final"]["string_accuracy"]) is not None:
-            return f"{strings:.1%} of strings right after {training['samples']:,} samples{speed}"
+            return f"{share(strings, 1)} of strings right after {training['samples']:,} samples{speed}"
         return f"validation {training['best']['bits_per_byte']:.4f} bits/byte{speed}"
     if job.kind in ("import", "check"):
         differ = [check["name"] for check in result["oracle"] if check["verdict"] == "differs"]

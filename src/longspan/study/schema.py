@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.engines.source import ModelSource
-from longspan.foundation.config import shown_value, unknown_key
+from longspan.foundation.config import misspelt, shown_value, unknown_key
 from longspan.foundation.errors import UserError
 from longspan.foundation.plugins import load_file
 from longspan.models.mixers import registered as registered_mixers
@@ -271,8 +270,9 @@ def _plugins(value: Any) -> list[str]:
 
 
 def _context(value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise UserError(f"probe_context = {value!r}", "a number of tokens, at least 1", "change it")
+    # Python counts `true` as 1.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(f"probe_context = {shown_value(value)}", "a number of tokens, at least 1", "change it")
     return value
 
 
@@ -291,7 +291,7 @@ def _chosen(key: str, value: Any, named: Any, mixers: Iterable[str]) -> Any:
         return values
     texts = [each for each in values if isinstance(each, str)]
     for each in texts:
-        near = difflib.get_close_matches(each, named, n=1, cutoff=0.75)
+        near = misspelt(each, named)
         if each not in named and near and not (key.endswith("pattern") and _has_mixers(each, mixers)):
             raise UserError(f"{key} = {shown_value(each)}", ", ".join(named), f"did you mean `{near[0]}`?")
     if len(texts) < len(values) or not any(each in named for each in texts):

@@ -11,6 +11,9 @@ from longspan.foundation.config import did_you_mean
 from longspan.foundation.errors import UserError
 from longspan.foundation.files import read_json
 
+FIRST = "quickstart"
+"""The study to begin with."""
+
 
 def shipped_studies() -> dict[str, Path]:
     """name → file of the studies that Longspan ships."""
@@ -50,15 +53,18 @@ def _instead_of(folder: Path) -> str:
 
 
 def list_studies() -> list[dict[str, str]]:
-    """Name, question and variants of every shipped study."""
+    """Name, question and variants of every shipped study, the one to begin with first."""
     rows = []
-    for name, path in shipped_studies().items():
+    for name, path in sorted(shipped_studies().items(), key=lambda study: study[0] != FIRST):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         rows.append(
             {
                 "study": name,
                 "question": " ".join(raw["question"].split()),
-                "variants": ", ".join(raw.get("variants", {})),
+                # Those that the study compares are no choice.
+                "variants": ", ".join(
+                    name for name in raw.get("variants", {}) if name not in raw.get("vary", {}).get("variant", ())
+                ),
             }
         )
     return rows

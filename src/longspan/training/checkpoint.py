@@ -97,18 +97,23 @@ def save_checkpoint(
     Raises:
         DataError: no space left; the older checkpoint is still there.
     """
-    written: dict[str, Any] = {
+    written = described(configuration, state)
+    with atomic_directory(folder) as partial:
+        save_tensors(_tensors_of(model), partial / WEIGHTS)
+        if optimizer is not None:
+            save_tensors(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+            written["random"] = random_state(next(model.parameters()).device)
+        write_json(partial / STATE, written)
+
+
+def described(configuration: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:
+    """What `training_state.json` says of every checkpoint."""
+    return {
         "format": FORMAT,
         "fingerprint": digest(configuration),
         "configuration": dict(configuration),
         "state": dataclasses.asdict(state),
     }
-    with atomic_directory(folder) as partial:
-        save_tensors(_tensors_of(model), partial / WEIGHTS)
-        if optimizer is not None:
-            save_tensors(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
-            written["random"] = random_state(next(model.parameters()).device)
-        write_json(partial / STATE, written)
 
 
 def load_checkpoint(
@@ -224,7 +229,8 @@ def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state by `PARAMETER/ENTRY`."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from longspan import ops
-from longspan.foundation.errors import MachineError, first_line
+from longspan.foundation.errors import MachineError, UserError, first_line
 from longspan.ops import kernels
 
 if TYPE_CHECKING:
@@ -35,6 +35,27 @@ def resolve_compile(choice: Literal["auto"] | bool, device: torch.device) -> boo
     if choice == "auto":
         return device.type == "cuda" and kernels.wanted(device)
     return choice
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile for a CPU where nothing compiles C++; torch would find that out at the first step.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "training.compile = true without a C++ compiler",
+            "g++ or clang++ on the PATH, or the one that the environment variable CXX names",
+            "install one, or set training.compile to auto or false",
+        ) from None
 
 
 def compile_layers(model: LanguageModel) -> Path:

@@ -87,6 +87,8 @@ class TrainingConfig(Config):
         self.check_shares(self.processes)
         _check_share("warmup", self.warmup)
         _check_share("decay", self.decay)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas = {self.betas}", "two numbers in [0, 1)", "use the usual [0.9, 0.95]")
         if self.warmup_steps + self.decay_steps > self.num_steps:
             raise UserError(
                 f"warm-up of {self.warmup_steps} and decay of {self.decay_steps} steps in a run of {self.num_steps}",
@@ -123,8 +125,6 @@ class TrainingConfig(Config):
                 raise UserError(
                     f"{name} = {value} has no effect here", f"it together with {needed}", f"remove `{name}`"
                 )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas = {self.betas}", "two numbers in [0, 1)", "use the usual [0.9, 0.95]")
 
     @property
     def num_steps(self) -> int:

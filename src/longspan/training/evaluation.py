@@ -119,6 +119,7 @@ def evaluate(
         step=step,
         tokens=tokens,
         loss=loss,
+        # JSON has no infinity, which is what would come of more.
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=nll_sum / (math.log(2) * max(1, num_bytes)),
         num_targets=num_targets,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from longspan.foundation.errors import LongspanError, MachineError, UserError
+from longspan.foundation.errors import LongspanError, MachineError, UserError, sendable
 from longspan.training.config import Parallel
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Ranks:
             try:
                 outcome = [work(), None]
             except Exception as error:
-                outcome = [None, error]
+                outcome = [None, sendable(error)]
         dist.broadcast_object_list(outcome)
         value, failure = outcome
         if failure is not None:

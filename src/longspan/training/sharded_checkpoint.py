@@ -7,7 +7,6 @@ On several hosts the folder must be one that all of them see.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import warnings
 from collections.abc import Mapping
@@ -19,18 +18,19 @@ import torch
 from torch import nn
 
 from longspan.foundation.errors import DataError
-from longspan.foundation.files import atomic_directory, digest, write_json
+from longspan.foundation.files import atomic_directory, write_json
 from longspan.foundation.randomness import stream_seed
 from longspan.training.checkpoint import (
-    FORMAT,
     OPTIMIZER,
     STATE,
     WEIGHTS,
     TrainingState,
     check_configuration,
+    described,
     load_checkpoint,
     load_optimizer,
     load_weights,
+    optimizer_tensors,
     random_state,
     read_state,
     restore_random_state,
@@ -58,12 +58,7 @@ def save_sharded(
     """
     ranks = spread.ranks
     weights = spread.whole()
-    written: dict[str, Any] = {
-        "format": FORMAT,
-        "fingerprint": digest(configuration),
-        "configuration": dict(configuration),
-        "state": dataclasses.asdict(state),
-    }
+    written = described(configuration, state)
     if optimizer is not None:
         states = ranks.gathered(random_state(device))
         written |= {"random": states[0], RANDOM: states}
@@ -78,7 +73,7 @@ def save_sharded(
 
         partial = ranks.on_first(begin)
         if optimizer is not None:
-            _save_parts(_entries(spread.model, optimizer), partial / PARTS)
+            _save_parts(optimizer_tensors(spread.model, optimizer), partial / PARTS)
         ranks.on_first(stack.close)
 
 
@@ -129,14 +124,6 @@ def load_state(
     else:
         torch.manual_seed(stream_seed(seed, "training", ranks.rank, written["state"]["step"]))
     return TrainingState.from_json(written["state"])
-
-
-def _entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _save_parts(entries: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from xml.sax.saxutils import escape
 import pytest
 
 from longspan.corpus.document import Document
-from longspan.corpus.sources import WikipediaSource
+from longspan.corpus.sources import WikipediaSource, wikimedia_dump
 from longspan.corpus.sources.wikimedia_dump import is_multistream
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import DataError, MachineError, UserError
+from longspan.foundation.progress import silent
 
 ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 TABLES = "enwiki-table-markup.xml.bz2"
@@ -78,6 +80,19 @@ def test_workers_change_nothing(tmp_path: Path, multistream: bool) -> None:
     alone = read(dump)
     assert len(alone) == 106
     assert read(dump, workers=2) == alone
+
+
+def test_a_killed_worker_is_told_with_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wikimedia_dump, "_READ_BYTES", 500)
+    monkeypatch.setattr(wikimedia_dump, "_PAGES_BYTES", 500)
+    path = write_dump(tmp_path / "dump.xml.bz2", [(f"Page {number}", "Some words. " * 40) for number in range(40)])
+    documents = WikipediaSource(path=path, workers=2).read(tmp_path, silent)
+    next(documents)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(MachineError, match=r"dump\.xml\.bz2: most likely it was out of memory") as caught:
+        list(documents)
+    assert "corpus.workers" in caught.value.fix
 
 
 def test_redirects_and_other_namespaces_are_left_out_and_counted(tmp_path: Path) -> None:

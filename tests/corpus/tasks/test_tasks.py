@@ -1,43 +1,20 @@
-"""The tasks are what was published, and the defects of earlier codes for them cannot come back."""
+"""The tasks are what was published, and what cannot be asked is refused."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.corpus.packing import IGNORE, PackingConfig
-from longspan.corpus.tasks import Example, Task, TaskBatches, make_task, registered, validation_batches
+from longspan.corpus.packing import IGNORE
+from longspan.corpus.tasks import make_task, registered
 from longspan.corpus.tasks.strings import once
 from longspan.foundation.errors import UserError
 
-SMALL: dict[str, dict[str, object]] = {
-    "copy": {},
-    "prefix_ngram": {"ngram": 3},
-    "suffix_ngram": {"ngram": [2, 4]},
-    "duplicate_ngram": {"ngram": 2},
-    "mqar": {"vocab_size": 128, "length": 64, "pairs": [4, 8]},
-    "induction": {"min_length": 16, "max_length": 32},
-    "selective_copy": {"tokens": 4, "min_length": 12, "max_length": 20},
-}
+from .tiny_tasks import SMALL, draw, task_of, text
+
 LETTERS = ("copy", "prefix_ngram", "suffix_ngram", "duplicate_ngram")
-
-
-def task_of(name: str, **more: object) -> Task:
-    return make_task({"task": name, **SMALL[name], **more}, "corpus")
-
-
-def draw(task: Task, seed: int, size: int | None = None) -> Example:
-    generator = np.random.default_rng(seed)
-    return task.example(generator, task.draw_size(generator, 0) if size is None else size)
-
-
-def text(task: Task, ids: np.ndarray) -> str:
-    symbols = task.vocabulary().symbols
-    return task.vocabulary().separator.join(symbols[i] for i in ids)
 
 
 def test_every_task_is_tried_here() -> None:
@@ -139,81 +116,6 @@ def test_duplicate_ngram_holds_one_twice(seed: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), filler=st.sampled_from([0, 16]))
-def test_mqar_is_that_of_zoology(seed: int, filler: int) -> None:
-    task = task_of("mqar", filler=filler)
-    example = draw(task, seed)
-    n = example.slices["pairs"]
-    keys, values = example.inputs[0 : 2 * n : 2], example.inputs[1 : 2 * n : 2]
-    assert len(set(keys)) == len(set(values)) == n
-    assert keys.min() >= 1
-    assert keys.max() < 64
-    assert values.min() >= 64
-    assert values.max() < 128
-    places = np.flatnonzero(example.labels != IGNORE)
-    assert len(places) == n
-    assert np.all(places % 2 == 0)
-    assert places.min() >= 2 * n
-    # Every key once, with the value that stood beside it.
-    of = dict(zip(keys.tolist(), values.tolist(), strict=True))
-    assert sorted(example.inputs[places]) == sorted(keys)
-    assert all(of[int(example.inputs[p])] == example.labels[p] for p in places)
-    rest = np.delete(example.inputs[2 * n :], places - 2 * n)
-    assert np.all(rest == 0) if filler == 0 else np.all(rest >= 128)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), size=st.sampled_from([1, 4, 12]))
-def test_with_a_border_every_row_of_mqar_turns_at_the_same_place(seed: int, size: int) -> None:
-    task = task_of("mqar", pairs=[1, 4, 12], border=30)
-    example = draw(task, seed, size)
-    keys, values = example.inputs[30 - 2 * size : 30 : 2], example.inputs[31 - 2 * size : 30 : 2]
-    assert np.all(example.inputs[: 30 - 2 * size] == 0)
-    assert np.all(example.labels[:30] == IGNORE)
-    asked = np.flatnonzero(example.labels != IGNORE)
-    of = dict(zip(keys.tolist(), values.tolist(), strict=True))
-    assert sorted(example.inputs[asked]) == sorted(keys)
-    assert all(of[int(example.inputs[p])] == example.labels[p] for p in asked)
-    assert task.handover() == 30
-    assert task_of("mqar").handover() is None
-
-
-def test_rows_of_every_number_of_pairs_ask_as_many_questions_where_that_is_asked_for() -> None:
-    task, generator = task_of("mqar", pairs=[1, 4, 16], balance="questions"), np.random.default_rng(0)
-    drawn = np.array([task.draw_size(generator, 0) for _ in range(4000)])
-    for size in (1, 4, 16):
-        assert abs(drawn[drawn == size].sum() / drawn.sum() - 1 / 3) < 0.04
-    grown = task_of("mqar", pairs=[1, 4, 16], balance="questions", curriculum={"kind": "grow", "short": 4, "steps": 9})
-    assert {grown.draw_size(generator, 0) for _ in range(40)} == {1, 4}
-
-
-def test_values_of_mqar_that_are_drawn_by_themselves_are_all_equally_likely() -> None:
-    task = task_of("mqar", vocab_size=10, pairs=[4], length=16, distinct=False)
-    drawn = np.array([draw(task, seed).answer for seed in range(2000)])
-    assert set(np.unique(drawn)) == {5, 6, 7, 8, 9}
-    # Four values of five are distinct in 19 % of all rows, and the bits are all there.
-    alone = np.mean([len(set(row)) == 4 for row in drawn.tolist()])
-    assert abs(alone - 120 / 625) < 0.04
-    assert task.bits(4) == 4 * math.log2(5)
-    assert task.most_right(4, task.bits(4)) == 1.0
-    assert task.most_right(4, task.bits(4) - 1) < 1.0
-    # Distinct ones are less to remember.
-    exact = math.log2(math.perm(64, 8))
-    assert task_of("mqar").most_right(8, exact - 0.1) < 1.0 == task_of("mqar").most_right(8, exact + 1e-9)
-    assert exact < task_of("mqar").bits(8)
-
-
-def test_gaps_of_mqar_follow_the_power_law() -> None:
-    task = task_of("mqar", pairs=[1])
-    firsts = [int(np.flatnonzero(draw(task, seed).labels != IGNORE)[0]) for seed in range(2000)]
-    gaps = (np.array(firsts) - 2) // 2
-    shares = 0.01 * np.arange(1, 32) ** (0.01 - 1)
-    shares /= shares.sum()
-    for gap in (0, 1, 5):
-        assert abs((gaps == gap).mean() - shares[gap]) < 4 * math.sqrt(shares[gap] / 2000)
-
-
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_induction_asks_for_what_followed_the_special_token(seed: int) -> None:
     example = draw(task_of("induction"), seed)
@@ -230,116 +132,6 @@ def test_selective_copy_asks_for_the_tokens_in_order(seed: int) -> None:
     assert np.array_equal(example.answer, example.inputs[example.inputs < 16])
     assert len(example.answer) == 4
     assert np.all(example.inputs[-4:] == 17)
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
-def batches(task: Task, seed: int = 0, context: int = 64, **packing: object) -> TaskBatches:
-    return TaskBatches(task, PackingConfig(**packing), context=context, rows=4, seed=seed)
-
-
-def test_rows_are_packed_as_published_and_the_cut_string_has_no_loss() -> None:
-    task = task_of("copy")
-    batch = next(batches(task))
-    assert batch.tokens.shape == (4, 64)
-    for tokens, targets, doc in zip(batch.tokens, batch.targets, batch.doc_id, strict=True):
-        pieces = ["$" + piece for piece in text(task, tokens).split("$")[1:]]
-        assert [len(piece) for piece in pieces] == np.bincount(doc).tolist()
-        for number, piece in enumerate(pieces):
-            scored = targets[doc == number]
-            whole = piece.endswith(".")
-            assert whole or number == len(pieces) - 1
-            if whole:
-                answer = piece[piece.index("|") + 1 :]
-                assert text(task, scored[scored != IGNORE]) == answer
-            else:
-                assert np.all(scored == IGNORE)
-    assert batch.samples == sum(text(task, tokens).count(".") for tokens in batch.tokens)
-
-
-def test_the_answer_stands_in_the_input_where_it_is_read_back_in() -> None:
-    """An earlier code hid it behind padding, which turned copying into a task of counting positions."""
-    trained = next(batches(task_of("copy")))
-    validated = next(validation_batches(task_of("copy"), PackingConfig(), context=64, rows=4, strings=8))
-    for batch in (trained, validated):
-        scored = batch.targets[:, :-1] != IGNORE
-        assert scored.any()
-        assert np.array_equal(batch.tokens[:, 1:][scored], batch.targets[:, :-1][scored])
-
-
-def test_no_batch_comes_twice() -> None:
-    """An earlier code drew a thousand batches and went round and round."""
-    stream = TaskBatches(task_of("copy"), PackingConfig(), context=43, rows=1, seed=0)
-    seen = {next(stream).tokens.tobytes() for _ in range(1100)}
-    assert len(seen) == 1100
-
-
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "duplicate_ngram"])
-@pytest.mark.parametrize("method", ["concat", "one_per_row"])
-def test_going_on_from_any_place_is_as_if_never_stopped(name: str, method: str) -> None:
-    straight, stopped = batches(task_of(name), method=method), batches(task_of(name), method=method)
-    first = [next(straight) for _ in range(6)]
-    for _ in range(3):
-        next(stopped)
-    resumed = batches(task_of(name), method=method)
-    resumed.load_state_dict(stopped.state_dict())
-    for batch in first[3:]:
-        again = next(resumed)
-        for part in ("tokens", "targets", "doc_id"):
-            assert np.array_equal(getattr(batch, part), getattr(again, part))
-    assert resumed.ledger() == straight.ledger()
-    assert resumed.ledger()["strings"] == sum(batch.samples for batch in first)
-
-
-def test_a_place_in_other_data_is_refused() -> None:
-    state = batches(task_of("copy")).state_dict()
-    with pytest.raises(UserError, match="max_length"):
-        batches(task_of("copy", max_length=21)).load_state_dict(state)
-
-
-def test_seeds_give_other_strings_and_nothing_else_does() -> None:
-    """An earlier code drew from one global stream: what a model saw depended on what ran before."""
-    one = next(batches(task_of("copy"), seed=1)).tokens
-    np.random.seed(5)  # noqa: NPY002
-    assert np.array_equal(one, next(batches(task_of("copy"), seed=1)).tokens)
-    assert not np.array_equal(one, next(batches(task_of("copy"), seed=2)).tokens)
-
-
-def test_filler_comes_from_the_given_generator() -> None:
-    """The published code of MQAR draws it from a global one."""
-    task = task_of("mqar", filler=16)
-    assert np.array_equal(draw(task, 3).inputs, draw(task, 3).inputs)
-    assert not np.array_equal(draw(task, 3).inputs, draw(task, 4).inputs)
-
-
-def test_one_per_row_pads_and_says_so() -> None:
-    batch = next(batches(task_of("copy"), method="one_per_row"))
-    pad = task_of("copy").vocabulary().pad
-    assert np.array_equal(batch.doc_id < 0, batch.tokens == pad)
-    assert batch.samples == 4
-    assert np.all(batch.targets[batch.doc_id < 0] == IGNORE)
-
-
-@pytest.mark.parametrize("method", ["concat", "one_per_row"])
-def test_validation_is_fixed_whole_and_numbered(method: str) -> None:
-    task, packing = task_of("copy"), PackingConfig(method=method)
-    found = list(validation_batches(task, packing, context=64, rows=4, strings=50))
-    again = list(validation_batches(task, packing, context=64, rows=4, strings=50))
-    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(found, again, strict=True))
-    numbers = np.concatenate([batch.doc_id[batch.targets != IGNORE] for batch in found])
-    assert sorted(set(numbers.tolist())) == list(range(50))
-    assert sum(batch.samples for batch in found) == 50
-
-
-def test_validation_strings_are_the_same_however_they_are_laid_out() -> None:
-    task = task_of("copy")
-    sets = []
-    for method, context in (("concat", 64), ("one_per_row", 50)):
-        found = validation_batches(task, PackingConfig(method=method), context=context, rows=4, strings=30)
-        rows = [(b.tokens[b.doc_id == n], n) for b in found for n in np.unique(b.doc_id[b.doc_id >= 0])]
-        sets.append([text(task, tokens) for tokens, _ in sorted(rows, key=lambda row: row[1])])
-    assert sets[0] == sets[1]
 
 
 # --- curriculum -------------------------------------------------------------------------------------------------------
@@ -382,15 +174,6 @@ def test_validation_has_no_curriculum() -> None:
         ("suffix_ngram", {"ngram": [4, 2]}, "min_ngram = 4 with max_ngram = 2"),
         ("prefix_ngram", {"ngram": 5}, "ngram = 5 in strings from 5"),
         ("duplicate_ngram", {"ngram": 3}, "two 3-grams"),
-        ("mqar", {"pairs": [17]}, r"17 pairs in 64 positions\n.*4 x pairs <= length: at most 16"),
-        ("mqar", {"vocab_size": 64}, "vocab_size = 64 for rows of 64"),
-        ("mqar", {"length": 63}, "an even number of positions"),
-        ("mqar", {"pairs": []}, "one or more numbers of pairs"),
-        ("mqar", {"border": 31}, r"border = 31 in rows of 64\n.*an even number below the length"),
-        ("mqar", {"border": 64}, "border = 64 in rows of 64"),
-        ("mqar", {"border": 14}, r"8 pairs with the border at 14 of 64 positions\n.*at most 7 pairs"),
-        ("mqar", {"border": 50}, "8 pairs with the border at 50 of 64 positions"),
-        ("mqar", {"vocab_size": 17, "distinct": False}, "vocab_size = 17 for rows of 64"),
         ("selective_copy", {"tokens": 13}, "13 tokens among 12 places"),
         ("induction", {"min_length": 40}, "no length lies between"),
         ("copy", {"max_lenght": 9}, "did you mean `max_length`"),
@@ -406,35 +189,9 @@ def test_a_range_of_one_length_is_a_range() -> None:
     assert task_of("copy", min_length=20).sizes() == (20,)
 
 
-def test_a_context_too_short_for_the_longest_string_is_refused() -> None:
-    with pytest.raises(UserError, match="at least 43 positions"):
-        batches(task_of("copy"), context=42)
-    assert next(batches(task_of("copy"), context=43)).samples
-
-
 def test_a_size_that_has_no_example_is_refused() -> None:
-    with pytest.raises(UserError, match="17 pairs in 64 positions"):
-        draw(task_of("mqar"), 0, size=17)
     with pytest.raises(UserError, match="holds a 2-gram that occurs once"):
         draw(task_of("prefix_ngram", ngram=2, vocab_size=2), 0, size=200)
-
-
-@pytest.mark.parametrize(
-    ("packing", "words"),
-    [
-        ({"method": "best_fit"}, "packing.method = best_fit"),
-        ({"overlap": 4}, "packing.overlap"),
-        ({"isolation": "none", "loss_crosses_boundary": True}, "packing.loss_crosses_boundary"),
-    ],
-)
-def test_a_packing_without_meaning_is_refused(packing: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        batches(task_of("copy"), **packing)
-
-
-def test_a_task_for_asking_is_not_trained_on() -> None:
-    with pytest.raises(UserError, match="for asking only"):
-        batches(task_of("duplicate_ngram"))
 
 
 def test_an_unknown_task_names_the_nearest() -> None:

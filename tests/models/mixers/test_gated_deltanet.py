@@ -189,7 +189,7 @@ def test_columns_of_zeros_change_nothing() -> None:
     x_BTD = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1), requires_grad=True)
     found = []
     for whole in (1, 8):
-        parts = mixer._projected(x_BTD, whole)
+        parts = mixer._split_projected(mixer._projected(x_BTD, whole))
         gradients = torch.autograd.grad(sum(part.square().sum() for part in parts), (x_BTD, mixer.in_proj.weight))
         found.append((*parts, *gradients))
     assert parts[0].stride(1) % 8 == 0 != sum(part.shape[-1] for part in parts) % 8

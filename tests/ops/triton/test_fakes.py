@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longspan.models.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetSettings
 from longspan.models.mixers.mamba2 import Mamba2, Mamba2Settings
 from longspan.models.norms import GatedRMSNorm, RMSNorm
 from longspan.models.segments import Segments
@@ -120,3 +121,13 @@ def test_a_mamba2_layer(device, documents, served):
     with FakesAgree() as mode:
         check([mixer(leaf(2, 5, 16).to(device), segments, None)[0]])
     assert mode.met == {"longspan::mamba2", "longspan::mamba2_backward"}
+
+
+def test_a_gated_deltanet_layer(device, documents, served):
+    mixer = GatedDeltaNet(16, GatedDeltaNetSettings(delta_head_dim=12, delta_heads=1))
+    mixer.init_weights(torch.Generator().manual_seed(0))
+    mixer.to(device)
+    segments = Segments.build(documents(2, 5, 0.2), device=device)
+    with FakesAgree() as mode:
+        check([mixer(leaf(2, 5, 16).to(device), segments, None)[0]])
+    assert mode.met == {"longspan::gated_deltanet", "longspan::gated_deltanet_backward"}

@@ -10,16 +10,7 @@ from torch import Tensor
 from longspan.ops.gated_delta import gated_delta
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(device, monkeypatch):
-    """Several chunks and tiles of values even at small shapes; on a GPU the cut that is used."""
-    from longspan.ops.triton import gated_delta as kernels
-
-    if device.type == "cpu":
-        small = {"chunk": 16, "state_values": 16, "values": 16}
-        monkeypatch.setattr(kernels, "CUTS", {dtype: cut._replace(**small) for dtype, cut in kernels.CUTS.items()})
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from longspan.engines.base import UnusableAnswer
 from longspan.foundation.errors import DataError, UserError
-from longspan.probes.base import Probe, ProbeData, make_probe, reader, share_of_best
+from longspan.probes.base import Probe, ProbeData, make_probe, reader
 from longspan.probes.longbench_v2 import LongBenchV2
 from longspan.probes.longbench_v2.nulls import CAUSES, null_cause
 from longspan.probes.longbench_v2.prompts import ANSWER_PREFIX, render
@@ -254,12 +254,6 @@ def test_nan_is_an_error_and_no_score(
     engine = writing(know, say=lambda tokens: np.full(len(tokens), np.nan if tokens.tolist() in bad else 1.0))
     with pytest.raises(UnusableAnswer, match="the letters of id00"):
         ask(probe(contexts=[2000], max_items=1), engine, data)
-
-
-def test_letters_that_are_equally_likely_share_the_point() -> None:
-    assert share_of_best(np.full(4, 2.0), 3) == 0.25
-    assert share_of_best(np.array([2.0, 1.0, 1.0, 3.0]), 2) == 0.5
-    assert share_of_best(np.array([2.0, 1.0, 1.5, 3.0]), 0) == 0.0
 
 
 def test_a_failed_request_is_a_null_with_its_cause(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from longspan.commands.bench.ceilings import Ceilings
+from longspan.commands.bench.compared import times_as_fast
 from longspan.commands.bench.setting import Setting
 from longspan.models.budget import decode_bytes_per_token, forward_flops_per_token, training_flops_per_token
 from longspan.models.config import ModelConfig
@@ -54,9 +55,20 @@ class Measured:
         """The median."""
         return statistics.median(self.rates) if self.rates else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "rates": [round(rate, 1) for rate in self.rates], "rate": self.rate}
+    def to_json(self, ours: Sequence[float] = ()) -> dict[str, Any]:
+        """Plain data.
+
+        Args:
+            ours: Longspan's rates of the same pattern, context and part, which a peer's are compared with.
+        """
+        ratio = None if self.who == OURS else times_as_fast(ours, self.rates)
+        return {
+            **asdict(self),
+            "rates": [float(f"{rate:.4g}") for rate in self.rates],
+            "rate": self.rate,
+            "repeats": len(self.rates),
+            "longspan_is": None if ratio is None else {name: round(x, 4) for name, x in asdict(ratio).items()},
+        }
 
 
 def share_of_ceiling(

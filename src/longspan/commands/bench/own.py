@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
+from longspan.commands.bench.compared import FEWEST
 from longspan.commands.bench.setting import Setting
 from longspan.corpus.packing import Batch
 from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -25,11 +25,11 @@ from longspan.models.language_model import LanguageModel
 from longspan.training.checkpoint import read_state
 from longspan.training.config import TrainingConfig
 from longspan.training.loop import train
+from longspan.training.measurement import PeakMemory
 from longspan.training.metrics import read_metrics
 from longspan.training.run import WARMUP_STEPS
 
-LEAST_WINDOWS = 2
-LEAST_REPEATS = 2
+LEAST_WINDOWS = LEAST_REPEATS = FEWEST
 MOST_REPEATS = 20
 KEPT_ROWS = 64
 """Random rows that come round again, so that making them costs nothing."""
@@ -152,15 +152,13 @@ class Generated:
     prefill: list[float]
     decode: list[float]
     state_bytes: int
-    memory_bytes: int | None
+    memory_bytes: int
 
 
 def generated(engine: Engine, context: int, setting: Setting, seconds: float) -> Generated:
     """One fresh prompt at a time, after one that is not counted, for so many seconds and at least a few times."""
     sampling = Sampling(max_new_tokens=setting.new_tokens, stop_at_boundary=False)
-    cuda = setting.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(setting.device)
+    memory = PeakMemory(setting.device)
     prefill, decode, state_bytes = [], [], 0
     started = time.perf_counter()
     for repeat in range(MOST_REPEATS + 1):
@@ -176,5 +174,4 @@ def generated(engine: Engine, context: int, setting: Setting, seconds: float) ->
         state_bytes = written.state_bytes or 0
         if len(prefill) >= LEAST_REPEATS and time.perf_counter() - started > seconds:
             break
-    memory = torch.cuda.max_memory_allocated(setting.device) if cuda else None
-    return Generated(prefill, decode, state_bytes, memory)
+    return Generated(prefill, decode, state_bytes, memory.bytes())

@@ -19,7 +19,7 @@ from longspan.commands.bench.own import LEAST_REPEATS, MOST_REPEATS, Generated
 from longspan.commands.bench.setting import Setting
 from longspan.models.budget import count_parameters
 from longspan.models.config import ModelConfig
-from longspan.training.measurement import synchronizer
+from longspan.training.measurement import PeakMemory, synchronizer
 
 MAMBA_SSM, FLA = "mamba-ssm", "flash-linear-attention"
 Write = Callable[[Tensor], tuple[float, float, float]]
@@ -35,9 +35,7 @@ def generated(
     write: Write, state_bytes: Callable[[], int], context: int, setting: Setting, seconds: float
 ) -> Generated:
     """One fresh prompt at a time, after one that is not counted, for so many seconds and at least a few times."""
-    cuda = setting.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(setting.device)
+    memory = PeakMemory(setting.device)
     prefill: list[float] = []
     decode: list[float] = []
     started = time.perf_counter()
@@ -50,8 +48,7 @@ def generated(
             started = time.perf_counter()
         if len(prefill) >= LEAST_REPEATS and time.perf_counter() - started > seconds:
             break
-    memory = torch.cuda.max_memory_allocated(setting.device) if cuda else None
-    return Generated(prefill, decode, state_bytes(), memory)
+    return Generated(prefill, decode, state_bytes(), memory.bytes())
 
 
 def bytes_in(value: Any) -> int:

@@ -63,7 +63,7 @@ def plan(setting: Setting, models: dict[str, ModelConfig], *, peers: bool) -> li
         cells += [Cell(context, pattern, None) for pattern in models]
         if peers:
             theirs = [Cell(context, p, peer) for p in models for peer in peers_of(models[p], setting)]
-            cells += sorted(theirs, key=lambda cell: cell.peer is not None and not cell.peer.same_weights)
+            cells += sorted(theirs, key=_rank)
     return cells
 
 
@@ -87,12 +87,22 @@ def expected_seconds(
 
 
 def tasks_of(cells: Sequence[Cell], models: dict[str, ModelConfig], setting: Setting, ceilings: Ceilings) -> list[Task]:
-    """What each cell is made of, with predictions."""
-    return [
+    """What the cells of a plan are made of, with predictions, in the order in which it is measured.
+
+    At one context and of one kind of package every pattern is trained before any generates, so that a peer that is slow
+    with one pattern does not keep the others from what is compared most.
+    """
+    tasks = [
         Task(cell, parts, expected_seconds(cell, parts, models[cell.pattern], setting, ceilings))
         for cell in cells
         for parts in TOGETHER
     ]
+    return sorted(tasks, key=lambda task: (task.cell.context, _rank(task.cell), TOGETHER.index(task.parts)))
+
+
+def _rank(cell: Cell) -> int:
+    """Longspan before its peers, and peers that compute the same models before those that have others."""
+    return 0 if cell.peer is None else 1 if cell.peer.same_weights else 2
 
 
 def to_go_on(

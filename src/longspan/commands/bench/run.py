@@ -14,7 +14,7 @@ import torch
 
 from longspan.commands.bench.ceilings import Ceilings, measure_ceilings
 from longspan.commands.bench.limits import Cut, Limits
-from longspan.commands.bench.measured import Measured, Part, share_of_ceiling
+from longspan.commands.bench.measured import OURS, Measured, Part, share_of_ceiling
 from longspan.commands.bench.own import Generated, generated, native_engine, trained
 from longspan.commands.bench.peers import peer_generated, peer_trained
 from longspan.commands.bench.plan import STOPPED, Task, plan, tasks_of, to_go_on
@@ -63,7 +63,7 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
             "took_seconds": round(time.monotonic() - started, 1),
         },
         "ceilings": asdict(ceilings),
-        "measured": [each.to_json() for each in found],
+        "measured": [each.to_json(_ours(each, found)) for each in found],
         "go_on_with": to_go_on(setting, models, ceilings, found),
     }
     if not json_only:
@@ -71,6 +71,12 @@ def bench(setting: Setting, *, peers: bool, json_only: bool) -> None:
     print(json.dumps(outcome, ensure_ascii=False, allow_nan=False), flush=True)
     if any(each.failure == STOPPED for each in found):
         raise Stopped("stopped; what had been measured until then is shown")
+
+
+def _ours(peer: Measured, found: Sequence[Measured]) -> Sequence[float]:
+    """Longspan's rates beside those of a peer."""
+    where = (OURS, peer.pattern, peer.context, peer.part)
+    return next((each.rates for each in found if (each.who, each.pattern, each.context, each.part) == where), ())
 
 
 def measure(
@@ -84,8 +90,9 @@ def measure(
 ) -> list[Measured]:
     """The whole `plan`, each rate told as soon as it is known.
 
-    What comes first is always measured. Of the rest, what is predicted to take longer than is left is not begun; what
-    is begun may take twice as long as predicted, or longer by half of what nothing that follows at its context needs;
+    What comes first is always measured. Of the rest, what is predicted to take longer than is left is not begun. What
+    is begun may take twice as long as predicted, or longer by a part of what nothing that is still to come at its
+    context needs: half of that where it is Longspan's own, which all is compared with, and of peers the same for each;
     then it is cut. Either says so.
 
     Args:
@@ -114,7 +121,8 @@ def measure(
                 f"{place + 1} of {len(tasks)}: {task.cell.pattern} at {task.cell.context:,} tokens, {task.cell.who}, "
                 f"{' and '.join(task.parts)} ({duration(left)} left)"
             )
-            limit = None if always else min(left, task.seconds + max(task.seconds, spare / 2))
+            more = spare / (2 if task.cell.peer is None else len(here))
+            limit = None if always else min(left, task.seconds + max(task.seconds, more))
             seconds = min(MOST_SECONDS[setting.device.type], spare / len(here))
             for each in _measured(task, models, setting, ceilings, seconds, limits, limit):
                 say(f"  {in_a_line(each)}")

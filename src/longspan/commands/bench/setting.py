@@ -13,6 +13,7 @@ from longspan.foundation.errors import UserError
 from longspan.models.budget import count_parameters
 from longspan.models.config import ModelConfig
 from longspan.models.matching import MatchConfig, match
+from longspan.ops import kernels
 from longspan.study.budget_table import parse_contexts
 from longspan.training.precision import resolve_dtype
 
@@ -134,15 +135,16 @@ def read_setting(
     Raises:
         UserError: something that cannot be read, or that this machine has not.
     """
-    chosen = device or default_device()
+    chosen = default_device() if device is None else device
     check_device(chosen)
+    kernels.wanted(torch.device(chosen))
     basis = default_setting(torch.device(chosen))
     if dtype not in (None, "fp32", "bf16"):
         raise UserError(f"--dtype {dtype}", "fp32 or bf16", "choose one of these")
     given = {
-        "patterns": tuple(dict.fromkeys(filter(None, map(str.strip, patterns.split(","))))) if patterns else None,
-        "contexts": tuple(parse_contexts(contexts)) if contexts else None,
-        "parameters": _number(parameters) if parameters else None,
+        "patterns": None if patterns is None else _patterns(patterns),
+        "contexts": None if contexts is None else tuple(parse_contexts(contexts)),
+        "parameters": None if parameters is None else _number(parameters),
         "dtype": resolve_dtype(dtype, basis.device) if dtype else None,  # type: ignore[arg-type]
         "seconds": seconds,
         "vocab_size": vocab_size,
@@ -150,9 +152,15 @@ def read_setting(
         "new_tokens": new_tokens,
     }
     setting: Setting = replace(basis, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    if min(setting.contexts) < 1:
-        raise UserError(f"--contexts {contexts}", "numbers of tokens of 1 or more", "leave out what is less")
     return setting
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    """`AAAA, AMAM`, each once, in order."""
+    found = tuple(dict.fromkeys(map(str.strip, text.split(","))))
+    if "" in found:
+        raise UserError(f"--patterns {text!r}", "layers with commas, e.g. AAAA,MMMM,(AM)2", "leave out what is empty")
+    return found
 
 
 def _number(text: str) -> int:

@@ -6,7 +6,7 @@ data is two numbers, and going on from it is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,13 +131,7 @@ class PackedBatches(Iterator[Batch]):
         Raises:
             UserError: the state is of other data or settings.
         """
-        for name, value in self._identity.items():
-            if state["identity"].get(name) != value:
-                raise UserError(
-                    f"the saved position in the data is for {name} = {state['identity'].get(name)}, not {value}",
-                    "the data and settings it was saved with",
-                    "restore them, or start the training anew in another directory",
-                )
+        check_identity(state["identity"], self._identity)
         self._counts = _Counts(**state["counts"])
         self._enter(state["epoch"], state["row"])
 
@@ -190,6 +184,21 @@ class PackedBatches(Iterator[Batch]):
         self._order = generator.permutation(self._plan.num_rows)
         self._epoch = epoch
         self._row = row
+
+
+def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse to go on from a place that was saved with other data or settings.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"the saved position in the data is for {name} = {saved.get(name)}, not {value}",
+                "the data and settings it was saved with",
+                "restore them, or start the training anew in another directory",
+            )
 
 
 def evaluation_batches(

@@ -84,8 +84,10 @@ def named_files(paths: Iterable[Path], patterns: Iterable[str], where: str) -> d
     Raises:
         UserError: a path that does not exist, a folder without a matching file, or a name that comes twice.
     """
-    patterns = tuple(patterns)
+    patterns, paths = tuple(patterns), tuple(paths)
     found: dict[str, Path] = {}
+    if not paths:
+        raise UserError(f"{where} = []", "at least one file or folder", "name one")
     for path in paths:
         if not path.exists():
             raise UserError(f"{where}: {path} does not exist", "an existing file or folder", f"change `{where}`")

@@ -49,14 +49,7 @@ class JsonlSource(SourceConfig):
         return named_files(as_paths(self.path), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"), "corpus.path")
 
     def _document(self, line: str, where: str) -> Document:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON ({error.msg}, column {error.colno})", "one JSON object a line", "mend the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}", "one JSON object a line", "mend the line")
+        row = parse_object(line, where)
         text = _string(row, self.text_field, "text_field", where)
         if not isinstance(row[self.text_field], str):
             raise DataError(f"{where}: field `{self.text_field}` is {text}", "a string", "mend the line")
@@ -68,6 +61,23 @@ class JsonlSource(SourceConfig):
             title=_string(row, str(self.title_field), "title_field", where) if has_title else "",
             split=None if split is None else check_split(split, where),
         )
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """One line of a JSON-lines file; `where` names it in errors.
+
+    Raises:
+        DataError: it is no JSON, or no object.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not JSON ({error.msg}, column {error.colno})", "one JSON object a line", "mend the line"
+        ) from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}", "one JSON object a line", "mend the line")
+    return row
 
 
 def _string(row: dict[str, Any], field: str, setting: str, where: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from longspan.corpus.document import Document
 from longspan.corpus.sources.base import SourceConfig, as_paths, describe_files, named_files
 from longspan.foundation.errors import DataError
@@ -17,7 +19,7 @@ class TextSource(SourceConfig):
 
     source: Literal["text"] = "text"
     path: Path | tuple[Path, ...]
-    patterns: tuple[str, ...] = ("*.txt", "*.md")
+    patterns: tuple[str, ...] = Field(("*.txt", "*.md"), min_length=1)
 
     def read(self, cache: Path, report: Report) -> Iterator[Document]:
         """Files in order of their names, folder by folder as given."""

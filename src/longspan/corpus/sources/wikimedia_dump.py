@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 from longspan.corpus.cleaning import CleaningConfig, Namespaces, clean_wikitext
 from longspan.corpus.document import Document
 from longspan.foundation.errors import DataError
+from longspan.foundation.failures import killed_process
 from longspan.foundation.progress import Progress, Report
 
 _STREAM = b"BZh91AY&SY"
@@ -124,6 +126,9 @@ def _process(
         while waiting:
             first, result = waiting.popleft()
             yield first, *result.result()
+    except BrokenProcessPool as error:
+        fix = "free some memory, or lower corpus.workers, then run the same command again"
+        raise killed_process(str(settings.dump), fix) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.corpus.packing.batches import IGNORE, Batch
+from longspan.corpus.packing.batches import IGNORE, Batch, check_identity
 from longspan.corpus.packing.config import PackingConfig
 from longspan.corpus.tasks.base import Example, Task
 from longspan.foundation.errors import UserError
@@ -68,13 +68,7 @@ class TaskBatches(Iterator[Batch]):
         Raises:
             UserError: the state is of another task or other settings.
         """
-        for name, value in self._identity.items():
-            if state["identity"].get(name) != value:
-                raise UserError(
-                    f"the saved position in the data is for {name} = {state['identity'].get(name)}, not {value}",
-                    "the data and settings it was saved with",
-                    "restore them, or start the training anew in another directory",
-                )
+        check_identity(state["identity"], self._identity)
         self._step = state["step"]
         self._rows.counts = dict(state["counts"])
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import UserError
+from longspan.models.interchange.json_object import read_object
 
 CONFIG = "config.json"
 
@@ -47,13 +48,7 @@ class ConfigKeys:
         path = folder / CONFIG
         if not path.is_file():
             raise UserError(f"{folder} holds no {CONFIG}", "a folder with Hugging Face weights", "check the path")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} is not readable JSON ({error})", "a config.json", "fetch it again") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{path} holds {type(values).__name__}", "a JSON object", "fetch it again")
-        return ConfigKeys(values, path)
+        return ConfigKeys(read_object(path), path)
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value of a key; `default` where it is missing."""

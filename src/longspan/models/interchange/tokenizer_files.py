@@ -10,9 +10,10 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from longspan.corpus.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from longspan.foundation.errors import DataError, UserError
+from longspan.foundation.errors import UserError
 from longspan.foundation.files import write_json
 from longspan.foundation.randomness import numpy_generator
+from longspan.models.interchange.json_object import read_object
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -98,7 +99,8 @@ def tokenizer_settings(folder: Path) -> TokenizerConfig:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    return {**_read(folder / SPECIAL_TOKENS), **_read(folder / TOKENIZER_CONFIG)}
+    files = (folder / SPECIAL_TOKENS, folder / TOKENIZER_CONFIG)
+    return {key: value for path in files if path.is_file() for key, value in read_object(path).items()}
 
 
 def _name(description: dict[str, Any], index: int, wanted: str) -> str:
@@ -155,15 +157,3 @@ def _check_ids(tokenizer: Tokenizer, description: dict[str, Any], special: dict[
 def _content(token: Any) -> str | None:
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) and content else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not readable JSON ({error})", "a JSON object", "fetch it again") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds {type(found).__name__}", "a JSON object", "fetch it again")
-    return found

@@ -64,6 +64,7 @@ class Mixer(nn.Module, ABC):
             mixers of either kind.
         carried: tensors of its state that are handed over (see `MixerState.handed_over`): 0 where it is nothing but the
             window of a convolution.
+        matrices: parameters beside the weights of linear layers that every token is multiplied with.
         residual_outputs: weights that write into the residual stream; the model scales them by 1/sqrt(residuals).
         keeps_init: the model's `init: normal` leaves the linear layers as `init_weights` made them.
     """
@@ -74,6 +75,7 @@ class Mixer(nn.Module, ABC):
     fp32: ClassVar[frozenset[str]] = frozenset()
     isolated_as: ClassVar[Literal["attention", "state", "both"]] = "state"
     carried: ClassVar[int] = 1
+    matrices: ClassVar[frozenset[str]] = frozenset()
     residual_outputs: tuple[str, ...] = ("out_proj.weight",)
     keeps_init: bool = False
 
@@ -169,13 +171,18 @@ class Mixer(nn.Module, ABC):
 
 def state_tensors(state: MixerState) -> list[Tensor]:
     """Every tensor of a state."""
+    return visited(state.map)
+
+
+def visited(visit: Callable[[Callable[[Tensor], Tensor]], object]) -> list[Tensor]:
+    """The tensors that `MixerState.map` or `MixerState.handed_over` calls its function with, in order."""
     found: list[Tensor] = []
 
     def add(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    state.map(add)
+    visit(add)
     return found
 
 

@@ -20,6 +20,7 @@ from longspan.models.mixers.mamba2 import DT_FLOOR, DT_MAX, DT_MIN
 from longspan.models.mixers.short_conv import ConvolvedState, short_conv
 from longspan.models.norms import RMSNorm
 from longspan.models.segments import LONGEST_CONVOLUTION, Segments
+from longspan.ops import gated_deltanet as deltanet
 from longspan.ops import kernels
 from longspan.ops.causal_conv import causal_conv_step
 from longspan.ops.delta_step import delta_step
@@ -128,11 +129,7 @@ class GatedDeltaNet(Mixer):
         init_linear(self.out_proj, generator)
 
     def traceable(self, device: torch.device) -> bool:
-        """Plain torch would be unrolled chunk by chunk."""
-        return False
-
-    def capturable(self, device: torch.device) -> bool:
-        """As a kernel."""
+        """As a kernel; plain torch would be unrolled chunk by chunk."""
         return kernels.wanted(device) and self.settings.delta_head_dim <= LARGEST_KERNEL_KEY
 
     def initial_state(self) -> GatedDeltaNetState:
@@ -147,7 +144,11 @@ class GatedDeltaNet(Mixer):
             return self._fixed_step(x_BTD, before), before
         if x_BTD.shape[1] == 1 and segments.state_doc is None and before.memory is not None:
             return self._step(x_BTD, before)
-        qkv, z, b, a = self._projected(x_BTD, WHOLE_COLUMNS if x_BTD.is_cuda else 1)
+        whole = WHOLE_COLUMNS if x_BTD.is_cuda else 1
+        value_dim = self.settings.delta_head_dim * self.settings.expand_v
+        if state is None and deltanet.serves(x_BTD, self.settings.conv, self.settings.delta_head_dim, value_dim):
+            return self._between_projections(x_BTD, segments.state_doc, whole), None
+        qkv, z, b, a = self._split_projected(self._projected(x_BTD, whole))
         qkv, tail, tail_doc = short_conv(qkv, self.conv_weight, None, segments, before.tail, before.tail_doc)
         q, k, v = (part.view(*part.shape[:2], self.heads, -1) for part in self._split(qkv))
         # The scan chooses its own precision: autocast would round its sums of decays.
@@ -165,19 +166,43 @@ class GatedDeltaNet(Mixer):
         y_BTD = self.out_proj(self.norm(o_BTHV).flatten(2) * F.silu(z))
         return y_BTD, None if state is None else GatedDeltaNetState(tail, tail_doc, memory)
 
-    def _projected(self, x_D: Tensor, whole: int) -> tuple[Tensor, ...]:
+    def _between_projections(self, x_BTD: Tensor, doc_BT: Tensor | None, whole: int) -> Tensor:
+        """What `forward` does in steps, for rows that start here."""
+        rows, num_tokens, _ = x_BTD.shape
+        # Tokens in one dimension: for a compiler every view of a product is a reason to copy it.
+        projected_MP = self._projected(x_BTD.flatten(0, 1), whole)
+        with without_autocast(x_BTD.device):
+            between_ME = deltanet.between_projections(
+                projected_MP,
+                self.conv_weight,
+                self.dt_bias,
+                self.A_log,
+                self.norm.weight,
+                doc_BT=doc_BT,
+                rows=rows,
+                eps=self.settings.norm_eps,
+                negative_eigenvalues=self.settings.negative_eigenvalues,
+            )
+        return self.out_proj(between_ME).unflatten(0, (rows, num_tokens))  # type: ignore[no-any-return]
+
+    def _projected(self, x_D: Tensor, whole: int) -> Tensor:
         """q k v, z, b and a as columns of one product, which has zeros after them up to a multiple of `whole`."""
-        padding = -sum(self._rows) % whole
+        padding = -self.in_proj.out_features % whole
         if not padding:
-            return self.in_proj(x_D).split_with_sizes(self._rows, dim=-1)  # type: ignore[no-any-return]
-        weight = F.pad(self.in_proj.weight, (0, 0, 0, padding))
-        return F.linear(x_D, weight).split_with_sizes([*self._rows, padding], dim=-1)[:-1]
+            return self.in_proj(x_D)  # type: ignore[no-any-return]
+        return F.linear(x_D, F.pad(self.in_proj.weight, (0, 0, 0, padding)))
+
+    def _split_projected(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """q k v, z, b and a."""
+        sizes = [self.conv_width, self.values, self.heads, self.heads]
+        sizes.append(projected.shape[-1] - sum(sizes))
+        return projected.split_with_sizes(sizes, dim=-1)[:-1]
 
     def _step(self, x_B1D: Tensor, before: GatedDeltaNetState) -> tuple[Tensor, GatedDeltaNetState]:
         """One more token of the open document: decoding, where every call into torch counts."""
         assert before.tail is not None
         assert before.memory is not None
-        qkv, z, b, a = self.in_proj(x_B1D[:, 0]).split_with_sizes(self._rows, dim=-1)
+        qkv, z, b, a = self._split_projected(self.in_proj(x_B1D[:, 0]))
         qkv, tail = causal_conv_step(qkv, self.conv_weight.to(qkv.dtype), None, before.tail.to(qkv.dtype))
         q, k, v = (part.view(part.shape[0], self.heads, -1) for part in self._split(F.silu(qkv).float()))
         with without_autocast(x_B1D.device):
@@ -190,7 +215,7 @@ class GatedDeltaNet(Mixer):
         assert state.tail is not None
         assert state.memory is not None
         many = x_B1D.is_cuda and x_B1D.shape[0] >= MANY_ROWS
-        qkv, z, b, a = self._projected(x_B1D[:, 0], WHOLE_COLUMNS if many else 1)
+        qkv, z, b, a = self._split_projected(self._projected(x_B1D[:, 0], WHOLE_COLUMNS if many else 1))
         with without_autocast(x_B1D.device):
             y_BHV = delta_step(
                 qkv,
@@ -207,10 +232,6 @@ class GatedDeltaNet(Mixer):
                 negative_eigenvalues=self.settings.negative_eigenvalues,
             )
         return self.out_proj(y_BHV.flatten(1)).unsqueeze(1)  # type: ignore[no-any-return]
-
-    @property
-    def _rows(self) -> list[int]:
-        return [self.conv_width, self.values, self.heads, self.heads]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         return qkv.split_with_sizes([self.keys, self.keys, self.values], dim=-1)

@@ -41,6 +41,7 @@ class Recurrent(Mixer):
     """
 
     Settings = RecurrentSettings
+    matrices = frozenset({"weight_input", "weight_hidden"})
     gates: ClassVar[int]
     vectors: ClassVar[int]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.sums import add_up
-from longspan.ops.triton.tiles import has_fast_exp2, sigmoid
+from longspan.ops.triton.tiles import dense, has_fast_exp2, sigmoid
 
 LARGEST_TAPS = 4
 # So many tokens in a row need no moves from register to register. Triton sends loads ahead only in loops that hand on
@@ -278,15 +278,10 @@ def _grid(x_BTD: Tensor, tile: Tile) -> tuple[int, int, int]:
     return triton.cdiv(channels, tile.channels), triton.cdiv(time, tile.span), batch
 
 
-def _dense(x_BTD: Tensor) -> Tensor:
-    """Itself where the channels lie side by side, a copy otherwise."""
-    return x_BTD if x_BTD.stride(-1) == 1 else x_BTD.contiguous()
-
-
 @on_its_device
 def run_forward(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_BT: Tensor | None, silu: bool) -> Tensor:
     """y (B, T, D), contiguous."""
-    x_BTD, weight_DK = _dense(x_BTD), weight_DK.contiguous()
+    x_BTD, weight_DK = dense(x_BTD), weight_DK.contiguous()
     y_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     channels, taps = weight_DK.shape
     conv_forward[_grid(x_BTD, FORWARD)](
@@ -330,7 +325,7 @@ def run_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradient of x, whose channels must lie side by side, and returns those of weight and bias."""
-    x_BTD, dy_BTD, weight_DK = _dense(x_BTD), _dense(dy_BTD), weight_DK.contiguous()
+    x_BTD, dy_BTD, weight_DK = dense(x_BTD), dense(dy_BTD), weight_DK.contiguous()
     channels, taps = weight_DK.shape
     grid = _grid(x_BTD, BACKWARD)
     # Column by column, then the bias.

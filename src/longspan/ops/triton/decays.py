@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.triton.softplus import softplus
+
 # Planes of the decays: step sizes, sums of log decays since the token's document or chunk began, decay from the token
 # to the end of its chunk, decay from the end of the chunk before to the token; the last two are 0 across a boundary.
 DT, SUM, TO_END, FROM_BEFORE = (tl.constexpr(plane) for plane in range(4))
@@ -39,11 +41,6 @@ def _runs(doc_ptr, before_ptr, row, t, time, DOCS: tl.constexpr, BEFORE: tl.cons
 
 
 @triton.jit
-def _softplus(z):
-    return tl.where(z > 20.0, z, tl.log(1.0 + tl.exp(tl.minimum(z, 20.0))))
-
-
-@triton.jit
 def sum_decays(
     dt_ptr, bias_ptr, A_ptr, doc_ptr, before_ptr, planes_ptr, carry_ptr, run_ptr, time, dt_row, dt_token, plane,
     H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, RATES: tl.constexpr,
@@ -63,7 +60,7 @@ def sum_decays(
         dt = tl.load(dt_ptr + row * dt_row + t[:, None] * dt_token + h[None, :], mask=there, other=0.0).to(tl.float32)
         if SOFTPLUS:
             bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            dt = tl.where(there, _softplus(dt + bias[None, :]), 0.0)
+            dt = tl.where(there, softplus(dt + bias[None, :]), 0.0)
         # Heads first from here on: tokens lie side by side in the planes.
         dt = tl.trans(dt)
         log_decay = dt

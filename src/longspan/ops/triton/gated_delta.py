@@ -1,13 +1,15 @@
 """The gated delta rule on CUDA: how the kernels are cut, launched and made known to autograd and the compiler.
 
-Kept for the backward are the inputs and, per chunk and head, the inverse of the system, the corrections u and the state
-before the chunk, in the dtype of v; all else is computed again.
+Kept for the backward are the inputs, the decays and, per chunk and head, the inverse of the system, the corrections u
+and the state before the chunk, in the dtype of v; all else is computed again.
 
 Shapes: B rows, T tokens, J chunks of Q tokens, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,27 +23,49 @@ from longspan.ops.triton.device import on_its_device
 from longspan.ops.triton.tiles import block
 
 
-class Cut(NamedTuple):
-    """Tokens of a chunk, values of a tile with and without a state in flight, warps and stages, precisions.
+class Launch(NamedTuple):
+    """Warps of a program, stages of its loops, and how many registers a thread may have where that is limited."""
 
-    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve` is that of the inverse, of fp32 operands always.
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """For Triton."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+class Cut(NamedTuple):
+    """Tokens of a chunk, values of a tile with and without a state in flight, precisions, and launches by kernel.
+
+    Tiles on a GPU are no narrower than `tiles.NARROWEST`. `solve`: what the operands of the inverse are rounded to. Its
+    entries are 2 at most with keys of length 1 and beta up to 2, so that fp16 is as good as tf32, with half the bytes.
     """
 
     chunk: int
     state_values: int
     values: int
-    state_warps: tuple[int, int]
-    system_warps: tuple[int, int]
-    output_warps: tuple[int, int]
-    gradient_warps: tuple[int, int]
     precision: str
-    solve: str
+    solve: tl.dtype
+    launches: Mapping[str, Launch]
 
 
+TOGETHER = True
+STATEFUL = ("states", "state_gradients")
 CUTS = {
-    torch.bfloat16: Cut(64, 64, 64, (4, 2), (4, 1), (4, 2), (4, 1), "ieee", "tf32"),
-    torch.float32: Cut(16, 32, 32, (4, 1), (4, 1), (4, 1), (4, 1), "tf32x3", "tf32x3"),
-}
+    torch.bfloat16: Cut(64, 64, 64, "ieee", tl.float16, {
+        "systems": Launch(4, 1, 168),
+        "states": Launch(4, 3),
+        "outputs": Launch(4, 2),
+        "correction_gradients": Launch(4, 1),
+        "state_gradients": Launch(4, 3),
+        "mixing_gradients": Launch(4, 2),
+        "system_gradients": Launch(4, 2),
+        "chunk_gradients": Launch(8, 2),
+    }),
+    torch.float32: Cut(16, 32, 32, "tf32x3", tl.float32, defaultdict(lambda: Launch(4, 1))),
+}  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -93,12 +117,12 @@ class Plan(NamedTuple):
         shared["PRECISION"] = cut.precision
         return Plan(cut, rows, time, triton.cdiv(time, cut.chunk), shared, block(inputs.v.shape[-1], inputs.v))
 
-    def tiled(self, values: int, warps: tuple[int, int]) -> dict[str, Any]:
-        """The shared arguments with tiles of so many values; WHOLE where every tile is full."""
-        block_v = min(values, self.block_v)
+    def of_kernel(self, name: str) -> dict[str, Any]:
+        """The shared arguments, the kernel's tiles and launch; WHOLE where every tile is full."""
+        block_v = min(self.cut.state_values if name in STATEFUL else self.cut.values, self.block_v)
         whole = self.time % self.cut.chunk == 0 and self.shared["K"] == self.shared["BLOCK_K"]
         whole = whole and self.shared["V"] % block_v == 0
-        return {**self.shared, "BLOCK_V": block_v, "WHOLE": whole, "num_warps": warps[0], "num_stages": warps[1]}
+        return {**self.shared, "BLOCK_V": block_v, "WHOLE": whole, **self.cut.launches[name].options()}
 
     def state_grid(self) -> tuple[int, int, int]:
         """Programs of the kernels that carry states."""
@@ -114,36 +138,59 @@ class Plan(NamedTuple):
         return like.new_empty(self.rows, self.chunks, self.shared["H"], *sizes)
 
 
+class Kept(NamedTuple):
+    """What a forward leaves for its backward beside its inputs."""
+
+    norms: Tensor
+    inverses: Tensor
+    u: Tensor
+    states: Tensor
+    planes: Tensor
+    carry: Tensor
+    run: Tensor
+
+    @property
+    def decays(self) -> Decays:
+        """Of the forward."""
+        return Decays(self.planes, self.carry, self.run)
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of q, k (B, T, H, K) and v (B, T, H, V) go: the numbers of all heads of a token in a row."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 @on_its_device
-def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o (B, T, H, V), the last state (B, H, K, V) in fp32; norms, inverses, corrections, states for the backward."""
+def run_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Kept]:
+    """o (B, T, H, V), the last state (B, H, K, V) in fp32, and what the backward needs."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
     q, k, v, g, beta, doc, initial, initial_doc = inputs
     decays = Decays.of(g, None, None, doc, initial_doc, plan.cut.chunk)
     plane = decays.planes.stride(0)
-    size, key_dim, value_dim = plan.cut.chunk, k.shape[-1], v.shape[-1]
-    o, final, norms, inverses, u, states = like(v, key_dim)
-    reading, free = plan.scratch(v, size, key_dim), plan.scratch(v, size, value_dim)
+    o, final, norms, inverses, u, states = _results(v, k.shape[-1])
     kernels.systems[plan.grid](
-        q, k, v, beta, decays.planes, norms, decays.run, inverses, reading, free, plan.time, plane,
-        *inputs.strides("q", "k", "v", "beta"), LEVELS=size.bit_length() - 1, SOLVE=plan.cut.solve,
-        **plan.tiled(plan.cut.values, plan.cut.system_warps),
+        q, k, beta, decays.planes, norms, decays.run, inverses, plan.time, plane,
+        *inputs.strides("q", "k", "beta"), LEVELS=plan.cut.chunk.bit_length() - 1, SOLVE=plan.cut.solve,
+        **plan.of_kernel("systems"),
     )  # fmt: skip
     kernels.states[plan.state_grid()](
-        k, decays.planes, norms, decays.carry, pointer(initial, v), reading, free, u, states, final,
-        plan.time, plan.chunks, plane, *inputs.strides("k"), INITIAL=initial is not None,
-        **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
+        k, v, beta, decays.planes, norms, decays.carry, pointer(initial, v), inverses, u, states, final,
+        plan.time, plan.chunks, plane, *inputs.strides("k", "v", "beta"), INITIAL=initial is not None,
+        **plan.of_kernel("states"),
     )  # fmt: skip
     kernels.outputs[plan.grid](
         q, k, decays.planes, norms, decays.run, u, states, o, plan.time, plane, *inputs.strides("q", "k"),
-        **plan.tiled(plan.cut.values, plan.cut.output_warps),
+        **plan.of_kernel("outputs"),
     )  # fmt: skip
-    return o, final, norms, inverses, u, states
+    return o, final, Kept(norms, inverses, u, states, *decays)
 
 
-def like(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `run_forward` returns, without values."""
+def _results(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for what the kernels of the forward write: o, the last state, norms, inverses, corrections, states."""
     rows, time, heads, value_dim = v_BTHV.shape
     size = CUTS[v_BTHV.dtype].chunk
     chunks = (time + size - 1) // size
@@ -157,46 +204,62 @@ def like(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     )
 
 
+def like(v_BTHV: Tensor, key_dim: int) -> tuple[Tensor, Tensor, Kept]:
+    """What `run_forward` returns, without values."""
+    o, final, norms, inverses, u, states = _results(v_BTHV, key_dim)
+    _, rows, heads, padded = norms.shape
+    planes, carry = norms.new_empty(4, rows, heads, padded), norms.new_empty(rows, heads, inverses.shape[1])
+    run = norms.new_empty(rows, padded, dtype=torch.int32)
+    return o, final, Kept(norms, inverses, u, states, planes, carry, run)
+
+
 @on_its_device
 def run_backward(
-    inputs: Inputs, kept: tuple[Tensor, Tensor, Tensor, Tensor], do: Tensor, dfinal: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, g, beta and, where there is one, the initial state."""
+    inputs: Inputs, kept: Kept, do: Tensor, dfinal: Tensor | None, into: Gradients
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fills the gradients of q, k and v; returns those of g, beta and, where there is one, the initial state."""
     inputs = inputs.laid_out()
     plan = Plan.of(inputs)
-    q, k, v, g, beta, doc, initial, initial_doc = inputs
-    norms, inverses, u, states = kept
+    q, k, v, g, beta, _, initial, _ = inputs
+    norms, inverses, u, states, *_ = kept
     do = _by_heads(do)
-    decays = Decays.of(g, None, None, doc, initial_doc, plan.cut.chunk)
+    decays = kept.decays
     plane = decays.planes.stride(0)
-    size, key_dim = plan.cut.chunk, k.shape[-1]
-    reading, du, dstates = plan.scratch(v, size, key_dim), torch.empty_like(u), torch.empty_like(states)
-    found = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (q, k, v, g, beta)]
-    dq, dk, dv, dg, dbeta = found
-    gradients = plan.tiled(plan.cut.values, plan.cut.gradient_warps)
+    du, dstates = torch.empty_like(u), torch.empty_like(states)
+    dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, beta))
     kernels.correction_gradients[plan.grid](
-        q, k, beta, do, decays.planes, norms, decays.run, inverses, reading, du, plan.time, plane,
-        *inputs.strides("q", "k"), *do.stride()[:2], *inputs.strides("beta"), **gradients,
+        q, k, do, decays.planes, norms, decays.run, du, plan.time, plane,
+        *inputs.strides("q", "k"), *do.stride()[:2], **plan.of_kernel("correction_gradients"),
     )  # fmt: skip
-    dinitial = () if initial is None else (torch.empty_like(initial, dtype=torch.float32),)
+    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     kernels.state_gradients[plan.state_grid()](
-        q, k, do, decays.planes, norms, decays.carry, reading,
-        v if dfinal is None else dfinal.contiguous(), du, dstates, dinitial[0] if dinitial else v,
-        plan.time, plan.chunks, plane, *inputs.strides("q", "k"), *do.stride()[:2],
+        q, k, beta, do, decays.planes, norms, decays.carry, inverses,
+        v if dfinal is None else dfinal.contiguous(), du, dstates, pointer(dinitial, v),
+        plan.time, plan.chunks, plane, *inputs.strides("q", "k", "beta"), *do.stride()[:2],
         FINAL=dfinal is not None, INITIAL=initial is not None,
-        **plan.tiled(plan.cut.state_values, plan.cut.state_warps),
+        **plan.of_kernel("state_gradients"),
     )  # fmt: skip
-    dk_part = plan.scratch(v, size, key_dim)
+    if TOGETHER:
+        kernels.chunk_gradients[plan.grid](
+            q, k, v, beta, do, decays.planes, norms, decays.carry, decays.run, u, du, states, dstates,
+            *into, dg, dbeta, plan.time, plane, *inputs.strides("q", "k", "v", "beta"), *do.stride()[:2],
+            *(size for z in into for size in z.stride()[:2]), **plan.of_kernel("chunk_gradients"),
+        )  # fmt: skip
+        return dg, dbeta, dinitial
+    dk_part = plan.scratch(v, plan.cut.chunk, k.shape[-1])
     dsums = torch.empty_like(decays.planes[0])
     kernels.mixing_gradients[plan.grid](
-        q, k, do, decays.planes, norms, decays.carry, decays.run, u, states, dstates, dq, dk_part, dsums,
-        plan.time, plane, *inputs.strides("q", "k"), *do.stride()[:2], **gradients,
+        q, k, do, decays.planes, norms, decays.carry, decays.run, u, states, dstates, into.q, dk_part, dsums,
+        plan.time, plane, *inputs.strides("q", "k"), *do.stride()[:2], *into.q.stride()[:2],
+        **plan.of_kernel("mixing_gradients"),
     )  # fmt: skip
     kernels.system_gradients[plan.grid](
-        k, v, beta, decays.planes, norms, decays.run, inverses, u, du, states, dk_part, dsums, dk, dv, dg, dbeta,
-        plan.time, plane, *inputs.strides("k", "v", "beta"), **gradients,
+        k, v, beta, decays.planes, norms, decays.run, u, du, states, dk_part, dsums,
+        into.k, into.v, dg, dbeta, plan.time, plane,
+        *inputs.strides("k", "v", "beta"), *into.k.stride()[:2], *into.v.stride()[:2],
+        **plan.of_kernel("system_gradients"),
     )  # fmt: skip
-    return *found, *dinitial
+    return dg, dbeta, dinitial
 
 
 @torch.library.custom_op("longspan::gated_delta", mutates_args=())
@@ -209,14 +272,17 @@ def gated_delta(
     doc_BT: Tensor | None,
     initial_BHKV: Tensor | None,
     initial_doc_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.gated_delta.gated_delta`; all results after the second are for the backward."""
-    return run_forward(Inputs(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_BHKV, initial_doc_B))
+    inputs = Inputs(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_BHKV, initial_doc_B)
+    o, final, kept = run_forward(inputs)
+    return o, final, *kept
 
 
 @gated_delta.register_fake
 def _(q: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-    return like(v_BTHV, k_BTHK.shape[-1])
+    o, final, kept = like(v_BTHV, k_BTHK.shape[-1])
+    return o, final, *kept
 
 
 @torch.library.custom_op("longspan::gated_delta_backward", mutates_args=())
@@ -227,6 +293,9 @@ def gated_delta_backward(
     inverses: Tensor,
     u: Tensor,
     states: Tensor,
+    planes: Tensor,
+    carry: Tensor,
+    run: Tensor,
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
@@ -238,24 +307,18 @@ def gated_delta_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta and the initial state (empty where there is none)."""
     inputs = Inputs(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, doc_BT, initial_BHKV, initial_doc_B)
-    dq, dk, dv, dg, dbeta, *dinitial = run_backward(inputs, (norms, inverses, u, states), do_BTHV, dfinal_BHKV)
-    return dq, dk, dv, dg, dbeta, dinitial[0] if dinitial else v_BTHV.new_empty(0, dtype=torch.float32)
+    kept = Kept(norms, inverses, u, states, planes, carry, run)
+    into = Gradients(*(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs[:3]))
+    dg, dbeta, dinitial = run_backward(inputs, kept, do_BTHV, dfinal_BHKV, into)
+    return *into, dg, dbeta, v_BTHV.new_empty(0, dtype=torch.float32) if dinitial is None else dinitial
 
 
 @gated_delta_backward.register_fake
-def _(
-    do_BTHV: Tensor,
-    dfinal_BHKV: Tensor | None,
-    norms: Tensor,
-    inverses: Tensor,
-    u: Tensor,
-    states: Tensor,
-    *inputs: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = Inputs(*inputs)
-    dq, dk, dv, dg, dbeta = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in given[:5])
+def _(do_BTHV: Tensor, dfinal_BHKV: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    given = Inputs(*others[len(Kept._fields) :])
+    gradients = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in given[:5])
     shape = (0,) if given.initial is None else given.initial.shape
-    return dq, dk, dv, dg, dbeta, given.v.new_empty(shape, dtype=torch.float32)
+    return *gradients, given.v.new_empty(shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -265,7 +328,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    inputs = saved[4:]
+    inputs = saved[len(Kept._fields) :]
     do = torch.zeros_like(inputs[2], memory_format=torch.contiguous_format) if do is None else do
     *gradients, dinitial = gated_delta_backward(do, dfinal, *saved)
     return *gradients, None, None if inputs[6] is None else dinitial, None

@@ -22,15 +22,14 @@ QUERY, KEY = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
-def _decay(planes, run, i, plane):
+def _decay(sums, run, i):
     """(i, j): the decay from token j to token i, 0 where i does not see j."""
-    sums = tl.load(planes + SUM * plane + i)
     sees = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
     return tl.exp(tl.where(sees, sums[:, None] - sums[None, :], float("-inf")))
 
 
 @triton.jit
-def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(system, i, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(I + system)^-1 of a strictly lower triangular system, from blocks of 1 to blocks of 2^LEVELS.
 
     Two inverted blocks make one of twice the size: their inverses, and below, minus inverse times system times inverse.
@@ -38,9 +37,9 @@ def _inverse(system, i, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     apart = i[:, None] ^ i[None, :]
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
     for level in tl.static_range(1, LEVELS):
-        below = tl.where((apart >= 2**level) & (apart < 2 ** (level + 1)), system, 0.0)
-        solved = tl.dot(below, inverse, input_precision=PRECISION)
-        inverse -= tl.dot(inverse, solved, input_precision=PRECISION)
+        below = tl.where((apart >> level) == 1, system, 0.0)
+        solved = dot(below, inverse, DTYPE, DTYPE, PRECISION)
+        inverse -= dot(inverse, solved, DTYPE, DTYPE, PRECISION)
     return inverse
 
 
@@ -53,12 +52,12 @@ def _place(h, chunk, chunks, row, H: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.
 
 @triton.jit
 def systems(
-    q_ptr, k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, reading_ptr, free_ptr, time, plane,
-    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    q_ptr, k_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, beta_row, beta_token,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of a chunk's system; what u takes from the values, and from the state before the chunk."""
+    """What queries and keys are multiplied by, and the inverse of a chunk's system."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
@@ -70,30 +69,25 @@ def systems(
     k *= inverse_length[:, None]
 
     beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    overlap = dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(sums, run, i)
     system = tl.where(i[:, None] > i[None, :], overlap * beta[:, None], 0.0)
-    inverse = _inverse(system, i, LEVELS, SOLVE)
+    inverse = _inverse(system, i, LEVELS, SOLVE, PRECISION)
     store(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True, inverse)
-
-    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
-    reading = dot(inverse, k * (beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
-    store(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE, reading)
-    for first in range(0, V, BLOCK_V):
-        v = first + tl.arange(0, BLOCK_V)
-        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE).to(tl.float32)
-        free = dot(inverse, values * beta[:, None], DTYPE, OPERAND, PRECISION)
-        store(free_ptr + here * Q * V, i, V, v, Q, V, WHOLE, free)
 
 
 @triton.jit
 def states(
-    k_ptr, planes_ptr, norms_ptr, carry_ptr, initial_ptr, reading_ptr, free_ptr, u_ptr, states_ptr, final_ptr,
-    time, chunks, plane, k_row, k_token: tl.constexpr,
+    k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, carry_ptr, initial_ptr, inverses_ptr, u_ptr, states_ptr, final_ptr,
+    time, chunks, plane, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     INITIAL: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The corrections u of all chunks, the state before every chunk and after the last."""
+    """The corrections u of all chunks, the state before every chunk and after the last.
+
+    What the norms, gates and decays of tokens multiply are rows of results, so that keys and inverses reach the tensor
+    cores as they come from memory.
+    """
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
@@ -106,16 +100,21 @@ def states(
         here = (row * chunks + chunk) * H + h
         store(states_ptr + here * K * V, c, V, v, K, V, WHOLE, state)
         t = chunk * Q + i
-        k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
-        reading = load(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE)
-        free = load(free_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
         at = by_head + t
-        weight = tl.load(norms_ptr + KEY * plane + at) * tl.load(planes_ptr + TO_END * plane + at)
-        u = free.to(tl.float32) - dot(reading, state, DTYPE, OPERAND, PRECISION)
+        k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
+        inverse = load(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True)
+        beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+        norm = tl.load(norms_ptr + KEY * plane + at)
+        read, written = (
+            norm * tl.load(planes_ptr + FROM_BEFORE * plane + at),
+            norm * tl.load(planes_ptr + TO_END * plane + at),
+        )
+        error = values.to(tl.float32) - dot(k, state, DTYPE, OPERAND, PRECISION) * read[:, None]
+        u = dot(inverse, error * beta[:, None], DTYPE, OPERAND, PRECISION)
         store(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE, u)
-        writing = (k.to(tl.float32) * weight[:, None]).to(DTYPE)
         carry = tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-        state = state * carry + dot(tl.trans(writing), u, DTYPE, OPERAND, PRECISION)
+        state = state * carry + dot(tl.trans(k), u * written[:, None], DTYPE, OPERAND, PRECISION)
     store(final_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, state)
 
 
@@ -130,14 +129,13 @@ def outputs(
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
-    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
-    q = (q * tl.load(norms_ptr + QUERY * plane + by_head + i)[:, None]).to(DTYPE)
-    k = (k * tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]).to(DTYPE)
-    scores = dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(planes_ptr + by_head, run, i, plane)
-    scores = scores.to(DTYPE)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
+    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i) * queries
+    scores = dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) * _decay(sums, run, i)
+    scores = (scores * queries[:, None] * keys[None, :]).to(DTYPE)
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
@@ -149,31 +147,24 @@ def outputs(
 
 @triton.jit
 def correction_gradients(
-    q_ptr, k_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, reading_ptr, du_ptr, time, plane,
-    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr, beta_row, beta_token,
+    q_ptr, k_ptr, do_ptr, planes_ptr, norms_ptr, run_ptr, du_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to its corrections; what those take from the state before, once more."""
+    """What the outputs of a chunk give to its corrections."""
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32)
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
-    q = (q * tl.load(norms_ptr + QUERY * plane + by_head + i)[:, None]).to(DTYPE)
-    k *= tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]
-    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
-    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
-    inverse = load(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True)
-    reading = dot(inverse, k * (beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
-    store(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE, reading)
-
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
     # With the token that is read first, (j, i), so that no product needs a transpose.
-    sums = tl.load(planes_ptr + SUM * plane + by_head + i)
     seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
     decay = tl.exp(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
-    scores = (dot(k, tl.trans(q), DTYPE, OPERAND, PRECISION) * decay).to(DTYPE)
+    scores = dot(k, tl.trans(q), DTYPE, OPERAND, PRECISION) * decay
+    scores = (scores * keys[:, None] * queries[None, :]).to(DTYPE)
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
@@ -182,12 +173,14 @@ def correction_gradients(
 
 @triton.jit
 def state_gradients(
-    q_ptr, k_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, reading_ptr, dfinal_ptr, du_ptr, dstates_ptr, dinitial_ptr,
-    time, chunks, plane, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr,
+    q_ptr, k_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, inverses_ptr, dfinal_ptr, du_ptr, dstates_ptr,
+    dinitial_ptr, time, chunks, plane, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr,
+    beta_row, beta_token, do_row, do_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FINAL: tl.constexpr, INITIAL: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state after every chunk and of the one before the first; completes that of u."""
+    """The gradient of the state after every chunk and of the one before the first; in the place of what the outputs
+    give to u, the gradient of what the inverse multiplies. Rows of results are scaled as in `states`."""
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
@@ -205,16 +198,18 @@ def state_gradients(
         q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
         k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
         do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
-        reading = load(reading_ptr + here * Q * K, i, K, c, Q, K, WHOLE)
+        inverse = load(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True)
         du = load(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE).to(tl.float32)
-        read = tl.load(norms_ptr + QUERY * plane + at) * tl.load(planes_ptr + FROM_BEFORE * plane + at)
-        written = tl.load(norms_ptr + KEY * plane + at) * tl.load(planes_ptr + TO_END * plane + at)
-        du += dot(k.to(tl.float32) * written[:, None], dstate, DTYPE, OPERAND, PRECISION)
-        store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, du)
-        q = (q.to(tl.float32) * read[:, None]).to(DTYPE)
+        beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+        norm, from_before = tl.load(norms_ptr + KEY * plane + at), tl.load(planes_ptr + FROM_BEFORE * plane + at)
+        written = norm * tl.load(planes_ptr + TO_END * plane + at)
+        queried = from_before * tl.load(norms_ptr + QUERY * plane + at)
+        du += dot(k, dstate, DTYPE, OPERAND, PRECISION) * written[:, None]
+        dsolved = dot(tl.trans(inverse), du, DTYPE, OPERAND, PRECISION)
+        store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, dsolved)
         dstate = dstate * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-        dstate += dot(tl.trans(q), do, DTYPE, OPERAND, PRECISION)
-        dstate -= dot(tl.trans(reading), du, DTYPE, OPERAND, PRECISION)
+        dstate += dot(tl.trans(q), do.to(tl.float32) * queried[:, None], DTYPE, OPERAND, PRECISION)
+        dstate -= dot(tl.trans(k), dsolved * (norm * beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
     if INITIAL:
         store(dinitial_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, dstate)
 
@@ -222,15 +217,22 @@ def state_gradients(
 @triton.jit
 def mixing_gradients(
     q_ptr, k_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, run_ptr, u_ptr, states_ptr, dstates_ptr,
-    dq_ptr, dk_ptr, dsums_ptr, time, plane,
-    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, do_row, do_token: tl.constexpr,
+    dq_ptr, dk_ptr, dsums_ptr, time, plane, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr,
+    do_row, do_token: tl.constexpr, dq_row, dq_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, and what outputs and states give to keys (of one length) and to sums of log decays."""
+    """The gradient of q, and what outputs and states give to keys, without the norm's part, and to sums of log decays.
+
+    What normalises queries and keys multiplies results here too: gradients through the norm of a key k of weight n are
+    P - k n^2 (P k), where P is the gradient of the normalised key times n.
+    """
     h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    # On their way before the products begin; rows and columns of weights would take too many registers.
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
     dmixing = tl.zeros((Q, Q), tl.float32)
     reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
     carried = tl.zeros((BLOCK_K,), tl.float32)
@@ -244,33 +246,33 @@ def mixing_gradients(
         reads += dot(do, tl.trans(before), DTYPE, OPERAND, PRECISION)
         writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
         carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    dmixing *= _decay(planes_ptr + by_head, run, i, plane)
-    reads *= tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)[:, None]
-    writes *= tl.load(planes_ptr + TO_END * plane + by_head + i)[:, None]
-    query_weight = tl.load(norms_ptr + QUERY * plane + by_head + i)
-    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE).to(tl.float32) * query_weight[:, None]
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32)
-    k *= tl.load(norms_ptr + KEY * plane + by_head + i)[:, None]
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
+    dmixing *= _decay(sums, run, i) * queries[:, None] * keys[None, :]
+    reads *= (queries * tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i))[:, None]
+    writes *= (keys * tl.load(planes_ptr + TO_END * plane + by_head + i))[:, None]
     dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION)
-    kept = tl.sum(writes * k, 1)
+    kept = tl.sum(writes * k.to(tl.float32), 1)
     dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + tl.sum(reads * q, 1) - kept + tl.where(i == Q - 1, dend, 0.0)
+    read = tl.sum(reads * q.to(tl.float32), 1)
+    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + read - kept + tl.where(i == Q - 1, dend, 0.0)
     tl.store(dsums_ptr + by_head + i, dsums)
     dmixing = dmixing.to(DTYPE)
     writes += dot(tl.trans(dmixing), q, DTYPE, OPERAND, PRECISION)
     store(dk_ptr + here * Q * K, i, K, c, Q, K, WHOLE, writes)
     reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
     # Through the norm: what lies along q does not change its length.
-    dq = (reads - q * (tl.sum(reads * q, 1) * K)[:, None]) * query_weight[:, None]
-    store(dq_ptr + row * time * H * K + h * K, t, H * K, c, time, K, WHOLE, dq)
+    q = q.to(tl.float32)
+    dq = reads - q * (tl.sum(reads * q, 1) * queries * queries * K)[:, None]
+    store(dq_ptr + row * dq_row + h * K, t, dq_token, c, time, K, WHOLE, dq)
 
 
 @triton.jit
 def system_gradients(
-    k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, inverses_ptr, u_ptr, du_ptr, states_ptr, dk_part_ptr,
-    dsums_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
+    k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, run_ptr, u_ptr, dsolved_ptr, states_ptr, dk_part_ptr, dsums_ptr,
+    dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
     k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    dk_row, dk_token: tl.constexpr, dv_row, dv_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -279,29 +281,28 @@ def system_gradients(
     i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
-    transposed = load(inverses_ptr + here * Q * Q, i, 1, i * Q, Q, Q * Q, True)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+    dk_part = load(dk_part_ptr + here * Q * K, i, K, c, Q, K, WHOLE)
     dsystem, reads = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
     dbeta = tl.zeros((Q,), tl.float32)
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
-        du = load(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
-        dr = dot(transposed, du, DTYPE, OPERAND, PRECISION)
-        dv = dr * beta[:, None]
-        store(dv_ptr + row * time * H * V + h * V, t, H * V, v, time, V, WHOLE, dv)
+        dsolved = load(dsolved_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
         values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
-        dbeta += tl.sum(dr * values.to(tl.float32), 1)
         u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
         before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
-        dr = dr.to(DTYPE)
-        dsystem -= dot(dr, tl.trans(u), DTYPE, OPERAND, PRECISION)
-        reads += dot(dr, tl.trans(before), DTYPE, OPERAND, PRECISION)
-    run = tl.load(run_ptr + row * chunks * Q + t)
-    dsystem = tl.where(i[:, None] > i[None, :], dsystem * _decay(planes_ptr + by_head, run, i, plane), 0.0)
-    reads *= tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)[:, None]
-    weight = tl.load(norms_ptr + KEY * plane + by_head + i)
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE).to(tl.float32) * weight[:, None]
+        dsystem -= dot(dsolved, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        reads += dot(dsolved, tl.trans(before), DTYPE, OPERAND, PRECISION)
+        dsolved = dsolved.to(tl.float32)
+        store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dsolved * beta[:, None])
+        dbeta += tl.sum(dsolved * values.to(tl.float32), 1)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    keys = tl.load(norms_ptr + KEY * plane + by_head + i)
+    dsystem *= _decay(sums, run, i) * keys[:, None] * keys[None, :]
+    dsystem = tl.where(i[:, None] > i[None, :], dsystem, 0.0)
+    reads *= (keys * tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i))[:, None]
     overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
-    read = tl.sum(reads * k, 1)
+    read = tl.sum(reads * k.to(tl.float32), 1)
     dbeta += tl.sum(overlaps, 1) - read
     overlaps *= beta[:, None]
     dsums = tl.load(dsums_ptr + by_head + i) + tl.sum(overlaps, 1) - tl.sum(overlaps, 0) - beta * read
@@ -313,8 +314,87 @@ def system_gradients(
     dg = tl.sum(tl.where(sees, square, 0.0), 1)
     tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=t < time)
     dsystem = (dsystem * beta[:, None]).to(DTYPE)
-    dk = load(dk_part_ptr + here * Q * K, i, K, c, Q, K, WHOLE).to(tl.float32) - reads * beta[:, None]
+    dk = dk_part.to(tl.float32) - reads * beta[:, None]
     dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
     dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
-    dk = (dk - k * tl.sum(dk * k, 1)[:, None]) * weight[:, None]
-    store(dk_ptr + row * time * H * K + h * K, t, H * K, c, time, K, WHOLE, dk)
+    k = k.to(tl.float32)
+    dk -= k * (tl.sum(dk * k, 1) * keys * keys)[:, None]
+    store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
+
+
+@triton.jit
+def chunk_gradients(
+    q_ptr, k_ptr, v_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, run_ptr, u_ptr, dsolved_ptr, states_ptr,
+    dstates_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
+    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    do_row, do_token: tl.constexpr, dq_row, dq_token: tl.constexpr, dk_row, dk_token: tl.constexpr,
+    dv_row, dv_token: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`mixing_gradients` and `system_gradients` in one: what both read is read once, and nothing is handed on."""
+    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
+    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
+    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
+    dmixing = tl.zeros((Q, Q), tl.float32)
+    dsystem = tl.zeros((Q, Q), tl.float32)
+    reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
+    kreads = tl.zeros((Q, BLOCK_K), tl.float32)
+    carried = tl.zeros((BLOCK_K,), tl.float32)
+    dbeta = tl.zeros((Q,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
+        u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dafter = load(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE)
+        dsolved = load(dsolved_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
+        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
+        dmixing += dot(do, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        dsystem -= dot(dsolved, tl.trans(u), DTYPE, OPERAND, PRECISION)
+        reads += dot(do, tl.trans(before), DTYPE, OPERAND, PRECISION)
+        kreads += dot(dsolved, tl.trans(before), DTYPE, OPERAND, PRECISION)
+        writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
+        carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
+        dsolved = dsolved.to(tl.float32)
+        store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dsolved * beta[:, None])
+        dbeta += tl.sum(dsolved * values.to(tl.float32), 1)
+    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
+    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
+    decay = _decay(sums, run, i) * keys[None, :]
+    dmixing *= decay * queries[:, None]
+    dsystem = tl.where(i[:, None] > i[None, :], dsystem * decay * keys[:, None], 0.0)
+    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
+    reads *= (queries * from_before)[:, None]
+    kreads *= (keys * from_before)[:, None]
+    writes *= (keys * tl.load(planes_ptr + TO_END * plane + by_head + i))[:, None]
+    overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
+    kf = k.to(tl.float32)
+    read = tl.sum(kreads * kf, 1)
+    dbeta += tl.sum(overlaps, 1) - read
+    dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) + overlaps * beta[:, None]
+    kept = tl.sum(writes * kf, 1)
+    dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
+    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + tl.sum(reads * q.to(tl.float32), 1) - beta * read
+    dsums += tl.where(i == Q - 1, dend, 0.0) - kept
+    at = (row * time + t) * H + h
+    tl.store(dbeta_ptr + at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=t < time)
+    square = tl.zeros((Q, Q), tl.float32) + dsums[None, :]
+    sees = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    dg = tl.sum(tl.where(sees, square, 0.0), 1)
+    tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=t < time)
+    dmixing = dmixing.to(DTYPE)
+    dsystem = (dsystem * beta[:, None]).to(DTYPE)
+    dk = writes - kreads * beta[:, None]
+    dk += dot(tl.trans(dmixing), q, DTYPE, OPERAND, PRECISION)
+    dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
+    dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
+    dk -= kf * (tl.sum(dk * kf, 1) * keys * keys)[:, None]
+    store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
+    reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
+    q = q.to(tl.float32)
+    dq = reads - q * (tl.sum(reads * q, 1) * queries * queries * K)[:, None]
+    store(dq_ptr + row * dq_row + h * K, t, dq_token, c, time, K, WHOLE, dq)

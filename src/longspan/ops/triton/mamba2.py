@@ -20,8 +20,7 @@ from torch import Tensor
 
 from longspan.ops.triton import causal_conv, rms_norm
 from longspan.ops.triton import ssd as scan
-
-LINE_BYTES = 128
+from longspan.ops.triton.tiles import spread
 
 
 class Parts(NamedTuple):
@@ -37,13 +36,6 @@ class Parts(NamedTuple):
         convolved = inner + 2 * state
         sizes = [inner, convolved, projected_MK.shape[1] - inner - convolved]
         return Parts(*projected_MK.unflatten(0, (rows, -1)).split_with_sizes(sizes, -1))
-
-
-def _spread(like_MK: Tensor) -> Tensor:
-    """Uninitialized (M, K), every row of which begins a line of memory."""
-    rows, width = like_MK.shape
-    line = LINE_BYTES // like_MK.element_size()
-    return like_MK.new_empty_strided((rows, width), (-(-width // line) * line, 1))
 
 
 def _scanned(xBC: Tensor, heads: int, state: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +114,7 @@ def mamba2_backward(
     norm's weight."""
     heads, inner = A_H.shape[0], norm_weight_E.shape[0]
     parts = Parts.of(projected_MK, rows, inner, state)
-    d_projected = _spread(projected_MK)
+    d_projected = spread(projected_MK)
     d_parts = Parts.of(d_projected, rows, inner, state)
     dy, d_xBC = torch.empty_like(y), torch.empty_like(xBC)
     d_norm = rms_norm.run_backward(
@@ -163,7 +155,7 @@ def _(
     dw, db, dn = (
         torch.empty_like(z, memory_format=torch.contiguous_format) for z in (conv_weight, conv_bias, norm_weight_E)
     )
-    return _spread(projected_MK), dw, db, A_H.new_empty((3, *A_H.shape), dtype=torch.float32), dn
+    return spread(projected_MK), dw, db, A_H.new_empty((3, *A_H.shape), dtype=torch.float32), dn
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

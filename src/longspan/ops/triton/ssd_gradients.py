@@ -35,11 +35,15 @@ def _token_gradients(
     t = chunk * Q + i
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     run = tl.load(run_ptr + row * chunks * Q + t)
-    seen = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
+    seen = (i[:, None] < i[None, :]) & (run[:, None] == run[None, :])
     B_QN = load(B_ptr + row * B_row + first // GROUP * N, t, B_token, n, time, N, WHOLE)
     C_QN = load(C_ptr + row * C_row + first // GROUP * N, t, C_token, n, time, N, WHOLE)
-    # Masked once, as in `outputs`; what the heads give to them is masked where it is read.
-    scores = tl.where(seen, dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION), 0.0).to(DTYPE)
+    scores = dot(B_QN, tl.trans(C_QN), DTYPE, OPERAND, PRECISION)
+    # A token with itself stands apart, with the skip D: no decay lies between, and what it would add to `moved` on one
+    # side and take on the other is larger than all else where scores are small. What others see of it is masked once,
+    # as in `outputs`; what the heads give to scores is masked where it is read.
+    own = tl.sum(tl.where(i[:, None] == i[None, :], scores, 0.0), 1)
+    scores = tl.where(seen, scores, 0.0).to(DTYPE)
     dscores = tl.zeros((Q, Q), tl.float32)
     planes = planes_ptr + row * H * chunks * Q + t
     dt, to_end = tl.load(planes + first * chunks * Q), tl.load(planes + TO_END * plane + first * chunks * Q)
@@ -58,14 +62,15 @@ def _token_gradients(
         products *= decay
         dscores += products * dt[:, None]
         seen_scores = widened(scores, FAST)
-        ddriving = tl.sum(products * seen_scores, 1)
         # The same rounded numbers for what is read and for what is written: their sums cancel where they should.
         mixing = (seen_scores * (decay * dt[:, None])).to(DTYPE)
         x, dy = widened(x_QP, FAST), widened(dy_QP, FAST)
         skipped = tl.sum(x * dy, 1)
-        moved = tl.sum(dot(tl.trans(mixing), x_QP, DTYPE, OPERAND, PRECISION) * dy, 1) + skipped * D
-        dx = dy * D + dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
+        ddriving = tl.sum(products * seen_scores, 1) + skipped * own
+        moved = tl.sum(dot(tl.trans(mixing), x_QP, DTYPE, OPERAND, PRECISION) * dy, 1)
+        dx = dot(mixing, dy_QP, DTYPE, OPERAND, PRECISION)
         moved -= tl.sum(dx * x, 1)
+        dx += dy * (D + own * dt)[:, None]
         dkept = dot(B_QN, tl.trans(dafter_PN), DTYPE, OPERAND, PRECISION)
         kept = tl.sum(dkept * x, 1) * to_end
         dx += dkept * (dt * to_end)[:, None]

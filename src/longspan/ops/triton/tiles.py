@@ -13,12 +13,25 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 # With narrower tiles of bf16 Triton 3.6 reads past their end in shared memory on Hopper: wrong sums, or a crash.
 NARROWEST = {torch.bfloat16: 64, torch.float32: 16}
+LINE_BYTES = 128
 
 
 def block(size: int, like: Tensor) -> int:
     """The width of a tile that holds `size` columns of a product in the dtype of `like`."""
     narrowest = NARROWEST[like.dtype] if like.is_cuda else 16
     return max(narrowest, int(triton.next_power_of_2(size)))
+
+
+def dense(x: Tensor) -> Tensor:
+    """Itself where the numbers of the last dimension lie side by side, a copy otherwise."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def spread(like: Tensor) -> Tensor:
+    """Uninitialized, of the shape (M, K) of `like`, and every row begins a line of memory."""
+    rows, width = like.shape
+    line = LINE_BYTES // like.element_size()
+    return like.new_empty_strided((rows, width), (-(-width // line) * line, 1))
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from longspan.probes.ada_leval.extraction import (
     read_order,
 )
 from longspan.probes.ada_leval.items import AdaItem, Task, read_items
-from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, failure_of, register, share_of_best
+from longspan.probes.base import Asked, Item, Probe, ProbeData, Reply, credit, failure_of, register
 from longspan.probes.benchmark_files import file_digest
 from longspan.records.measures import Kind
 from longspan.records.observation import Metric, Observation
@@ -109,12 +109,18 @@ class AdaLEval(Probe):
         contents = {str(length): file_digest(Path(path)) for length, path in sorted(self.files.items())}
         return {**super().protocol(), "files": contents}
 
-    def items(self, data: ProbeData) -> list[Item]:
-        """The first items of every file, shortest length first."""
+    def check_before(self, context: int) -> None:
+        """Refuse to ask nothing, and files that hold other things."""
         if not self.files:
             raise UserError(
                 "no files", "`files: {2000: stackselect_2k.json, …}`", "get Ada-LEval's data (docs/benchmarks.md)"
             )
+        for length in self.files:
+            self._read(length)
+
+    def items(self, data: ProbeData) -> list[Item]:
+        """The first items of every file, shortest length first."""
+        self.check_before(data.context)
         return [
             Item(f"{each.id}@{length}", 0, length, {"length": length, "number": number})
             for length in sorted(self.files)
@@ -156,7 +162,7 @@ class AdaLEval(Probe):
         if "response" in answer:
             yield from self._of_reply(answer, sample, seen)
         if "nll" in answer:
-            yield seen("likelihood_accuracy", share_of_best(np.array(answer["nll"]), answer["right"]))
+            yield seen("likelihood_accuracy", credit(np.array(answer["nll"]), answer["right"]))
 
     def _of_reply(self, answer: dict[str, Any], sample: Any, seen: Any) -> Iterable[Observation]:
         text, candidates = answer["response"], answer.get("candidates")

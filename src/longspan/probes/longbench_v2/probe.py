@@ -109,6 +109,11 @@ class LongBenchV2(Probe):
         del protocol["re_ask"]
         return protocol
 
+    def check_before(self, context: int) -> None:
+        """Refuse a file that holds other things."""
+        if self.data:
+            self._rows()
+
     def items(self, data: ProbeData) -> list[Item]:
         """Each row at each context, the contexts of a row one after the other."""
         contexts = self.contexts or (data.context,)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from longspan.probes.base import share_of_best
+from longspan.probes.base import credit
 from longspan.probes.longbench_v2.extraction import LETTERS, Scorer
 from longspan.probes.longbench_v2.nulls import CAUSES
 from longspan.probes.longbench_v2.scores import COMPENSATION, groups_of, read_answer, read_re_asked
@@ -101,10 +101,10 @@ def observations(record: Record, scorer: Scorer, *, re_ask: bool) -> Iterator[Ob
         yield seen(f"right_{letter}", float(answer["gold"] == letter))
     if "letters" in answer:
         letters_4, right_one = np.array(answer["letters"]), LETTERS.index(answer["gold"])
-        yield seen("letter_accuracy", share_of_best(letters_4, right_one))
+        yield seen("letter_accuracy", credit(letters_4, right_one))
         if "letters_prior" in answer:
             over_4 = letters_4 - np.array(answer["letters_prior"])
-            yield seen("letter_accuracy_calibrated", share_of_best(over_4, right_one))
+            yield seen("letter_accuracy_calibrated", credit(over_4, right_one))
     if "fully_visible" in (ledger := answer.get("truncation", {})):
         yield seen("fully_visible", float(ledger["fully_visible"]))
         yield seen("kept_fraction", ledger["kept_fraction"])

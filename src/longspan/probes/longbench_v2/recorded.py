@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.corpus.sources.compressed import read_lines
+from longspan.corpus.sources.jsonl import parse_object
 from longspan.foundation.errors import DataError
 from longspan.foundation.files import digest
-from longspan.probes.benchmark_files import parse_object
 from longspan.probes.longbench_v2.extraction import ASKED_AGAIN, LETTERS, earlier, official
 from longspan.records.store import Record
 

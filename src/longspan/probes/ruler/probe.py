@@ -55,7 +55,7 @@ class Ruler(Probe):
     requires: ClassVar[frozenset[str]] = frozenset({"generate"})
     batch_tokens: ClassVar[int] = 131_072
 
-    tasks: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = Field(None, min_length=1)
     lengths: tuple[int, ...] | None = Field(None, min_length=1)
     unit: Literal["tokens", "bytes"] = "tokens"
     samples: int = Field(20, ge=1)
@@ -94,7 +94,7 @@ class Ruler(Probe):
 
     def items(self, data: ProbeData) -> list[Item]:
         """`samples` of each task at each length."""
-        self._check_files()
+        self.check_before(data.context)
         self._sources(data)
         return [
             Item(f"{task}:{number}@{length}", 0, length, {"task": task, "number": number, "length": length})
@@ -184,12 +184,17 @@ class Ruler(Probe):
         more = [name for name, path in (("qa_1", self.squad), ("qa_2", self.hotpotqa)) if path]
         return (*WITHOUT_FILES, *more)
 
-    def _check_files(self) -> None:
+    def check_before(self, context: int) -> None:
+        """Refuse tasks without the questions that they ask, and files that cannot be read."""
         for task, name, path in (("qa_1", "squad", self.squad), ("qa_2", "hotpotqa", self.hotpotqa)):
             if task in self._tasks() and not path:
                 raise UserError(
                     f"task {task} without `{name}`", f"`{name}: FILE`", f"name the file, or leave {task} out"
                 )
+        for path in filter(None, (self.squad, self.hotpotqa)):
+            questions_of(Path(path))
+        if self.haystack:
+            _text(self.haystack)
 
     def _sources(self, data: ProbeData) -> Sources:
         return _read_sources(self.haystack, self.squad, self.hotpotqa, None if self.haystack else data)

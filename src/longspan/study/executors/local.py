@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from longspan.foundation.errors import Stopped, SubjectError, UserError
+from longspan.foundation.errors import Stopped, SubjectError, UserError, sendable
 from longspan.foundation.failures import killed_process
 from longspan.foundation.machine import available_cores
 from longspan.foundation.progress import Progress, Report
@@ -41,7 +41,7 @@ class LocalExecutor:
         pending = [job for job in jobs if not job.is_done(runs)]
         if not pending:
             return
-        places = _places(self.devices, max(map(processes_of, pending)))
+        places = places_for(self.devices, max(map(processes_of, pending)))
         if len(places) == 1 or len(pending) < 2:
 
             def here(job: Job) -> dict[str, Any]:
@@ -52,8 +52,12 @@ class LocalExecutor:
             _run_in_processes(pending, runs, observe, finished, failed, places)
 
 
-def _places(devices: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
-    """The devices, so many at a time; the CPU takes any number of processes."""
+def places_for(devices: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """The devices, so many at a time; the CPU takes any number of processes.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
     if devices[0] == "cpu" and size > 1:
         return [("cpu",) * size]
     if len(devices) < size:
@@ -62,7 +66,7 @@ def _places(devices: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
             f"at most one for each GPU here, that is {len(devices)}",
             f"set training.processes to {len(devices)}, or start the study with torchrun on several machines",
         )
-    return [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
+    return [tuple(devices[first : first + size]) for first in range(0, len(devices) - size + 1, size)]
 
 
 def _execute(job: Job, runs: Path, report: Report, place: tuple[str, ...]) -> dict[str, Any]:
@@ -94,7 +98,10 @@ def _work(job: Job, runs: Path) -> dict[str, Any]:
             raise Stopped(Stopped.GO_ON)
         _worker["events"].put((job.key, progress))
 
-    return _execute(job, runs, report, _worker["place"])
+    try:
+        return _execute(job, runs, report, _worker["place"])
+    except Exception as error:
+        raise sendable(error) from error
 
 
 def _run_in_processes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 import time
@@ -14,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longspan.foundation.errors import LongspanError, Stopped, UserError
+from longspan.foundation.errors import Stopped, UserError, sendable
 from longspan.foundation.failures import killed_process
 from longspan.foundation.machine import available_cores
 from longspan.foundation.plugins import load_file
@@ -156,15 +155,7 @@ def _member(
             result = train_stage(job, folder, runs, report, devices[rank], ranks)
         pipe.send(("result", result))
     except BaseException as error:
-        pipe.send(("error", _sendable(error)))
+        pipe.send(("error", sendable(error)))
     pipe.close()
     # Destructors of connections to processes that are gone may wait for ever.
     os._exit(0)
-
-
-def _sendable(error: BaseException) -> BaseException:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return LongspanError(f"{type(error).__name__}: {error}")
-    return error

@@ -36,12 +36,7 @@ class TorchrunExecutor:
         """See `Executor.run`."""
 
         def together(job: Job) -> dict[str, Any]:
-            if processes_of(job) not in (1, self.ranks.size):
-                raise UserError(
-                    f"training.processes = {processes_of(job)} under torchrun with {self.ranks.size} processes",
-                    "as many as torchrun starts, or none",
-                    "leave training.processes out",
-                )
+            check_processes(job, self.ranks.size)
 
             def report(progress: Any) -> None:
                 observe(job, progress)
@@ -61,6 +56,20 @@ class TorchrunExecutor:
             raise
         self.training = False
         return result
+
+
+def check_processes(job: Job, launched: int) -> None:
+    """Refuse a training that asks for other processes than torchrun started.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if processes_of(job) not in (1, launched):
+        raise UserError(
+            f"training.processes = {processes_of(job)} under torchrun with {launched} processes",
+            "as many as torchrun starts, or none",
+            "leave training.processes out",
+        )
 
 
 @contextmanager
