@@ -20,7 +20,6 @@ the last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import gc
 import json
 import os
@@ -210,8 +209,6 @@ def run(
 
 def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
-    # A collective that waits for ever says where.
-    faulthandler.dump_traceback_later(max(1.0, options.seconds - 8), exit=False)
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
     size, config = options.processes, model_config(options)
     per_gpu = options.rows * options.context
@@ -245,13 +242,18 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
             settings |= {"dtype": "fp32", "steps": CHECKED_STEPS, "log_every": 1, "compile": False, "warmup": 2}
             return run(config, options, device, ranks, **settings, **more)
 
-        def sparing(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            """As models above the limit are trained: what is gathered is given back after each forward pass."""
-            limit, distributed.GATHERED_BYTES = distributed.GATHERED_BYTES, 0
+        def with_limits(work: Callable[[], dict[str, Any]], unit: int, gathered: int) -> dict[str, Any]:
+            """Under other limits of FSDP2, in bytes."""
+            before = distributed.UNIT_BYTES, distributed.GATHERED_BYTES
+            distributed.UNIT_BYTES, distributed.GATHERED_BYTES = unit, gathered
             try:
                 return work()
             finally:
-                distributed.GATHERED_BYTES = limit
+                distributed.UNIT_BYTES, distributed.GATHERED_BYTES = before
+
+        def sparing(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            """As models above the limit are trained: what is gathered is given back after each forward pass."""
+            return with_limits(work, distributed.UNIT_BYTES, 0)
 
         def warmed_up() -> dict[str, Any]:
             """Every rank by itself, at once: kernels and layers are compiled before anybody waits for another."""
@@ -259,9 +261,10 @@ def work(rank: int, options: argparse.Namespace, meeting: str, results: Any) -> 
 
         part("every process for itself, 3 steps", ALONE, warmed_up, everybody=True)
         part("1 process", ALONE, lambda: timed(ALONE))
-        for kind, ranks in sharing.items():
-            part(f"{size} processes, {kind}", ranks, lambda ranks=ranks: timed(ranks))
         fsdp = sharing["fsdp"]
+        part(f"{size} processes, fsdp", fsdp, lambda: timed(fsdp))
+        part(f"{size} processes, fsdp, one piece", fsdp, lambda: with_limits(lambda: timed(fsdp), 2**40, 2**40))
+        part(f"{size} processes, ddp", sharing["ddp"], lambda: timed(sharing["ddp"]))
         part(f"{size} processes, fsdp, gathered twice", fsdp, lambda: sparing(lambda: timed(fsdp)))
         for kind, ranks in sharing.items():
             part(f"{size} processes, {kind}, no graph", ranks, lambda ranks=ranks: timed(ranks, graph=False))
