@@ -13,6 +13,7 @@ from longspan.corpus.dedup import DedupConfig
 from longspan.corpus.prepare import SplitConfig
 from longspan.corpus.sources import HuggingFaceSource, JsonlSource, SyntheticSource, TextSource, WikipediaSource
 from longspan.engines.source import EndpointArguments, ModelSource, TransformersArguments, VllmArguments
+from longspan.foundation.errors import UserError
 from longspan.models.matching import MatchConfig
 from longspan.probes import base as probes
 from longspan.study.sections import SECTIONS
@@ -74,6 +75,34 @@ def test_tables_of_arguments_equal_the_code(heading: str, model: type[BaseModel]
     # Where the environment names it the default is that name.
     expected |= {"python": "`LONGSPAN_VLLM`"} if "python" in expected else {}
     assert table_below("examine-a-pretrained-model.md", heading) == expected
+
+
+WHOLE = {
+    "corpus": {"source": "synthetic"},
+    "model": {"pattern": "A", "width": 16, "heads": 2},
+    "model.match": {"parameters": "A"},
+    "training": {"context": 32, "batch_tokens": 64, "tokens": 64, "peak_lr": 1e-3},
+}
+"""What a section holds at least."""
+NO_VALUE = {"no": {"such": "value"}}
+
+
+@pytest.mark.parametrize("section", TABLES)
+def test_a_wrong_value_of_every_key_is_refused_by_name(section: str) -> None:
+    model = TABLES[section]
+    whole = {"kind": section.removeprefix("probes.")} if section.startswith("probes.") else WHOLE.get(section, {})
+    model.parse(whole, section)
+    for name in model.model_fields:
+        if name in ("kind", "settings") and section.startswith("probes."):
+            # The settings of a task are known with the task.
+            continue
+        with pytest.raises(UserError) as refused:
+            model.parse({**whole, name: NO_VALUE}, section)
+        error = refused.value
+        assert name in error.given, error
+        assert "no" in error.given, error
+        assert error.allowed, error
+        assert error.fix, error
 
 
 def test_the_table_of_subjects_has_every_key() -> None:

@@ -256,6 +256,8 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "check norm": check_norm,
     "check embedding": check_embedding,
     "check ssd": check_ssd(BF16, 2, 1024, HEADS, HEAD_DIM, STATE, 100.0),
+    "check ssd segments": check_ssd(BF16, 1, 4096, HEADS, HEAD_DIM, STATE, 700.0, True),
+    "check ssd segments without documents": check_ssd(BF16, 1, 4096, HEADS, HEAD_DIM, STATE, 1e9),
     "check ssd one-token documents": check_ssd(BF16, 2, 331, 4, HEAD_DIM, STATE, 1.0),
     "check ssd fp32": check_ssd(FP32, 2, 200, 4, HEAD_DIM, STATE, 30.0, True),
     "check ssd 24 40": check_ssd(BF16, 3, 200, 3, 24, 40, 30.0, True),

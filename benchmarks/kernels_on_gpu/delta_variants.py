@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_on_gpu.measuring import BF16, DELTA_HEADS, Run, delta_inputs, documents, kernel_times, normal
+from kernels_on_gpu.measuring import BF16, DELTA_HEADS, Run, apart, delta_inputs, documents, kernel_times, normal
 
 KEY_DIM, VALUE_DIM = 64, 128
 # By kernel: warps, stages, registers of a thread at most. Kernels do not wait for each other's launches, so that one
 # run tries one of each.
 LAUNCHES: dict[str, list[tuple[int, int, int | None]]] = {
-    "systems": [(4, 1, None), (4, 1, 168), (4, 1, 128), (4, 1, 160)],
-    "states": [(4, 2, None), (4, 3, None), (4, 4, None), (8, 3, None)],
-    "outputs": [(4, 2, None), (4, 1, None), (4, 3, None), (8, 2, None)],
-    "correction_gradients": [(4, 1, None), (4, 2, None), (8, 1, None), (4, 1, 80)],
-    "state_gradients": [(4, 2, None), (4, 3, None), (8, 2, None), (8, 3, None)],
-    "mixing_gradients": [(4, 2, None), (8, 2, 128), (4, 1, None), (4, 2, 168)],
-    "system_gradients": [(4, 2, None), (8, 2, 128), (4, 1, None), (4, 2, 168)],
-    "chunk_gradients": [(8, 2, None), (4, 1, None), (8, 1, None), (8, 2, 128)],
+    "systems": [(4, 1, 168), (4, 1, None)],
+    "states": [(4, 3, None), (4, 2, None)],
+    "outputs": [(4, 2, None), (4, 1, None)],
+    "correction_gradients": [(4, 2, None), (4, 1, None)],
+    "state_gradients": [(4, 2, None), (8, 2, None)],
+    "mixing_gradients": [(4, 2, None), (8, 2, 128)],
+    "system_gradients": [(4, 1, None), (4, 1, 168)],
 }
 # Tiles of 64 tokens and 64 numbers that each kernel reads and writes for a chunk of one head.
 TILES = {
@@ -33,7 +32,6 @@ TILES = {
     "state_gradients": 11,
     "mixing_gradients": 12,
     "system_gradients": 13,
-    "chunk_gradients": 18,
 }
 
 
@@ -55,23 +53,19 @@ def variants_delta(run: Run) -> None:
         for turn in turns:
             tried = _choose(turn)
             try:
-                times: dict[str, float] = {}
-                for launched.TOGETHER in (False, True):
-                    found = [z.clone() for z in (forward(), *backward())]
-                    known = known or found
-                    apart = max(_apart(a, b) for a, b in zip(found, known, strict=True))
-                    run.add("delta", apart=apart, together=launched.TOGETHER)
-                    times |= kernel_times(lambda: (forward(), backward()))
+                found = [z.clone() for z in (forward(), *backward())]
+                known = known or found
+                distance = apart(found, known)
+                times = kernel_times(lambda: (forward(), backward()))
             except Exception as error:
                 run.add("delta launches failed", turn=turn, error=f"{type(error).__name__}: {str(error)[:200]}")
                 continue
             for name, launch in tried.items():
                 best[name] = min(best[name], (times[name], launch), key=lambda timed: timed[0])
-                run.add(f"delta {name}", ms=times[name], launch=str(tuple(launch)))
+                run.add(f"delta {name}", ms=times[name], launch=str(tuple(launch)), apart=distance)
         launched.CUTS[BF16] = usual._replace(launches={name: launch for name, (_, launch) in best.items()})
         for shape in ((8, 4096), (1, 32_768)):
             forward, backward = _calls(*shape)
-            launched.TOGETHER = best["chunk_gradients"][0] < best["mixing_gradients"][0] + best["system_gradients"][0]
             times = kernel_times(lambda f=forward, b=backward: (f(), b()))
             each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if "::" not in key)
             run.add(f"delta {shape[0]}x{shape[1]}, fastest launches", all_ms=sum(times.values()), each=each)
@@ -89,21 +83,14 @@ def _choose(turn: int) -> dict[str, Any]:
 
 
 def _compile(turn: int) -> None:
-    from longspan.ops.triton import gated_delta as launched
-
     _choose(turn)
-    forward, backward = _calls(8, 4096)
-    for launched.TOGETHER in (False, True):
-        try:
-            forward()
-            backward()
-            torch.cuda.synchronize()
-        except Exception as error:
-            print(f"turn {turn}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).norm() / other.float().norm())
+    try:
+        forward, backward = _calls(8, 4096)
+        forward()
+        backward()
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"turn {turn}: {type(error).__name__}: {str(error)[:200]}", flush=True)
 
 
 def _calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +39,25 @@ class Run:
 
     def floor_ms(self, num_bytes: float, flops: float) -> float:
         return 1e3 * max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
+
+@contextmanager
+def changed(module: ModuleType, **values: object) -> Iterator[None]:
+    """Other values of a module's constants for a while."""
+    usual = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(module, name, value)
+
+
+def apart(found: Sequence[Tensor], known: Sequence[Tensor]) -> float:
+    """The largest relative distance of two lists of results."""
+    pairs = zip(found, known, strict=True)
+    return max(float((one.float() - other.float()).norm() / other.float().norm()) for one, other in pairs)
 
 
 def median_ms(function: Callable[[], object], rep: int = 60) -> float:

@@ -22,6 +22,8 @@ from kernels_on_gpu.measuring import (
     STATE,
     WIDTH,
     Run,
+    apart,
+    changed,
     device_ms,
     documents,
     kernel_times,
@@ -35,52 +37,45 @@ from longspan.ops.selective_scan import selective_scan
 
 def variants_ssd(run: Run) -> None:
     """The scan at four shapes, then how its rows and states are cut, kernel by kernel."""
-    from longspan.ops.triton import ssd as launched
+    from longspan.ops.triton import ssd_launches as launched
 
     usual = launched.CUTS[BF16]
     for shape in ((32, 2048), (4, 16_384), (8, 4096), (1, 32_768)):
         forward, backward = _ssd_calls(*shape)
         run.add(f"ssd {shape[0]}x{shape[1]}", forward_ms=device_ms(forward), backward_ms=device_ms(backward))
+    for shape in ((4, 16_384), (1, 32_768)):
+        forward, backward = _ssd_calls(*shape, mean=1e9)
+        name = f"ssd {shape[0]}x{shape[1]} whole rows"
+        run.add(name, forward_ms=device_ms(forward), backward_ms=device_ms(backward))
     changes: list[dict[str, Any]] = [
         {},
-        {"PIECES": 1},
         {"SEGMENT_PROGRAMS": 528},
-        {"state_tile": (64, 128), "STATE_PROGRAMS": 132, "SEGMENT_PROGRAMS": 264},
-        {"part_heads": 24},
-        {"output_heads": 12},
+        {"states": usual.states._replace(registers=128)},
     ]
     calls = {shape: _ssd_calls(*shape) for shape in ((1, 32_768), (8, 4096))}
     expected: dict[tuple[int, int], list[Tensor]] = {}
     for change in changes:
-        launched.CUTS[BF16] = usual._replace(**{key: value for key, value in change.items() if key in usual._fields})
-        before = {key: getattr(launched, key) for key in change if key not in usual._fields}
-        for key in before:
-            setattr(launched, key, change[key])
+        cut = {key: value for key, value in change.items() if key in usual._fields}
+        rest = {key: value for key, value in change.items() if key not in cut}
         try:
-            for shape, (forward, backward) in calls.items():
-                found = [z.clone() for z in (forward()[0], *backward())]
-                known = expected.setdefault(shape, found)
-                apart = max(
-                    float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
-                )
-                times = kernel_times(lambda f=forward, b=backward: (f(), b()))
-                each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if "::" not in key)
-                name = f"ssd cut {shape[0]}x{shape[1]}"
-                run.add(name, all_ms=sum(times.values()), apart=apart, each=each, change=str(change))
+            with changed(launched, CUTS={**launched.CUTS, BF16: usual._replace(**cut)}, **rest):
+                for shape, (forward, backward) in calls.items():
+                    found = [z.clone() for z in (forward()[0], *backward())]
+                    off = apart(found, expected.setdefault(shape, found))
+                    times = kernel_times(lambda f=forward, b=backward: (f(), b()))
+                    each = " ".join(f"{key} {ms:.4f}" for key, ms in times.items() if "::" not in key)
+                    name = f"ssd cut {shape[0]}x{shape[1]}"
+                    run.add(name, all_ms=sum(times.values()), apart=off, each=each, change=str(change))
         except Exception as error:
             run.add("ssd cut failed", change=str(change), error=f"{type(error).__name__}: {str(error)[:200]}")
-        finally:
-            launched.CUTS[BF16] = usual
-            for key, value in before.items():
-                setattr(launched, key, value)
 
 
-def _ssd_calls(rows: int, time: int) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
-    """Forward and backward with documents, without autograd."""
-    from longspan.ops.triton import ssd as launched
+def _ssd_calls(rows: int, time: int, mean: float = 700.0) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
+    """Forward and backward with documents of `mean` tokens, without autograd."""
+    from longspan.ops.triton import ssd_launches as launched
 
     leaves = ssd_inputs(rows, time, HEADS, HEAD_DIM, STATE)
-    inputs = launched.Inputs(*leaves, None, documents(rows, time, 700.0), None, None)
+    inputs = launched.Inputs(*leaves, None, documents(rows, time, mean), None, None)
     dy = normal(rows, time, HEADS, HEAD_DIM)
     into, ddt = launched.Gradients.like(inputs), torch.empty_like(inputs.dt)
     kept = launched.run_forward(inputs)[2]
@@ -102,12 +97,9 @@ def variants_scan(run: Run) -> None:
         doc, slope = documents(rows, time, 700.0), normal(rows, time, INNER)
         scan = lambda v=leaves, d=doc: selective_scan(*v, doc_BT=d)[0]  # noqa: E731
         for sizes in (usual, (16, 16, 32), (8, 32, 32), (8, 16, 32), (8, 32, 16), (4, 64, 32), (8, 64, 32)):
-            launched.CHUNK, launched.SEGMENT, launched.CHANNELS = sizes
-            try:
+            with changed(launched, **dict(zip(("CHUNK", "SEGMENT", "CHANNELS"), sizes, strict=True))):
                 both = median_ms(lambda f=scan, v=leaves, s=slope: torch.autograd.grad(f(), v, s), rep=30)
                 run.add(f"scan cut {rows}x{time}", both_ms=both, chunk_segment_channels=str(sizes))
-            finally:
-                launched.CHUNK, launched.SEGMENT, launched.CHANNELS = usual
 
 
 def variants_conv(run: Run) -> None:
@@ -122,7 +114,7 @@ def variants_conv(run: Run) -> None:
         forward_ms=run.floor_ms(2 * x.numel() * 2, 0),
         backward_ms=run.floor_ms(3 * x.numel() * 2, 0),
     )
-    usual, known = (launched.FORWARD, launched.BACKWARD), None
+    known = None
     for tile in (
         (64, 256, 2, 3),
         (64, 128, 1, 3),
@@ -131,19 +123,13 @@ def variants_conv(run: Run) -> None:
         (64, 256, 4, 3),
         (96, 128, 1, 3),
     ):
-        try:
-            launched.FORWARD = launched.BACKWARD = launched.Tile(*tile)
+        with changed(launched, FORWARD=launched.Tile(*tile), BACKWARD=launched.Tile(*tile)):
             found = [launched.run_forward(x, weight, bias, doc, True)]
             found += [*launched.run_backward(dx, y, x, weight, bias, doc, True), dx.clone()]
             known = known or found
-            apart = max(
-                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, known, strict=True)
-            )
             forward = device_ms(lambda: launched.run_forward(x, weight, bias, doc, True))
             backward = device_ms(lambda: launched.run_backward(dx, y, x, weight, bias, doc, True))
-            run.add("conv tile", forward_ms=forward, backward_ms=backward, apart=apart, tile=str(tile))
-        finally:
-            launched.FORWARD, launched.BACKWARD = usual
+            run.add("conv tile", forward_ms=forward, backward_ms=backward, apart=apart(found, known), tile=str(tile))
 
 
 def spread(rows: int, time: int) -> Tensor:
@@ -156,7 +142,6 @@ def variants_norm(run: Run) -> None:
     from longspan.ops.triton import residual
     from longspan.ops.triton import rms_norm as launched
 
-    usual = launched.warps_of, launched.PROGRAMS, launched.AHEAD
     y, z, weight = normal(8, 4096, INNER), spread(8, 4096)[..., :INNER], normal(INNER, dtype=FP32)
     dy, dz = torch.empty_like(y).view(-1, INNER), spread(8, 4096)[..., :INNER].flatten(0, 1)
     x, branch, scale = normal(8, 4096, WIDTH), normal(8, 4096, WIDTH), normal(WIDTH, dtype=FP32)
@@ -168,9 +153,8 @@ def variants_norm(run: Run) -> None:
         (8, 528, 3),
         (4, 264, 4),
     ):
-        launched.warps_of, launched.PROGRAMS, launched.AHEAD = (lambda _, warps=warps: warps), programs, ahead
-        residual.warps_of = launched.warps_of
-        try:
+        of = lambda _, warps=warps: warps  # noqa: E731
+        with changed(launched, warps_of=of, PROGRAMS=programs, AHEAD=ahead), changed(residual, warps_of=of):
             run.add(
                 "norms of 32,768 tokens",
                 gated_forward_ms=device_ms(lambda: launched.run_forward(y, z, weight, 1e-5, BF16)),
@@ -181,9 +165,6 @@ def variants_norm(run: Run) -> None:
                 programs=programs,
                 ahead=ahead,
             )
-        finally:
-            launched.warps_of, launched.PROGRAMS, launched.AHEAD = usual
-            residual.warps_of = launched.warps_of
 
 
 def variants_sums(run: Run) -> None:
@@ -196,29 +177,22 @@ def variants_sums(run: Run) -> None:
         name = "sums " + "x".join(map(str, shape))
         run.add(name, torch_ms=device_ms(lambda v=values: v.sum(1)), floor_ms=run.floor_ms(values.numel() * 4, 0))
         for tile in (usual, (128, 32, 4), (128, 32, 2), (64, 32, 1)):
-            launched.ROWS, launched.COLUMNS, launched.STAGES = tile
-            try:
+            with changed(launched, **dict(zip(("ROWS", "COLUMNS", "STAGES"), tile, strict=True))):
                 run.add(name, ms=device_ms(lambda v=values: launched.add_up(v)), tile=str(tile))
-            finally:
-                launched.ROWS, launched.COLUMNS, launched.STAGES = usual
 
 
 def variants_loss(run: Run) -> None:
     """Words at a time, warps of a token and parts in flight, for vocabularies of 32,000 and 49,152."""
     from longspan.ops.triton import cross_entropy as launched
 
-    usual = launched.CUTS
     for tokens, vocab in ((16_384, 32_000), (16_384, 49_152)):
         logits, chosen = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
         counted = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
         for cut in ((4096, 8, 4), (8192, 8, 3), (8192, 8, 4), (8192, 16, 3), (4096, 16, 3), (2048, 8, 4), (4096, 4, 4)):
-            launched.CUTS = dict.fromkeys(usual, launched.Cut(*cut))
-            try:
+            with changed(launched, CUTS=dict.fromkeys(launched.CUTS, launched.Cut(*cut))):
                 ms = device_ms(lambda z=logits, c=chosen, n=counted: launched.softmax_errors(z, c, n, None))
                 floor = run.floor_ms(2 * logits.numel() * 2, 0)
                 run.add(f"errors {tokens}x{vocab}", ms=ms, floor_ms=floor, block_warps_stages=str(cut))
-            finally:
-                launched.CUTS = usual
 
 
 VARIANTS: dict[str, Callable[[Run], None]] = {

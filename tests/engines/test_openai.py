@@ -129,6 +129,13 @@ def test_a_server_that_lists_no_models_is_asked_all_the_same(stub: Any, connect:
     assert engine.generate(prompts(4), LIMIT)[0].text == " 0 1 2 3"
 
 
+def test_an_address_that_points_elsewhere_is_told_and_not_followed(stub: Any, connect: Open) -> None:
+    engine = connect()
+    stub.behave = lambda body: (308, "", {"Location": "https://elsewhere.test/v1/completions"})
+    with pytest.raises(UserError, match=r"HTTP 308 and points to https://elsewhere\.test/v1/completions"):
+        engine.generate(prompts(4), LIMIT)
+
+
 def test_the_chat_api_gets_the_question_only(stub: Any, connect: Open) -> None:
     engine = connect(api="chat")
     (written,) = engine.generate([engine.encode_prompt("Who asks?", "It is")], LIMIT)

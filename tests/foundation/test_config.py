@@ -26,6 +26,8 @@ class Outer(Config):
     share: int | float = 1
     named: dict[str, Inner] = Field(default_factory=dict)
     flag: bool = False
+    either: str | dict[str, str] = ""
+    sizes: dict[int, str] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -57,6 +59,11 @@ def refusal(data: object, where: str = "") -> UserError:
         ({"pair": [1, "x"]}, "pair.1 = 'x'", "a number"),
         ({"share": "x"}, "share = 'x'", "a whole number or a number"),
         ({"flag": 3}, "flag = 3", "true or false"),
+        ({"pair": [1]}, "pair = [1]", "a list of at least 2"),
+        ({"named": 5}, "named = 5", "a mapping, e.g. `{key: value}`"),
+        ({"either": {"a": 1}}, "either.a = 1", "text"),
+        ({"either": 5}, "either = 5", "text or a mapping, e.g. `{key: value}`"),
+        ({"sizes": {"no": {"such": 1}}}, "sizes.no = 'no'", "a whole number"),
         ({"width": True}, "width = true", "a number, not true or false"),
         ({"share": False}, "share = false", "a number, not true or false"),
         ({"inner": {"rate": True}}, "inner.rate = true", "a number, not true or false"),

@@ -88,7 +88,7 @@ def test_the_plan_is_printed_before_anything_is_trained(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     lines = finished[1].stderr.splitlines()
-    assert any(re.fullmatch(r"note: training needs .* FLOP, about .*; validation and probes .* top", s) for s in lines)
+    assert any(re.fullmatch(r"note: training needs .*FLOP, about .*; validation and probes .* top", s) for s in lines)
     table = next(i for i, line in enumerate(lines) if "1 × attention, 1 × mamba2" in line)
     trained = next(i for i, line in enumerate(lines) if line.startswith("done: train"))
     assert table < trained

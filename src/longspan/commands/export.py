@@ -24,6 +24,7 @@ from longspan.foundation.randomness import torch_generator
 from longspan.models.interchange import DTYPES, Written, read_folder, write_folder
 from longspan.models.interchange.config_keys import CONFIG
 from longspan.models.language_model import LanguageModel
+from longspan.report.numbers import byte_size, scaled
 from longspan.terminal import print_json
 
 ROWS, LONGEST, CACHED = 2, 512, 16
@@ -210,10 +211,10 @@ def _print(numbers: dict[str, Any], differences: Differences, written: Written, 
     limit = f"(limit {differences.limit:.1e}; the largest logit is {differences.largest_logit:.3g})"
     print(
         f"wrote {written.folder}: {written.architecture}, {numbers['mixers']}, "
-        f"{numbers['parameters'] / 1e6:.3g} M parameters, {numbers['dtype']}, context {numbers['context']}"
+        f"{scaled(numbers['parameters'])} parameters, {numbers['dtype']}, context {numbers['context']}"
     )
     for name, size in numbers["files"].items():
-        print(f"  {name}  {size:,} B")
+        print(f"  {name}  {byte_size(size)}")
     print(f"read back: logits differ by {differences.read_back:.1e} {limit}")
     if transformers is not None:
         cached = differences.transformers_cached

@@ -143,9 +143,9 @@ class SentencePieceEncoder:
         }
 
     def _join(self, parts: list[list[int]]) -> list[int]:
-        ids = parts[0]
+        ids = list(parts[0])
         for part in parts[1:]:
-            ids = [*ids, *self._escaped, *part]
+            ids += self._escaped + part
         return ids
 
 

@@ -120,7 +120,7 @@ class Server:
         Raises:
             RequestFailed: this request has no answer: too long, refused, malformed or too late, time and again.
             ServerGone: the server is not there, or busy after all repetitions.
-            UserError: the key or the model is wrong.
+            UserError: the key, the model or the address is wrong.
         """
 
         def once() -> dict[str, Any]:
@@ -224,8 +224,15 @@ class Server:
             return False
 
     def _check(self, status: int, text: Callable[[], str], headers: Any) -> None:
-        if status < 400:
+        if status < 300:
             return
+        if status < 400:
+            # Not followed: the key is for this address alone.
+            raise UserError(
+                f"{self._what} at {self.url} answers HTTP {status} and points to {headers.get('location')}",
+                "the address that answers itself",
+                "change `base_url`",
+            )
         detail = f"HTTP {status}: {_message(text())}"
         if status in _BUSY:
             raise _Again("refused request", detail, _seconds(headers.get("retry-after")), status)

@@ -185,7 +185,7 @@ def _explain(error: ValidationError, config: type[BaseModel], where: str) -> Use
     if detail["type"] == "missing":
         return ConfigError(path, f"{_PATH} is missing", "a value: it has no default", f"add `{_PATH}`")
     # The members of a union fail one by one; each says what it would have taken.
-    together = [d for d in details if _locate(config, d)[0] == keys]
+    together = [d for d in details if d["input"] == detail["input"] and _locate(config, d)[0] == keys]
     wanted = list(dict.fromkeys(_wanted(d, annotation) for d in together))
     if _takes_none(annotation):
         wanted.append("null")

@@ -78,7 +78,8 @@ def read_between_projections(
 
     Its kernels are called past torch's dispatcher: a prompt of a thousand tokens would wait for the host otherwise.
     """
-    from longspan.ops.triton import causal_conv, rms_norm, ssd
+    from longspan.ops.triton import causal_conv, rms_norm
+    from longspan.ops.triton import ssd_launches as scan
 
     heads, inner = A_log_H.shape[0], norm_weight_E.shape[0]
     z, xBC, dt = projected_BTK.split_with_sizes([inner, inner + 2 * state, heads], -1)
@@ -86,5 +87,5 @@ def read_between_projections(
     x, B, C = xBC.split_with_sizes([inner, state, state], -1)
     x, B, C = x.view(*x.shape[:2], heads, -1), B.unsqueeze(2), C.unsqueeze(2)
     A_H, D_H, dt_bias_H = -torch.exp(A_log_H.float()), D_H.float(), dt_bias_H.float()
-    y, final_BHPN, _ = ssd.run_forward(ssd.Inputs(x, dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
+    y, final_BHPN, _ = scan.run_forward(scan.Inputs(x, dt, A_H, B, C, D_H, dt_bias_H, doc_BT, None, None))
     return rms_norm.run_forward(y.flatten(2), z, norm_weight_E, eps, y.dtype), final_BHPN

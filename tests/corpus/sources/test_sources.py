@@ -173,6 +173,11 @@ def test_stories_recall_late_what_they_said_early(tmp_path: Path) -> None:
     assert filler.title.removeprefix("The story of ") not in filler.text.split("\n\n", 1)[1]
 
 
+def test_stories_of_no_length_are_refused() -> None:
+    with pytest.raises(UserError, match="min_words = 200 with max_words = 100"):
+        SyntheticSource.parse({"max_words": 100}, "corpus")
+
+
 def test_max_documents_counts_for_each_given_split(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"id": str(i), "text": "x", "split": ("train", "test")[i % 2]} for i in range(10)]

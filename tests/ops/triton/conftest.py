@@ -60,7 +60,7 @@ def served() -> Iterator[None]:
 @pytest.fixture
 def small_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, tiles and spans even at small shapes; on a GPU the cuts that are used."""
-    from longspan.ops.triton import causal_conv, gated_delta, selective_scan, ssd
+    from longspan.ops.triton import causal_conv, gated_delta, selective_scan, ssd_launches
 
     if device.type == "cpu":
         for name in ("FORWARD", "BACKWARD"):
@@ -68,7 +68,8 @@ def small_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, size in (("CHUNK", 4), ("SEGMENT", 1), ("CHANNELS", 64)):
             monkeypatch.setattr(selective_scan, name, size)
         small = {"chunk": 16, "state_tile": (16, 16), "output_heads": 2}
-        monkeypatch.setattr(ssd, "CUTS", {dtype: cut._replace(**small) for dtype, cut in ssd.CUTS.items()})
+        cuts = {dtype: cut._replace(**small) for dtype, cut in ssd_launches.CUTS.items()}
+        monkeypatch.setattr(ssd_launches, "CUTS", cuts)
         small = {"chunk": 16, "state_values": 16, "values": 16}
         cuts = {dtype: cut._replace(**small) for dtype, cut in gated_delta.CUTS.items()}
         monkeypatch.setattr(gated_delta, "CUTS", cuts)

@@ -63,6 +63,34 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
     )
 
 
+@pytest.mark.parametrize(("dtype", "goes_on"), [(FP32, True), (BF16, False)])
+def test_rows_cut_into_segments(dtype, goes_on, assert_same, device, documents, normal, served, size, monkeypatch):
+    """Documents end in some segments and go on through others; the last segment is not full."""
+    from longspan.ops.triton import gated_delta as kernels
+
+    time = 500 if device.type == "cuda" else 55
+    rows, _, heads, key_dim, value_dim = size
+    for name, sizes in (("SEGMENT_PROGRAMS", 1000), ("SHORTEST_SEGMENT", 1)):
+        monkeypatch.setattr(kernels, name, sizes)
+    shape = torch.empty(rows, time, heads, value_dim, dtype=dtype, device=device)
+    assert kernels.segments_of(shape)[0] >= 3
+    doc = documents(rows, time, 1.0 / time)
+    doc[0, time // 2 :] += 100
+    past = [normal(rows, heads, key_dim, value_dim, seed=5)] if goes_on else []
+
+    def call(place, backend, *z):
+        states = {"initial_state_BHKV": z[5], "initial_doc_B": place(doc[:, 0])} if goes_on else {}
+        return gated_delta(*z[:5], doc_BT=place(doc), **states, backend=backend)
+
+    assert_same(
+        lambda *z: call(lambda d: d.to(device), "chunked", *z),
+        lambda *z: call(lambda d: d, "reference", *z),
+        [*inputs(normal, rows, time, heads, key_dim, value_dim), *past],
+        [dtype, dtype, dtype, FP32, FP32, *([FP32] * len(past))],
+        roundings=2,
+    )
+
+
 def test_keys_that_repeat_are_corrected_exactly(assert_same, device, normal, served, size):
     """One key all the time, never forgotten: powers of the system would reach 1e8, its inverse stays small."""
     if device.type == "cpu":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,11 +21,13 @@ def size(device) -> tuple[int, int, int, int, int]:
     return (2, 40, 4, 64, 128) if device.type == "cuda" else (2, 37, 2, 8, 24)
 
 
-def inputs(normal, rows: int, time: int, heads: int, head_dim: int, groups: int, state: int) -> list[Tensor]:
+def inputs(
+    normal, rows: int, time: int, heads: int, head_dim: int, groups: int, state: int, rate: float = 4.0
+) -> list[Tensor]:
     return [
         normal(rows, time, heads, head_dim),
         F.softplus(normal(rows, time, heads) - 1.0),
-        -normal(heads).abs() * 4.0,
+        -normal(heads).abs() * rate,
         normal(rows, time, groups, state, seed=1),
         normal(rows, time, groups, state, seed=2),
         normal(heads),
@@ -64,30 +68,65 @@ def test_goes_on_from_a_state_whose_document_may_be_over(assert_same, device, do
     )
 
 
-@pytest.mark.parametrize(("chance", "segments"), [(0.02, 2), (0.02, 7), (1.0, 3)])
-def test_rows_cut_into_segments(chance, segments, assert_same, device, documents, monkeypatch, normal, served):
-    """The last is shorter, or they are one chunk each; states pass through several of them, or end inside."""
-    from longspan.ops.triton import ssd as kernels
+@pytest.fixture
+def cut(device, monkeypatch) -> Callable[[int], tuple[int, int]]:
+    """Cuts rows into so many segments; heads that take part, and tokens of a chunk."""
+    from longspan.ops.triton import ssd_launches as kernels
 
-    monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
     # Of one head the gradient of A is one number, which may happen to be small.
     heads, chunk = (8, kernels.CUTS[FP32].chunk) if device.type == "cuda" else (1, 16)
-    monkeypatch.setattr(kernels, "SEGMENT_PROGRAMS", segments * heads)
-    time = 7 * chunk - 3
+    monkeypatch.setattr(kernels, "LEAST_CHUNKS", 1)
+
+    def into(segments: int) -> tuple[int, int]:
+        monkeypatch.setattr(kernels, "SEGMENT_PROGRAMS", segments * heads)
+        return heads, chunk
+
+    return into
+
+
+@pytest.mark.parametrize(
+    ("chance", "segments", "chunks"), [(0.02, 2, 7), (0.02, 7, 7), (1.0, 3, 7), (0.005, 5, 23), (0.0, 5, 23)]
+)
+def test_rows_cut_into_segments(chance, segments, chunks, assert_same, cut, device, documents, normal, served):
+    """The last is shorter, or they are one chunk each; states pass through several of them, or end inside; some begin
+    behind a document and others where they happen to fall."""
+    heads, chunk = cut(segments)
+    time = chunks * chunk - 3
     doc = documents(1, time, chance)
     before = doc[:, 0].to(device)
     assert_same(
         lambda *z: ssd(*z[:6], doc_BT=doc.to(device), initial_state_BHPN=z[6], initial_doc_B=before),
         lambda *z: ssd(*z[:6], doc_BT=doc, initial_state_BHPN=z[6], initial_doc_B=doc[:, 0], backend="reference"),
-        [*inputs(normal, 1, time, heads, 16, 1, 16), normal(1, heads, 16, 16)],
+        # A state lasts for several chunks.
+        [*inputs(normal, 1, time, heads, 16, 1, 16, rate=0.02), normal(1, heads, 16, 16)],
         [FP32] * 7,
     )
+
+
+@pytest.mark.parametrize("places", [(0,), (1, 2), (0, 2, 4), (4,)])
+def test_no_bit_changes_where_every_segment_has_a_document_of_its_own(
+    places, cut, device, normal, poisoned_memory, served
+):
+    """Documents begin in the first, the last or other chunks of three segments of five."""
+    results = []
+    for segments in (1, 3):
+        heads, chunk = cut(segments)
+        time = 15 * chunk
+        begun = [
+            (torch.arange(time) >= (5 * segment + place) * chunk + 9).int() for segment in range(3) for place in places
+        ]
+        doc = torch.stack(begun).sum(0)[None].to(device)
+        leaves = [z.float().to(device).requires_grad_() for z in inputs(normal, 1, time, heads, 16, 1, 16, rate=0.02)]
+        y, last = ssd(*leaves, doc_BT=doc)
+        results.append((y, last, *torch.autograd.grad(y.square().sum() + last.sum(), leaves)))
+    for one, same in zip(*results, strict=True):
+        assert torch.equal(one, same)
 
 
 @pytest.mark.parametrize(("enough", "groups"), [(1, 2), (1000, 2), (1, 1)])
 def test_groups_of_heads_and_whole_chunks(enough, groups, assert_same, monkeypatch, normal, served):
     """One program for the heads of a group in a chunk, or each head its own, or two heads each."""
-    from longspan.ops.triton import ssd as kernels
+    from longspan.ops.triton import ssd_launches as kernels
 
     monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
     monkeypatch.setattr(kernels, "KEEP_STATES", enough == 1)

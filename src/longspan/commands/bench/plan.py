@@ -22,11 +22,13 @@ OWN_SHARE, PEER_SHARE = 0.3, 0.1
 FEWEST_STEPS, FEWEST_PROMPTS = WARMUP_STEPS + 2 * LEAST_WINDOWS, LEAST_REPEATS + 1
 TOKEN_SECONDS = 3e-4
 """Of one layer for one token, where the host starts every kernel."""
-START_SECONDS = {"cuda": (15.0, 5.0), "cpu": (0.5, 0.2)}
+START_SECONDS = {"cuda": (20.0, 5.0), "cpu": (0.5, 0.2)}
 """Before the first step, and before the first prompt: compiling of a pattern's layers, and of kernels."""
 PEER_START_SECONDS = {"cuda": (10.0, 10.0), "cpu": (3.0, 1.0)}
 TUNING_SECONDS = (60.0, 20.0)
 """The same of packages that try out many cuts of each of their kernels at its first call."""
+OTHER_MODELS = 2
+"""The rank of peers that do not compute the same models."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Task:
 
 
 def plan(setting: Setting, models: dict[str, ModelConfig], *, peers: bool) -> list[Cell]:
-    """What is measured, in order: everything at the shortest context, Longspan before its peers, then at longer ones.
+    """What is measured: everything at the shortest context, Longspan before its peers, then at longer ones.
 
     So a run that ends early has compared all patterns with each other and with the peers at one context at least. Peers
     that compute the same models come before those that have others, which also take longer to start.
@@ -89,20 +91,25 @@ def expected_seconds(
 def tasks_of(cells: Sequence[Cell], models: dict[str, ModelConfig], setting: Setting, ceilings: Ceilings) -> list[Task]:
     """What the cells of a plan are made of, with predictions, in the order in which it is measured.
 
-    At one context and of one kind of package every pattern is trained before any generates, so that a peer that is slow
-    with one pattern does not keep the others from what is compared most.
+    At one context every pattern is trained before any generates, by Longspan and by the peers that compute the same
+    models: that is compared most, and one that is slow does not keep the others from it.
     """
     tasks = [
         Task(cell, parts, expected_seconds(cell, parts, models[cell.pattern], setting, ceilings))
         for cell in cells
         for parts in TOGETHER
     ]
-    return sorted(tasks, key=lambda task: (task.cell.context, _rank(task.cell), TOGETHER.index(task.parts)))
+
+    def place(task: Task) -> tuple[int, bool, int, int]:
+        rank = _rank(task.cell)
+        return task.cell.context, rank == OTHER_MODELS, TOGETHER.index(task.parts), rank
+
+    return sorted(tasks, key=place)
 
 
 def _rank(cell: Cell) -> int:
     """Longspan before its peers, and peers that compute the same models before those that have others."""
-    return 0 if cell.peer is None else 1 if cell.peer.same_weights else 2
+    return 0 if cell.peer is None else 1 if cell.peer.same_weights else OTHER_MODELS
 
 
 def to_go_on(

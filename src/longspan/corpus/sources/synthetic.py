@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longspan.corpus.document import Document
 from longspan.corpus.sources.base import SourceConfig
+from longspan.foundation.errors import UserError
 from longspan.foundation.progress import Report
 from longspan.foundation.randomness import numpy_generator
 
@@ -40,6 +41,16 @@ class SyntheticSource(SourceConfig):
     recall: float = Field(default=0.4, ge=0, le=1)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _some_length(self) -> Self:
+        if self.min_words > self.max_words:
+            raise UserError(
+                f"min_words = {self.min_words} with max_words = {self.max_words}: no number of words lies between them",
+                "min_words at most max_words, both included",
+                "set both",
+            )
+        return self
+
     def read(self, cache: Path, report: Report) -> Iterator[Document]:
         """Documents 0, 1, 2, …"""
         for index in range(self.num_documents):
@@ -56,8 +67,7 @@ class SyntheticSource(SourceConfig):
         return {"generator": 1}
 
     def _story(self, generator: np.random.Generator, people: list[_Person]) -> str:
-        low, high = sorted((self.min_words, self.max_words))
-        length = round(float(np.exp(generator.uniform(np.log(low), np.log(high)))))
+        length = round(float(np.exp(generator.uniform(np.log(self.min_words), np.log(self.max_words)))))
         paragraphs = [" ".join(person.introduction() for person in people)]
         words = len(paragraphs[0].split())
         while words < length:

@@ -2,8 +2,9 @@
 
 Inside a chunk the corrections u depend on each other through a unit lower triangular system, whose inverse turns the
 chunk into products (the UT transform of the WY representation; Yang, Kautz & Hatamizadeh 2024). States run from chunk
-to chunk inside one program (`states`, and `state_gradients` from the end); everything else is one program per chunk and
-head. Queries and keys count as vectors of one length: what they are multiplied by for that is kept beside the decays.
+to chunk of a segment inside one program (`states`, and `state_gradients` from the end); `joined` is one per row and
+head, everything else one per chunk and head. Queries and keys count as vectors of one length: what they are multiplied
+by for that is kept beside the decays.
 
 Shapes: B rows, T tokens, J chunks of a row, Q tokens of a chunk (i reads, j is read), H heads, K key dim, V value dim.
 Squares are (H of a chunk, Q, Q), states (B, J, H, K, V), all per-token scratch (B, J, H, Q, K or V).
@@ -77,45 +78,97 @@ def systems(
 
 
 @triton.jit
+def _segment(segments, length, chunks):
+    """Row and number of this program's segment, its first chunk and the one after its last."""
+    row, segment = (tl.program_id(2) // segments).to(tl.int64), tl.program_id(2) % segments
+    return row, segment, segment * length, tl.minimum((segment + 1) * length, chunks)
+
+
+@triton.jit
 def states(
     k_ptr, v_ptr, beta_ptr, planes_ptr, norms_ptr, carry_ptr, initial_ptr, inverses_ptr, u_ptr, states_ptr, final_ptr,
-    time, chunks, plane, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
+    maps_ptr, time, chunks, plane, segments, length,
+    k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    INITIAL: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, ENDS: tl.constexpr, SPAN: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The corrections u of all chunks, the state before every chunk and after the last.
+    """The corrections u of all chunks of a segment, the state before every chunk and after the last of the row.
 
     What the norms, gates and decays of tokens multiply are rows of results, so that keys and inverses reach the tensor
-    cores as they come from memory.
+    cores as they come from memory. ENDS: nothing but the state after every segment that begins with none, and, in more
+    tiles, what a segment without values makes of the unit matrix: the map of any state over the segment. What lies
+    before the last chunk over which nothing is kept, where a document ends, need not be walked through for that.
     """
-    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, tile = tl.program_id(1), tl.program_id(0)
+    # Maps are in the tiles after those of values; what they load as values counts as nothing.
+    unit = tile >= (V + BLOCK_V - 1) // BLOCK_V
+    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tl.where(unit, 0, tile) * BLOCK_V + tl.arange(0, BLOCK_V) if ENDS else v
+    row, segment, first, last = _segment(segments, length, chunks)
     i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q
+    by_head, by_segment = (row * H + h) * chunks * Q, (row * segments + segment) * H + h
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if INITIAL:
-        state += load(initial_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE).to(tl.float32)
-    for chunk in range(chunks):
+        state += load(initial_ptr + by_segment * K * V, c, V, v, K, V, WHOLE).to(tl.float32)
+    if ENDS:
+        v -= tl.where(unit, (V + BLOCK_V - 1) // BLOCK_V * BLOCK_V, 0)
+        j = first + tl.arange(0, SPAN)
+        carries = tl.load(carry_ptr + (row * H + h) * chunks + j, mask=j < last, other=1.0)
+        forgetful = tl.max(tl.where(carries == 0.0, j, -1), 0)
+        state += tl.where(unit & (forgetful < 0) & (c[:, None] == v[None, :]), 1.0, 0.0)
+        first = tl.where(forgetful < 0, first, tl.where(unit, last, forgetful))
+    for chunk in range(first, last):
         here = (row * chunks + chunk) * H + h
-        store(states_ptr + here * K * V, c, V, v, K, V, WHOLE, state)
+        if not ENDS:
+            store(states_ptr + here * K * V, c, V, v, K, V, WHOLE, state)
         t = chunk * Q + i
         at = by_head + t
         k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
-        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
+        values = load(v_ptr + row * v_row + h * V, t, v_token, column, time, V, WHOLE).to(tl.float32)
+        if ENDS:
+            values *= tl.where(unit, 0.0, 1.0)
         inverse = load(inverses_ptr + here * Q * Q, i, Q, i, Q, Q, True)
         beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
         norm = tl.load(norms_ptr + KEY * plane + at)
-        read, written = (
-            norm * tl.load(planes_ptr + FROM_BEFORE * plane + at),
-            norm * tl.load(planes_ptr + TO_END * plane + at),
-        )
-        error = values.to(tl.float32) - dot(k, state, DTYPE, OPERAND, PRECISION) * read[:, None]
+        read = norm * tl.load(planes_ptr + FROM_BEFORE * plane + at)
+        written = norm * tl.load(planes_ptr + TO_END * plane + at)
+        error = values - dot(k, state, DTYPE, OPERAND, PRECISION) * read[:, None]
         u = dot(inverse, error * beta[:, None], DTYPE, OPERAND, PRECISION)
-        store(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE, u)
+        if not ENDS:
+            store(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE, u)
         carry = tl.load(carry_ptr + (row * H + h) * chunks + chunk)
         state = state * carry + dot(tl.trans(k), u * written[:, None], DTYPE, OPERAND, PRECISION)
-    store(final_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, state)
+    if ENDS:
+        if unit:
+            store(maps_ptr + by_segment * K * K, c, K, v, K, K, False, state)
+        else:
+            store(final_ptr + by_segment * K * V, c, V, v, K, V, WHOLE, state)
+    elif segment == segments - 1:
+        store(final_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, state)
+
+
+@triton.jit
+def joined(
+    maps_ptr, ends_ptr, initial_ptr, begins_ptr, segments,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    INITIAL: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """The state that every segment begins with, from what each makes of none; BACK: the gradient that it ends with."""
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = tl.arange(0, BLOCK_K)
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if INITIAL:
+        state += load(initial_ptr + (row * H + h) * K * V, c, V, v, K, V, False).to(tl.float32)
+    for step in range(segments):
+        segment = segments - 1 - step if BACK else step
+        here = (row * segments + segment) * H + h
+        store(begins_ptr + here * K * V, c, V, v, K, V, False, state)
+        over = load(maps_ptr + here * K * K, c, K, c, K, K, False)
+        state = tl.dot(tl.trans(over) if BACK else over, state, input_precision="tf32x3")
+        state += load(ends_ptr + here * K * V, c, V, v, K, V, False)
 
 
 @triton.jit
@@ -174,25 +227,36 @@ def correction_gradients(
 @triton.jit
 def state_gradients(
     q_ptr, k_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, inverses_ptr, dfinal_ptr, du_ptr, dstates_ptr,
-    dinitial_ptr, time, chunks, plane, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr,
+    dinitial_ptr, time, chunks, plane, segments, length, q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr,
     beta_row, beta_token, do_row, do_token: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FINAL: tl.constexpr, INITIAL: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FINAL: tl.constexpr, INITIAL: tl.constexpr, ENDS: tl.constexpr, SPAN: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state after every chunk and of the one before the first; in the place of what the outputs
-    give to u, the gradient of what the inverse multiplies. Rows of results are scaled as in `states`."""
+    """The gradient of the state after every chunk of a segment and of the one before the row; in the place of what the
+    outputs give to u, the gradient of what the inverse multiplies. Rows of results are scaled as in `states`.
+
+    ENDS: nothing but the gradient of the state before every segment after which nothing is read, from the first chunk
+    on that forgets it.
+    """
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
+    row, segment, first, last = _segment(segments, length, chunks)
     i, c = tl.arange(0, Q), tl.arange(0, BLOCK_K)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    by_head = (row * H + h) * chunks * Q
+    by_head, by_segment = (row * H + h) * chunks * Q, (row * segments + segment) * H + h
     dstate = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if FINAL:
-        dstate += load(dfinal_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE).to(tl.float32)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
+        dstate += load(dfinal_ptr + by_segment * K * V, c, V, v, K, V, WHOLE).to(tl.float32)
+    if ENDS:
+        j = first + tl.arange(0, SPAN)
+        carries = tl.load(carry_ptr + (row * H + h) * chunks + j, mask=j < last, other=1.0)
+        last = tl.min(tl.where(carries == 0.0, j + 1, last), 0)
+    for back in range(last - first):
+        chunk = last - 1 - back
         here = (row * chunks + chunk) * H + h
-        store(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE, dstate)
+        if not ENDS:
+            store(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE, dstate)
         t = chunk * Q + i
         at = by_head + t
         q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
@@ -206,11 +270,14 @@ def state_gradients(
         queried = from_before * tl.load(norms_ptr + QUERY * plane + at)
         du += dot(k, dstate, DTYPE, OPERAND, PRECISION) * written[:, None]
         dsolved = dot(tl.trans(inverse), du, DTYPE, OPERAND, PRECISION)
-        store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, dsolved)
+        if not ENDS:
+            store(du_ptr + here * Q * V, i, V, v, Q, V, WHOLE, dsolved)
         dstate = dstate * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
         dstate += dot(tl.trans(q), do.to(tl.float32) * queried[:, None], DTYPE, OPERAND, PRECISION)
-        dstate -= dot(tl.trans(k), dsolved * (norm * beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
-    if INITIAL:
+        dstate += dot(tl.trans(k), dsolved * (-norm * beta * from_before)[:, None], DTYPE, OPERAND, PRECISION)
+    if ENDS:
+        store(dinitial_ptr + by_segment * K * V, c, V, v, K, V, WHOLE, dstate)
+    elif INITIAL and segment == 0:
         store(dinitial_ptr + (row * H + h) * K * V, c, V, v, K, V, WHOLE, dstate)
 
 
@@ -320,81 +387,3 @@ def system_gradients(
     k = k.to(tl.float32)
     dk -= k * (tl.sum(dk * k, 1) * keys * keys)[:, None]
     store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
-
-
-@triton.jit
-def chunk_gradients(
-    q_ptr, k_ptr, v_ptr, beta_ptr, do_ptr, planes_ptr, norms_ptr, carry_ptr, run_ptr, u_ptr, dsolved_ptr, states_ptr,
-    dstates_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, time, plane,
-    q_row, q_token: tl.constexpr, k_row, k_token: tl.constexpr, v_row, v_token: tl.constexpr, beta_row, beta_token,
-    do_row, do_token: tl.constexpr, dq_row, dq_token: tl.constexpr, dk_row, dk_token: tl.constexpr,
-    dv_row, dv_token: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`mixing_gradients` and `system_gradients` in one: what both read is read once, and nothing is handed on."""
-    h, chunk, chunks, row = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    i, c, t, by_head, here = _place(h, chunk, chunks, row, H, Q, BLOCK_K)
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    q = load(q_ptr + row * q_row + h * K, t, q_token, c, time, K, WHOLE)
-    k = load(k_ptr + row * k_row + h * K, t, k_token, c, time, K, WHOLE)
-    beta = tl.load(beta_ptr + row * beta_row + t * beta_token + h, mask=t < time, other=0.0).to(tl.float32)
-    dmixing = tl.zeros((Q, Q), tl.float32)
-    dsystem = tl.zeros((Q, Q), tl.float32)
-    reads, writes = tl.zeros((Q, BLOCK_K), tl.float32), tl.zeros((Q, BLOCK_K), tl.float32)
-    kreads = tl.zeros((Q, BLOCK_K), tl.float32)
-    carried = tl.zeros((BLOCK_K,), tl.float32)
-    dbeta = tl.zeros((Q,), tl.float32)
-    for first in range(0, V, BLOCK_V):
-        v = first + tl.arange(0, BLOCK_V)
-        do = load(do_ptr + row * do_row + h * V, t, do_token, v, time, V, WHOLE)
-        u = load(u_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
-        before = load(states_ptr + here * K * V, c, V, v, K, V, WHOLE)
-        dafter = load(dstates_ptr + here * K * V, c, V, v, K, V, WHOLE)
-        dsolved = load(dsolved_ptr + here * Q * V, i, V, v, Q, V, WHOLE)
-        values = load(v_ptr + row * v_row + h * V, t, v_token, v, time, V, WHOLE)
-        dmixing += dot(do, tl.trans(u), DTYPE, OPERAND, PRECISION)
-        dsystem -= dot(dsolved, tl.trans(u), DTYPE, OPERAND, PRECISION)
-        reads += dot(do, tl.trans(before), DTYPE, OPERAND, PRECISION)
-        kreads += dot(dsolved, tl.trans(before), DTYPE, OPERAND, PRECISION)
-        writes += dot(u, tl.trans(dafter), DTYPE, OPERAND, PRECISION)
-        carried += tl.sum(before.to(tl.float32) * dafter.to(tl.float32), 1)
-        dsolved = dsolved.to(tl.float32)
-        store(dv_ptr + row * dv_row + h * V, t, dv_token, v, time, V, WHOLE, dsolved * beta[:, None])
-        dbeta += tl.sum(dsolved * values.to(tl.float32), 1)
-    run, sums = tl.load(run_ptr + row * chunks * Q + t), tl.load(planes_ptr + SUM * plane + by_head + i)
-    queries, keys = tl.load(norms_ptr + QUERY * plane + by_head + i), tl.load(norms_ptr + KEY * plane + by_head + i)
-    decay = _decay(sums, run, i) * keys[None, :]
-    dmixing *= decay * queries[:, None]
-    dsystem = tl.where(i[:, None] > i[None, :], dsystem * decay * keys[:, None], 0.0)
-    from_before = tl.load(planes_ptr + FROM_BEFORE * plane + by_head + i)
-    reads *= (queries * from_before)[:, None]
-    kreads *= (keys * from_before)[:, None]
-    writes *= (keys * tl.load(planes_ptr + TO_END * plane + by_head + i))[:, None]
-    overlaps = dsystem * dot(k, tl.trans(k), DTYPE, OPERAND, PRECISION)
-    kf = k.to(tl.float32)
-    read = tl.sum(kreads * kf, 1)
-    dbeta += tl.sum(overlaps, 1) - read
-    dlog = dmixing * dot(q, tl.trans(k), DTYPE, OPERAND, PRECISION) + overlaps * beta[:, None]
-    kept = tl.sum(writes * kf, 1)
-    dend = tl.sum(kept, 0) + tl.sum(carried, 0) * tl.load(carry_ptr + (row * H + h) * chunks + chunk)
-    dsums = tl.sum(dlog, 1) - tl.sum(dlog, 0) + tl.sum(reads * q.to(tl.float32), 1) - beta * read
-    dsums += tl.where(i == Q - 1, dend, 0.0) - kept
-    at = (row * time + t) * H + h
-    tl.store(dbeta_ptr + at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=t < time)
-    square = tl.zeros((Q, Q), tl.float32) + dsums[None, :]
-    sees = (i[:, None] <= i[None, :]) & (run[:, None] == run[None, :])
-    dg = tl.sum(tl.where(sees, square, 0.0), 1)
-    tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=t < time)
-    dmixing = dmixing.to(DTYPE)
-    dsystem = (dsystem * beta[:, None]).to(DTYPE)
-    dk = writes - kreads * beta[:, None]
-    dk += dot(tl.trans(dmixing), q, DTYPE, OPERAND, PRECISION)
-    dk += dot(dsystem, k, DTYPE, OPERAND, PRECISION)
-    dk += dot(tl.trans(dsystem), k, DTYPE, OPERAND, PRECISION)
-    dk -= kf * (tl.sum(dk * kf, 1) * keys * keys)[:, None]
-    store(dk_ptr + row * dk_row + h * K, t, dk_token, c, time, K, WHOLE, dk)
-    reads += dot(dmixing, k, DTYPE, OPERAND, PRECISION)
-    q = q.to(tl.float32)
-    dq = reads - q * (tl.sum(reads * q, 1) * queries * queries * K)[:, None]
-    store(dq_ptr + row * dq_row + h * K, t, dq_token, c, time, K, WHOLE, dq)

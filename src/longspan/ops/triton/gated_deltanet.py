@@ -65,7 +65,7 @@ def gated_deltanet(
     rows: int,
     strength: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(M, H * V), the input of the output projection, in the dtype of `projected`; the other results are kept."""
     heads, values = A_H.shape[0], norm_weight_V.shape[0]
     parts = Parts.of(projected_MP, rows, heads, conv_weight.shape[0], values)
@@ -110,6 +110,7 @@ def gated_deltanet_backward(
     planes: Tensor,
     carry: Tensor,
     run: Tensor,
+    maps: Tensor,
     projected_MP: Tensor,
     conv_weight: Tensor,
     dt_bias_H: Tensor,
@@ -136,7 +137,7 @@ def gated_deltanet_backward(
         do.flatten(0, 1),
         d_parts.z,
     )
-    kept = rule.Kept(norms, inverses, u, states, planes, carry, run)
+    kept = rule.Kept(norms, inverses, u, states, planes, carry, run, maps)
     into = rule.Gradients(*_heads(d_qkv, heads, values))
     dg, dbeta, _ = rule.run_backward(_inputs(qkv, beta_MH, g_MH, values, doc_BT), kept, do, None, into)
     d_weight, _ = causal_conv.run_backward(d_parts.convolved, d_qkv, parts.convolved, conv_weight, None, doc_BT, True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.triton import causal_conv, rms_norm
-from longspan.ops.triton import ssd as scan
+from longspan.ops.triton import ssd_launches as scan
 from longspan.ops.triton.tiles import spread
 
 

@@ -22,23 +22,6 @@ from longspan.ops.triton.tiles import LOG2_E, dot, exp2, load, store, widened
 
 
 @triton.jit
-def _after_pieces(
-    alone_ptr, kept_ptr, row, h, end, p, n, state,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, NUMBER: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """What `state` comes to after the first `end` of the NUMBER pieces of a row, each of which has gone alone."""
-    MOST: tl.constexpr = triton.next_power_of_2(NUMBER)
-    piece = tl.arange(0, MOST)
-    kept = tl.load(kept_ptr + (row * NUMBER + piece) * H + h, mask=piece < end, other=1.0)
-    # A piece that keeps nothing hides all before it.
-    first = tl.max(tl.where((piece < end) & (kept == 0.0), piece, 0), 0)
-    for piece in tl.range(first, end, loop_unroll_factor=2):
-        there = (row * NUMBER + piece) * H + h
-        state = state * tl.load(kept_ptr + there) + load(alone_ptr + there * P * N, p, N, n, P, N, WHOLE)
-    return state
-
-
-@triton.jit
 def _chunk(step, chunks, BACK: tl.constexpr):
     """The chunk of a step, the last one for all behind it."""
     step = tl.minimum(step, chunks - 1)
@@ -61,63 +44,38 @@ def _weight(factor, other, BACK: tl.constexpr):
 
 
 @triton.jit
-def states(
-    a_ptr, b_ptr, planes_ptr, carry_ptr, begin_ptr, states_ptr, end_ptr, alone_ptr, kept_ptr, time, chunks, plane,
-    a_row, a_token: tl.constexpr, b_row, b_token: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BACK: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, ALONE: tl.constexpr,
-    SEGMENTS: tl.constexpr, PIECES: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+def _put(
+    known, states, chunk, p, n, state, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """The state before every chunk, of x and B, and after the last; BACK: the gradient of the state after every chunk,
-    of dy and C, and before the first.
+    """Stores the state before a chunk, where it is known."""
+    at = states + tl.cast(chunk, tl.int64) * H * P * N + p[:, None] * N + n[None, :]
+    mask = known if WHOLE else (p < P)[:, None] & (n < N)[None, :] & known
+    tl.store(at, state.to(states.dtype.element_ty), mask=mask)
 
-    Few long rows are cut into segments: first what comes after the last document's beginning in each goes ALONE, from
-    nothing, in equal PIECES, which leave the state they come to and what they keep of one before; then each segment
-    begins with what the pieces before it come to. Chunks are counted as one walks, BACK from the end.
-    """
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    programs: tl.constexpr = SEGMENTS * PIECES if ALONE else SEGMENTS
-    h, row, part = tl.program_id(1), (tl.program_id(2) // programs).to(tl.int64), tl.program_id(2) % programs
-    segment = part // PIECES if ALONE else part
-    i = tl.arange(0, Q)
-    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
-    a = a_ptr + row * a_row + h * P
-    b = b_ptr + row * b_row + h // GROUP * N
-    by_head = planes_ptr + (row * H + h) * chunks * Q + i
-    carries = carry_ptr + (row * H + h) * chunks
-    length = tl.cdiv(chunks, SEGMENTS)
-    first, end = segment * length, tl.minimum((segment + 1) * length, chunks)
-    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if ALONE:
-        step = first + tl.arange(0, REACH)
-        there = step < end
-        keeps = tl.load(carries + (chunks - 1 - step if BACK else step), mask=there, other=1.0)
-        first = tl.max(tl.where(there & (keeps == 0.0), step, first), 0)
-        each = tl.cdiv(end - first, PIECES)
-        # Nothing reads what the last segment comes to.
-        first = tl.where(end == chunks, end, tl.minimum(first + part % PIECES * each, end))
-        end = tl.minimum(first + each, end)
-    else:
-        if BEGIN:
-            state += load(begin_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE).to(tl.float32)
-        if SEGMENTS > 1:
-            before = segment * PIECES
-            state = _after_pieces(
-                alone_ptr, kept_ptr, row, h, before, p, n, state, H, P, N, SEGMENTS * PIECES, WHOLE
-            )  # fmt: skip
+
+@triton.jit
+def _walk(
+    state, first, end, known, a, b, by_head, carries, states, time, chunks, plane, p, n, i,
+    a_token: tl.constexpr, b_token: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BACK: tl.constexpr, SEGMENTS: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """What `state` comes to from one chunk to another, and what is kept of it on the way. Stores the state before every
+    chunk from `known` on; of one segment all are."""
+    DTYPE: tl.constexpr = a.dtype.element_ty
+    kept = 1.0
     now = _chunk(first, chunks, BACK)
-    carry, kept = tl.load(carries + now), 1.0
+    carry = tl.load(carries + now)
     ahead, other = _factors(by_head + now * Q, plane, BACK)
     weight = _weight(ahead, other, BACK)
     ahead, other = _factors(by_head + _chunk(first + 1, chunks, BACK) * Q, plane, BACK)
     for step in range(first, end):
         next_carry = tl.load(carries + _chunk(step + 1, chunks, BACK))
         chunk = chunks - 1 - step if BACK else step
-        if not ALONE:
-            store(states_ptr + ((row * chunks + chunk) * H + h) * P * N, p, N, n, P, N, WHOLE, state)
+        if SEGMENTS == 1:
+            store(states + tl.cast(chunk, tl.int64) * H * P * N, p, N, n, P, N, WHOLE, state)
+        else:
+            _put(step >= known, states, chunk, p, n, state, H, P, N, WHOLE)
         t = chunk * Q + i
         a_QP = load(a, t, a_token, p, time, P, WHOLE)
         b_QN = load(b, t, b_token, n, time, N, WHOLE)
@@ -128,13 +86,132 @@ def states(
         state = state * carry + dot(tl.trans(weighted.to(DTYPE)), b_QN, DTYPE, OPERAND, PRECISION)
         kept *= carry
         carry = next_carry
-    if END and end == chunks:
-        store(end_ptr + (row * H + h) * P * N, p, N, n, P, N, WHOLE, state)
-    if ALONE:
-        there = (row * programs + part) * H + h
-        store(alone_ptr + there * P * N, p, N, n, P, N, WHOLE, state)
-        if tl.program_id(0) == 0:
-            tl.store(kept_ptr + there, kept)
+    return state, kept
+
+
+@triton.jit
+def _hiding(carries, begin, end, chunks, REACH: tl.constexpr, BACK: tl.constexpr):
+    """The first chunk of a segment that hides all before it, else `end`, and the last, else `begin`."""
+    step = begin + tl.arange(0, REACH)
+    carry = tl.load(carries + (chunks - 1 - step if BACK else step), mask=step < end, other=1.0)
+    return tl.min(tl.where(carry == 0.0, step, end), 0), tl.max(tl.where(carry == 0.0, step, begin), 0)
+
+
+@triton.jit
+def _start(
+    begin_ptr, here, segment, p, n, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BEGIN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What a row begins with; nothing in later segments."""
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if BEGIN and segment == 0:
+        state += load(begin_ptr + here, p, N, n, P, N, WHOLE).to(tl.float32)
+    return state
+
+
+@triton.jit
+def _publish(
+    state, kept, alones, kepts, flags, p, n, P: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """What a segment comes to alone, and what it keeps of a state before, for programs of later segments."""
+    store(alones, p, N, n, P, N, WHOLE, state)
+    tl.store(kepts, kept)
+    tl.debug_barrier()
+    tl.atomic_xchg(flags, 1)
+
+
+@triton.jit
+def _handed_over(
+    state, segment, alones, kepts, flags, of_all, p, n,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What `state` comes to before a segment, as soon as those before it have told what they come to."""
+    # What the first segment tells has the beginning of the row in it.
+    first, hidden = segment, segment == 0
+    while hidden == 0:
+        first -= 1
+        while tl.atomic_cas(flags + first * of_all, 1, 1) != 1:
+            pass
+        hidden = (tl.load(kepts + first * of_all) == 0.0) | (first == 0)
+    for earlier in range(first, segment):
+        alone = load(alones + earlier * H * P * N, p, N, n, P, N, WHOLE)
+        state = state * tl.load(kepts + earlier * of_all) + alone
+    return state
+
+
+@triton.jit
+def states(
+    a_ptr, b_ptr, planes_ptr, carry_ptr, begin_ptr, states_ptr, end_ptr, alone_ptr, kept_ptr, flag_ptr, time, chunks,
+    plane, a_row, a_token: tl.constexpr, b_row, b_token: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BACK: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, SEGMENTS: tl.constexpr,
+    REACH: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The state before every chunk, of x and B, and after the last; BACK: the gradient of the state after every chunk,
+    of dy and C, and before the first. Chunks are counted as one walks, BACK from the end.
+
+    Few long rows are cut into segments, whose programs run side by side. A chunk in which a document begins hides all
+    before it, so behind one a state is known without those before. A program walks from the last such chunk to the end
+    of its segment and tells what it comes to, from there to the first such chunk; then it takes what the segments
+    before have told by now and walks from its beginning to the first. Where no chunk hides, it tells what the segment
+    comes to from nothing and what is kept of a state before, and walks over it again.
+
+    A program waits only for what programs with smaller numbers, which have begun before it, tell without waiting.
+    """
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    p = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    h, row = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64)
+    segment = tl.program_id(2) % SEGMENTS
+    i = tl.arange(0, Q)
+    a = a_ptr + row * a_row + h * P
+    b = b_ptr + row * b_row + h // GROUP * N
+    by_head = planes_ptr + (row * H + h) * chunks * Q + i
+    carries = carry_ptr + (row * H + h) * chunks
+    states = states_ptr + (row * chunks * H + h) * P * N
+    length = tl.cdiv(chunks, SEGMENTS)
+    begin, end = segment * length, tl.minimum((segment + 1) * length, chunks)
+    here = (row * H + h) * P * N
+    ended, last = end == chunks, end
+    state = _start(begin_ptr, here, segment, p, n, BLOCK_P, BLOCK_N, P, N, BEGIN, WHOLE)
+    if SEGMENTS > 1:
+        head, tail = _hiding(carries, begin, end, chunks, REACH, BACK)
+        # What the first segment begins with is known: it is walked over once, from its beginning to its end.
+        head, tail = tl.where(segment == 0, begin, head), tl.where(segment == 0, begin, tail)
+        hides = head < end
+        alones = alone_ptr + (row * SEGMENTS * H + h) * P * N
+        of_all = H * tl.num_programs(0)
+        own = (row * SEGMENTS * H + h) * tl.num_programs(0) + tl.program_id(0)
+        known = tl.where(segment == 0, begin, tl.where(hides, tail + 1, end))
+        # Nothing reads what the last segment comes to alone.
+        state, kept = _walk(
+            state, tl.where(ended & (head == end), end, tail), end, known, a, b, by_head, carries, states, time, chunks,
+            plane, p, n, i, a_token, b_token, H, P, N, Q, BACK, SEGMENTS, WHOLE, OPERAND, PRECISION, FAST,
+        )  # fmt: skip
+        _publish(
+            state, kept, alones + segment * H * P * N, kept_ptr + own + segment * of_all,
+            flag_ptr + own + segment * of_all, p, n, P, N, WHOLE,
+        )  # fmt: skip
+        if END and ended & hides:
+            store(end_ptr + here, p, N, n, P, N, WHOLE, state)
+        state, _ = _walk(
+            tl.zeros((BLOCK_P, BLOCK_N), tl.float32), head, tail, head + 1, a, b, by_head, carries, states, time,
+            chunks, plane, p, n, i, a_token, b_token, H, P, N, Q, BACK, SEGMENTS, WHOLE, OPERAND, PRECISION, FAST,
+        )  # fmt: skip
+        _put(head < tail, states, _chunk(tail, chunks, BACK), p, n, state, H, P, N, WHOLE)
+        ended, last = ended & (head == end), head
+        state = _start(begin_ptr, here, segment, p, n, BLOCK_P, BLOCK_N, P, N, BEGIN, WHOLE)
+        state = _handed_over(
+            state, segment, alones, kept_ptr + own, flag_ptr + own, of_all, p, n, H, P, N, WHOLE
+        )  # fmt: skip
+    state, _ = _walk(
+        state, begin, last, begin, a, b, by_head, carries, states, time, chunks, plane, p, n, i, a_token, b_token,
+        H, P, N, Q, BACK, SEGMENTS, WHOLE, OPERAND, PRECISION, FAST,
+    )  # fmt: skip
+    if SEGMENTS > 1:
+        _put(hides, states, _chunk(head, chunks, BACK), p, n, state, H, P, N, WHOLE)
+    if END and ended:
+        store(end_ptr + here, p, N, n, P, N, WHOLE, state)
 
 
 @triton.jit
