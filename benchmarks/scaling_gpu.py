@@ -1,6 +1,6 @@
 """Training with several GPUs of one host against one of them: tokens/s, efficiency, exposed communication, losses.
 
-    python benchmarks/scaling_gpu.py                                   # 1 and 2 GPUs, about two minutes
+    python benchmarks/scaling_gpu.py                                   # 1 and 2 GPUs, about three minutes
     python benchmarks/scaling_gpu.py --processes 4 --compile no
     python benchmarks/scaling_gpu.py --only "fp32.*(1 process|fsdp)" --layers 4     # parts whose names match
     python benchmarks/scaling_gpu.py --device cpu --width 64 --layers 2 --rows 2 --context 64 --vocab 500 --steps 12
@@ -8,13 +8,13 @@
 The real training loop (`longspan.training.loop.train`) trains a hybrid of about 130 M parameters on random tokens, one
 document per row, 8 × 4096 positions per GPU and step, bf16 autocast, fused AdamW: with one GPU while the others idle,
 then with all of them under DDP and FSDP2, replaying CUDA graphs as one does, and without graphs (`--graph no`: one and
-all without). Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
+all without); under FSDP2 also with all layers as one piece, which hides less of what is sent, and gathering each layer
+again for its backward pass, as larger models do. Tokens/s is the median over windows of 5 steps after 3 warm-up steps;
 efficiency is tokens/s with all over (processes × tokens/s with one). `exposed` is the time per step in which a NCCL
 kernel ran and no other kernel did, from a profile of 3 steps on rank 0, which also says on which kernels a process
-spends more or less than one alone. Last, the same global batches (fp32, short
-rows) give the same losses with one GPU (which accumulates) and with all, also where all accumulate and where FSDP2
-gathers a layer anew for its backward pass. Each part prints as soon as it is measured;
-the last line is one JSON object.
+spends more or less than one alone. Last, the same global batches (fp32, short rows) give the same losses with one GPU
+(which accumulates) and with all, also where all accumulate. Each part prints as soon as it is measured; the last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on GPUs")
     parser.add_argument("--graph", choices=["auto", "no"], default="auto", help="auto: where there can be one")
     parser.add_argument("--only", default="", help="a regular expression: parts whose names have it; default: all")
-    parser.add_argument("--seconds", type=float, default=160, help="stop then, whatever is missing")
+    parser.add_argument("--seconds", type=float, default=200, help="stop then, whatever is missing")
     options = parser.parse_args()
     began = time.monotonic()
     config = model_config(options)

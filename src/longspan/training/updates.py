@@ -74,7 +74,7 @@ class Updates:
             tell: hears where capturing failed.
         """
         if self._graphed:
-            # What a rank has captured and another has not leaves both waiting for each other.
+            # A capture that fails stops FSDP2 in the middle of a pass, from where it cannot go on.
             self._micro = GraphedMicroSteps(
                 self._plain,
                 self._parameters,
