@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from longspan.foundation.errors import LongspanError, MachineError, UserError, sendable
+from longspan.foundation.errors import LongspanError, MachineError, Stopped, SubjectError, UserError, sendable
 from longspan.training.config import Parallel
+from longspan.training.lost_ranks import LossWatch
 
 if TYPE_CHECKING:
     from longspan.corpus.packing import Batch
@@ -37,11 +38,13 @@ class Ranks:
         rank: 0 to size - 1; rank 0 writes files and shows progress.
         size: processes in all; with 1 nothing is communicated.
         parallel: `ddp` (every rank holds the whole model) or `fsdp` (every rank holds a part of each layer).
+        watch: of ranks that have met, notices the loss of one where torch does not.
     """
 
     rank: int = 0
     size: int = 1
     parallel: Parallel = "ddp"
+    watch: LossWatch | None = dataclasses.field(default=None, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -125,28 +128,35 @@ class Ranks:
 
     @contextmanager
     def noticing_loss(self) -> Iterator[None]:
-        """Say in words that another rank has gone, where torch speaks of sockets.
+        """Say in words that another rank has gone, where torch speaks of sockets, or waits for it on the device: then
+        the process ends after `lost_ranks.GRACE`.
 
         Raises:
             LostRank: in place of torch's error.
         """
         try:
-            yield
+            with nullcontext() if self.watch is None else self.watch.waiting():
+                yield
         except LongspanError:
             raise
         except RuntimeError as error:
             lost = isinstance(error, dist.DistError) or any(mark in str(error).lower() for mark in LOST)
             if self.size == 1 or not lost:
                 raise
-            raise LostRank(
-                f"process {self.rank} of {self.size} lost the others: one of them was killed or failed",
-                "all processes until the end",
-                "see what that one said (most likely it was out of memory); then run the same command again: it goes "
-                "on from the last checkpoint, also with another number of processes",
-            ) from error
+            raise lost_rank(self.rank, self.size) from error
 
 
 ALONE = Ranks()
+
+
+def lost_rank(rank: int, size: int) -> LostRank:
+    """What rank `rank` of `size` says when another one has gone."""
+    return LostRank(
+        f"process {rank} of {size} lost the others: one of them was killed or failed",
+        "all processes until the end",
+        "see what that one said (most likely it was out of memory); then run the same command again: it goes on from "
+        "the last checkpoint, also with another number of processes",
+    )
 
 
 @contextmanager
@@ -166,6 +176,16 @@ def joined(
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=PATIENCE)
-    yield Ranks(rank, size, parallel)
+    watch = LossWatch(rank, size, lambda: str(lost_rank(rank, size)))
+    alone = True
+    try:
+        yield Ranks(rank, size, parallel, watch)
+        alone = False
+    except (Stopped, SubjectError):
+        # All ranks agree on these.
+        alone = False
+        raise
+    finally:
+        watch.leave(alone=alone)
     # After an error the others may be gone or waiting; the process ends soon and the sockets with it.
     dist.destroy_process_group()
