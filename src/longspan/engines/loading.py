@@ -93,7 +93,9 @@ def check_device(device: str) -> None:
     """
     here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if device not in (*here, *(["cuda"] if len(here) > 1 else [])):
-        raise UserError(f"device = {device!r}", ", ".join(here), "choose one of these")
+        why = "torch sees no GPU here" if torch.version.cuda else "this torch was built for CPUs alone"
+        fix = f"choose one of these; {why}" if device.startswith("cuda") and len(here) == 1 else "choose one of these"
+        raise UserError(f"device = {device!r}", ", ".join(here), fix)
 
 
 def engine_of(
