@@ -78,3 +78,24 @@ def test_who_waits_for_nobody_or_for_no_lost_one_goes_on(
     tmp_path: Path, other: Callable[[], None], waits: bool
 ) -> None:
     assert ended(tmp_path, other, 0.6, waits=waits) == (0, "")
+
+
+def test_who_does_not_reach_the_first_says_so_and_goes_on(tmp_path: Path) -> None:
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            sys.stderr = (tmp_path / f"told-{rank}").open("w", buffering=1)
+            if rank == 1:
+                lost_ranks.socket.create_connection = unreachable  # type: ignore[assignment]
+            with joined(rank, 2, torch.device("cpu"), meeting=f"file://{tmp_path}/meeting") as ranks:
+                total = ranks.sum(torch.ones(1))
+            os._exit(0 if float(total) == 2.0 else 1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert (tmp_path / "told-0").read_text() == ""
+    assert "note: process 1 of 2 reaches process 0 at none of localhost, " in (tmp_path / "told-1").read_text()
+
+
+def unreachable(*address: object) -> None:
+    raise OSError("no way there")

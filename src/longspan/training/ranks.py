@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -149,6 +152,10 @@ class Ranks:
 ALONE = Ranks()
 
 
+def _note(text: str) -> None:
+    sys.stderr.write(f"note: {text}\n")
+
+
 def lost_rank(rank: int, size: int) -> LostRank:
     """What rank `rank` of `size` says when another one has gone."""
     return LostRank(
@@ -176,7 +183,8 @@ def joined(
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=PATIENCE)
-    watch = LossWatch(rank, size, lambda: str(lost_rank(rank, size)))
+    host = os.environ.get("MASTER_ADDR", "localhost") if meeting == "env://" else urlsplit(meeting).hostname
+    watch = LossWatch(rank, size, host or "localhost", lambda: str(lost_rank(rank, size)), _note)
     alone = True
     try:
         yield Ranks(rank, size, parallel, watch)
